@@ -1,0 +1,247 @@
+"""What a truncation to rank r keeps of each layer's delta, and what it loses.
+
+Energy is always measured against the exact ‖delta‖_F² that the factors carry, never inside the
+triplets that happen to be held: a sketch of rank 8 holds all of its own energy and may hold a
+tenth of the delta's. The two errors of the best rank-r approximation differ by norm
+(Eckart-Young-Mirsky): in the Frobenius norm it is sqrt(Σ_{i>r} σ_i²), in the spectral norm σ_{r+1}.
+Descriptions that call σ_{r+1} the Frobenius error are wrong for every delta of rank above r + 1.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..factors import LowRankFactors
+from ..linalg import rank_for_energy, stable_rank
+
+ENERGY_SHARES = (0.90, 0.95, 0.99)
+
+# Float32 singular values give Σσ² to about this relative accuracy; less is not told from zero.
+ENERGY_RESOLUTION = 1e-6
+
+
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """One layer's delta (out x in) cut to `rank`.
+
+    Attributes:
+        shape: (out, in).
+        norm: exact ‖delta‖_F.
+        singular_values: all that are held, descending.
+        energy_ratio: share of ‖delta‖_F² in the first `rank` triplets, in [0, 1].
+        reconstruction_error: ‖delta - truncation‖_F / ‖delta‖_F = sqrt(1 - energy_ratio).
+        absolute_error: ‖delta - truncation‖_F.
+        spectral_error: ‖delta - truncation‖_2 = σ_{rank+1}; None if that triplet is not held.
+        stable_rank: ‖delta‖_F² / σ_1²; 0 for a zero delta.
+        rank_for_energy: triplets that hold 90, 95 and 99 % of the energy, keyed "0.90", "0.95",
+            "0.99"; None if the held ones do not.
+        parameters: of a LoRA of this rank on this layer, rank * (out + in).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    norm: float
+    singular_values: list[float]
+    energy_ratio: float
+    reconstruction_error: float
+    absolute_error: float
+    spectral_error: float | None
+    stable_rank: float
+    rank_for_energy: dict[str, int | None]
+    parameters: int
+
+    @property
+    def held(self) -> int:
+        """Number of triplets held."""
+        return len(self.singular_values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready; nine digits give each float32 singular value back exactly."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "held": self.held,
+            "norm": self.norm,
+            "energy_ratio": self.energy_ratio,
+            "reconstruction_error": self.reconstruction_error,
+            "absolute_error": self.absolute_error,
+            "spectral_error": self.spectral_error,
+            "stable_rank": self.stable_rank,
+            "rank_for_energy": dict(self.rank_for_energy),
+            "parameters": self.parameters,
+            "singular_values": [float(f"{value:.9g}") for value in self.singular_values],
+        }
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All layers at one rank; the totals weigh each layer by its energy or its parameters."""
+
+    rank: int
+    layers: tuple[LayerAnalysis, ...]
+
+    @property
+    def norm(self) -> float:
+        """‖all deltas together‖_F."""
+        return math.hypot(*(layer.norm for layer in self.layers))
+
+    @property
+    def energy_ratio(self) -> float:
+        """Share of Σ‖delta‖_F² kept, in [0, 1]; 1 if nothing changed at all."""
+        return 1.0 - self.reconstruction_error**2
+
+    @property
+    def reconstruction_error(self) -> float:
+        """Frobenius error of all layers together, relative to `norm`."""
+        lost = math.hypot(*(layer.absolute_error for layer in self.layers))
+        return lost / self.norm if self.norm else 0.0
+
+    @property
+    def parameters(self) -> int:
+        """Of a LoRA of this rank on every layer."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @cached_property
+    def changed(self) -> tuple[LayerAnalysis, ...]:
+        """The layers whose delta is not zero."""
+        return tuple(layer for layer in self.layers if layer.norm > 0)
+
+    @property
+    def zero_layers(self) -> list[str]:
+        """Names of the layers that fine-tuning left as they were."""
+        return [layer.name for layer in self.layers if layer.norm == 0]
+
+    @cached_property
+    def module_types(self) -> dict[str, str]:
+        """Each layer's kind of module, such as `q_proj`, by its name."""
+        return module_types(layer.name for layer in self.layers)
+
+    @property
+    def error_summary(self) -> dict[str, float]:
+        """Median, mean, max and min of the relative error over the layers that changed."""
+        errors = [layer.reconstruction_error for layer in self.changed] or [0.0]
+        return {
+            "median": statistics.median(errors),
+            "mean": statistics.fmean(errors),
+            "max": max(errors),
+            "min": min(errors),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready: totals first, then the layers."""
+        return {
+            "rank": self.rank,
+            "totals": {
+                "layers": len(self.layers),
+                "norm": self.norm,
+                "energy_ratio": self.energy_ratio,
+                "reconstruction_error": self.reconstruction_error,
+                "layer_errors": self.error_summary,
+                "parameters": self.parameters,
+                "zero_layers": self.zero_layers,
+            },
+            "layers": [
+                {"module_type": self.module_types[layer.name], **layer.as_dict()}
+                for layer in self.layers
+            ],
+        }
+
+
+def analyze_layer(name: str, factors: LowRankFactors, rank: int) -> LayerAnalysis:
+    """Numbers of one layer at `rank`; the dense delta is not formed.
+
+    Args:
+        name: the layer's full module name.
+        factors: of its delta.
+        rank: may exceed the triplets held only where these are the whole delta, which is then
+            kept exactly.
+
+    Raises:
+        ValueError: if `rank` is below 1 or above what is held, or a value is not finite.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    values = factors.S.double().tolist()
+    if not all(map(math.isfinite, (factors.norm, *values))):
+        raise ValueError(f"{name}: singular values and norm must be finite; extract it again")
+    squares = [value * value for value in values]
+    missing = energy_not_held(squares, factors.norm)
+    if rank > len(values) and missing > 0:
+        raise ValueError(
+            f"{name}: rank must be at most {len(values)}, the triplets held of a delta that has "
+            f"more, got {rank}; choose a smaller rank or extract again with a higher one"
+        )
+
+    # Summed from what is lost: 1 - kept/total would drown small errors in float32 rounding.
+    lost = min(missing + math.fsum(squares[rank:]), factors.norm**2)
+    error = math.sqrt(lost) / factors.norm if factors.norm else 0.0
+    if rank < len(values):
+        spectral_error = values[rank]
+    else:
+        spectral_error = None if missing > 0 else 0.0
+    out_features, in_features = factors.shape
+    return LayerAnalysis(
+        name=name,
+        shape=(out_features, in_features),
+        rank=rank,
+        norm=factors.norm,
+        singular_values=values,
+        energy_ratio=1.0 - error**2,
+        reconstruction_error=error,
+        absolute_error=math.sqrt(lost),
+        spectral_error=spectral_error,
+        stable_rank=stable_rank(factors.S, factors.norm),
+        rank_for_energy={
+            f"{share:.2f}": rank_for_energy(factors.S, factors.norm, share)
+            for share in ENERGY_SHARES
+        },
+        parameters=rank * (out_features + in_features),
+    )
+
+
+def analyze(factors: Mapping[str, LowRankFactors], rank: int) -> Analysis:
+    """Analysis of every layer at one rank, in the mapping's order.
+
+    Raises:
+        ValueError: if there is no layer, or as `analyze_layer` does.
+    """
+    if not factors:
+        raise ValueError("factors must name at least one layer, got none")
+    layers = (analyze_layer(name, layer, rank) for name, layer in factors.items())
+    return Analysis(rank=rank, layers=tuple(layers))
+
+
+def energy_not_held(squares: list[float], norm: float) -> float:
+    """norm² minus the squared singular values held; 0 where float32 cannot tell it from zero."""
+    missing = norm**2 - math.fsum(squares)
+    return missing if missing > ENERGY_RESOLUTION * norm**2 else 0.0
+
+
+def module_types(names: Iterable[str]) -> dict[str, str]:
+    """Name to kind of module: the last component, or the last two where one would be ambiguous.
+
+    `model.layers.3.self_attn.q_proj` is a `q_proj`; GPT-2's two `c_proj` become `attn.c_proj` and
+    `mlp.c_proj`. Numbers are not kinds and are passed over.
+    """
+    words = {name: [word for word in name.split(".") if not word.isdigit()] for name in names}
+    parents = defaultdict(set)
+    for parts in words.values():
+        parents[tuple(parts[-1:])].add(tuple(parts[-2:-1]))
+    return {
+        name: ".".join(parts[-2:] if len(parents[tuple(parts[-1:])]) > 1 else parts[-1:]) or name
+        for name, parts in words.items()
+    }
+
+
+def layer_depth(name: str) -> int | None:
+    """The block a module sits in, which is the first number in its name; None if it has none."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(found[1]) if found else None

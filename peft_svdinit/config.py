@@ -1,0 +1,141 @@
+"""`SvdLoraConfig`: a LoraConfig whose adapter starts from factors, and which saves as stock LoRA."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import LoraConfig
+
+from .atomic import write_json
+from .initializers import SvdGuided
+
+SIDECAR_NAME = "svdinit_config.json"
+ALIAS_PREFIX = "svd_guided:"
+
+Coverage = Literal["strict", "partial"]
+
+
+@dataclass
+class SvdLoraConfig(LoraConfig):
+    """LoRA whose weights start from the SVD of a delta.
+
+    Use it wherever a LoraConfig goes. What is saved is a stock LoRA adapter: `adapter_config.json`
+    is that of a LoraConfig, and the options below go to `svdinit_config.json` beside it.
+    """
+
+    svd_factors: str = field(
+        default="",
+        metadata={"help": "Factors file, or a folder or Hub id that holds factors.safetensors."},
+    )
+    svd_factors_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the Hub repository of svd_factors."}
+    )
+    svd_start: Literal["delta", "subspace", "reference"] = field(
+        default="delta",
+        metadata={
+            "help": "delta: begin at the delta; subspace: its right singular vectors for A, zero for "
+            "B; reference: begin at the factors with their initial product subtracted."
+        },
+    )
+    svd_split: Literal["output", "balanced"] = field(
+        default="output",
+        metadata={"help": "Where the singular values go: all into B, or their root into A and B."},
+    )
+    svd_coverage: Coverage = field(
+        default="strict",
+        metadata={
+            "help": "strict: every target layer has factors and all factors are used; partial: "
+            "layers without factors start as in stock LoRA, and unused factors are ignored."
+        },
+    )
+    svd_check_base: bool = field(
+        default=True,
+        metadata={"help": "Refuse factors that were taken from another base model."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.svd_factors, str):
+            raise TypeError(
+                "svd_factors must be a path or Hub id, so that the config can be saved, got "
+                f"{type(self.svd_factors).__name__}; use initialize_lora_from_factors for factors "
+                "in memory"
+            )
+        if not self.svd_factors:
+            raise ValueError("svd_factors must name a factors file, folder or Hub id; it is empty")
+        if self.init_lora_weights is not True:
+            raise ValueError(
+                "init_lora_weights must stay True with svd_factors, which initialises the adapter, "
+                f"got {self.init_lora_weights!r}"
+            )
+        if self.svd_coverage not in ("strict", "partial"):
+            raise ValueError(f'svd_coverage must be "strict" or "partial", got {self.svd_coverage!r}')
+        if self.svd_start == "reference" and self.use_dora:
+            raise ValueError(
+                'svd_start="reference" cannot be combined with use_dora: the magnitudes have no '
+                'initial product to subtract; use svd_start="delta"'
+            )
+        self.initializer()
+
+    def initializer(self) -> SvdGuided:
+        """The initialiser these options describe."""
+        return SvdGuided(self.svd_start, self.svd_split)
+
+    def stock(self) -> LoraConfig:
+        """The LoraConfig of the saved adapter.
+
+        A "reference" adapter is saved with its initial factors stacked below the trained ones, at
+        twice the rank; alpha grows so that the scaling stays.
+        """
+        options = {entry.name: getattr(self, entry.name) for entry in fields(LoraConfig) if entry.init}
+        if self.svd_start == "reference":
+            growth = math.sqrt(2) if self.use_rslora else 2
+            options["r"] = 2 * self.r
+            options["lora_alpha"] = growth * self.lora_alpha
+            options["rank_pattern"] = {key: 2 * rank for key, rank in self.rank_pattern.items()}
+            options["alpha_pattern"] = {
+                key: growth * alpha for key, alpha in self.alpha_pattern.items()
+            }
+        return LoraConfig(**options)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json` of a stock LoRA and the sidecar with the svd options."""
+        self.stock().save_pretrained(save_directory, **kwargs)
+        options = {key: value for key, value in asdict(self).items() if key != "runtime_config"}
+        options = {k: sorted(v) if isinstance(v, set) else v for k, v in options.items()}
+        write_json(Path(save_directory) / SIDECAR_NAME, options)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SvdLoraConfig:
+        """The config that an adapter folder was saved with, from its sidecar.
+
+        Raises:
+            ValueError: if the folder has no sidecar; `LoraConfig.from_pretrained` reads any adapter.
+        """
+        path = Path(pretrained_model_name_or_path, subfolder or "", SIDECAR_NAME)
+        if not path.is_file():
+            raise ValueError(
+                f"{path.parent} has no {SIDECAR_NAME}: it was not saved by a SvdLoraConfig, or it "
+                "is not a local folder; LoraConfig.from_pretrained reads it as the stock LoRA it is"
+            )
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def config_of_alias(config: LoraConfig) -> LoraConfig:
+    """`config`, or the SvdLoraConfig that its `init_lora_weights="svd_guided:<path-or-hub-id>"` means.
+
+    For tools that hand only a string through to PEFT.
+    """
+    alias = config.init_lora_weights
+    if not (isinstance(alias, str) and alias.startswith(ALIAS_PREFIX)):
+        return config
+    options = {entry.name: getattr(config, entry.name) for entry in fields(LoraConfig) if entry.init}
+    options["init_lora_weights"] = True
+    return SvdLoraConfig(**options, svd_factors=os.path.expanduser(alias[len(ALIAS_PREFIX) :]))

@@ -1,0 +1,179 @@
+"""The factors file: one safetensors file for the deltas of a whole model.
+
+Tensors `<module>.U` (out, rank), `<module>.S` (rank,), `<module>.Vh` (rank, in) in float32, and where
+the base weight was at hand `<module>.base`, a few of its entries, by which another base model is told
+apart even when every shape agrees. The header's one metadata entry is JSON: format version, base
+model, source, method, seed and each delta's exact Frobenius norm. The same factors give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .atomic import replacing
+from .factors import LowRankFactors
+from .sources import resolve_file
+
+FACTORS_FILE_NAME = "factors.safetensors"
+FORMAT_VERSION = 1
+_HEADER_KEY = "peft_svdinit.factors"
+
+
+@dataclass(frozen=True)
+class FactorsMetadata:
+    """Where factors come from, as stored in the file's header."""
+
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    method: str = "exact"
+    seed: int | None = None
+
+
+def save_factors(
+    path: str | os.PathLike,
+    factors: Mapping[str, LowRankFactors],
+    metadata: FactorsMetadata,
+    *,
+    base_samples: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write `factors` to `path` (a folder gets `factors.safetensors` inside), atomically.
+
+    Raises:
+        ValueError: if there are no factors, or one of them is not finite.
+    """
+    if not factors:
+        raise ValueError("factors is empty: a factors file needs at least one layer")
+    tensors: dict[str, Tensor] = {}
+    norms: dict[str, float] = {}
+    for name, layer in factors.items():
+        for part, tensor in (("U", layer.U), ("S", layer.S), ("Vh", layer.Vh)):
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"factors of layer {name} have NaN or infinite entries in {part}")
+            tensors[f"{name}.{part}"] = tensor.detach().float().cpu().contiguous()
+        norms[name] = layer.norm
+    for name, sample in (base_samples or {}).items():
+        if name in factors:
+            tensors[f"{name}.base"] = sample
+    header = {"format_version": FORMAT_VERSION, **asdict(metadata), "norms": norms}
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        target = target / FACTORS_FILE_NAME
+    with replacing(target) as temporary:
+        save_file(
+            tensors, temporary, {_HEADER_KEY: json.dumps(header, sort_keys=True, allow_nan=False)}
+        )
+    return target
+
+
+class FactorsFile(Mapping[str, LowRankFactors]):
+    """Read-only, lazy view of a factors file: module name to factors, one layer in memory at a time.
+
+    Opening checks the header and every shape without reading tensors; reading a layer checks its
+    values.
+
+    Args:
+        path_or_id: a `.safetensors` file, a folder or a Hub repository with `factors.safetensors`.
+        revision: branch, tag or commit of the Hub repository.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a pickle, truncated, not a factors file, or of another format version.
+    """
+
+    def __init__(self, path_or_id: str | os.PathLike, *, revision: str | None = None) -> None:
+        self.path = resolve_file(
+            path_or_id, FACTORS_FILE_NAME, revision=revision, argument="svd_factors"
+        )
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                header = (file.metadata() or {}).get(_HEADER_KEY)
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.path} is not a readable safetensors file ({error}): truncated while "
+                "copying? Fetch or write it again"
+            ) from error
+        if header is None:
+            raise ValueError(
+                f"{self.path} is a safetensors file but not a factors file; make one with "
+                "`svdinit extract` or `svdinit synthesize`"
+            )
+        fields = json.loads(header)
+        if fields.pop("format_version", None) != FORMAT_VERSION:
+            raise ValueError(
+                f"{self.path} has another format version than {FORMAT_VERSION}, the one this "
+                "peft-svdinit reads: upgrade peft-svdinit or write the file again"
+            )
+        self._norms: dict[str, float] = fields.pop("norms")
+        self.metadata = FactorsMetadata(**fields)
+        self._ranks: dict[str, int] = {}
+        self._with_base: set[str] = {key[:-5] for key in shapes if key.endswith(".base")}
+        for name in self._norms:
+            self._ranks[name] = self._checked_rank(name, shapes)
+
+    def _checked_rank(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        try:
+            (_, rank), (length,), (rows, _) = (
+                shapes[f"{name}.{part}"] for part in ("U", "S", "Vh")
+            )
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"{self.path}: layer {name} lacks U, S or Vh, or one has the wrong number of "
+                "dimensions; write the file again"
+            ) from None
+        if not 1 <= rank == length == rows:
+            raise ValueError(
+                f"{self.path}: layer {name} has factors of ranks {rank}, {length} and {rows} in "
+                "U, S and Vh, which must agree"
+            )
+        return rank
+
+    def __getitem__(self, name: str) -> LowRankFactors:
+        if name not in self._norms:
+            raise KeyError(name)
+        with safe_open(self.path, framework="pt") as file:
+            U, S, Vh = (file.get_tensor(f"{name}.{part}").float() for part in ("U", "S", "Vh"))
+        layer = LowRankFactors(U, S, Vh, self._norms[name])
+        self._check_values(name, layer)
+        return layer
+
+    def _check_values(self, name: str, layer: LowRankFactors) -> None:
+        if not all(torch.isfinite(part).all() for part in (layer.U, layer.S, layer.Vh)):
+            raise ValueError(f"{self.path}: layer {name} has NaN or infinite factors")
+        if (layer.S < 0).any() or (layer.S.diff() > 0).any():
+            raise ValueError(
+                f"{self.path}: the singular values of layer {name} are not descending and >= 0"
+            )
+        if layer.S.norm().item() > layer.norm * (1 + 1e-4) + 1e-30:
+            raise ValueError(
+                f"{self.path}: the singular values of layer {name} exceed the stored norm of its "
+                f"delta, {layer.norm:.6g}"
+            )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._norms)
+
+    def __len__(self) -> int:
+        return len(self._norms)
+
+    def rank_of(self, name: str) -> int:
+        """Triplets held for a layer, without reading it."""
+        return self._ranks[name]
+
+    def base_sample(self, name: str) -> Tensor | None:
+        """The stored entries of the layer's base weight, if the file has them."""
+        if name not in self._with_base:
+            return None
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(f"{name}.base")

@@ -1,0 +1,92 @@
+"""A LoRA layer that subtracts its initial product, so that any start preserves the function.
+
+The forward pass is `base(x) + scaling (B A − B₀ A₀) x` with B₀, A₀ frozen copies of the initial
+factors. The base weight stays untouched: disabling the adapter gives the base, and the whole is a
+stock LoRA of twice the rank, [B | −B₀] [A ; A₀].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.utils.other import transpose
+from torch import Tensor
+
+_BUFFERS = ("svd_reference_A", "svd_reference_B")
+
+
+class ReferenceVariant(LoraVariant):
+    """PEFT's hook for layers whose update is not plain B A."""
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        attach_reference(module, adapter_name)
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight + _change(module, active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data += _change(module, active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight - _change(module, active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def forward(
+        module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        x = module.lora_dropout[active_adapter](x)
+        reference_A, reference_B = (part.to(x.dtype) for part in reference_of(module, active_adapter))
+        now = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+        initial = x @ reference_A.mT @ reference_B.mT
+        return result + (now - initial) * module.scaling[active_adapter]
+
+
+def attach_reference(module: LoraLayer, adapter_name: str) -> None:
+    """Freeze copies of the adapter's present factors on the layer, and subtract their product."""
+    for name, factor in zip(_BUFFERS, (module.lora_A, module.lora_B), strict=True):
+        if not hasattr(module, name):
+            setattr(module, name, BufferDict(persistent=False))
+            # PEFT moves and deletes what these names list along with the adapter.
+            module.other_param_names = (*module.other_param_names, name)
+        getattr(module, name)[adapter_name] = factor[adapter_name].weight.detach().clone()
+    module.lora_variant[adapter_name] = ReferenceVariant()
+
+
+def reference_of(
+    module: LoraLayer, adapter_name: str
+) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+    """The frozen (A₀, B₀) of an adapter."""
+    reference_A, reference_B = (getattr(module, name)[adapter_name] for name in _BUFFERS)
+    return reference_A, reference_B
+
+
+def _change(module: LoraLayer, adapter_name: str) -> Tensor:
+    """scaling (B A − B₀ A₀) in the orientation of the base weight."""
+    reference_A, reference_B = reference_of(module, adapter_name)
+    initial = reference_B.float() @ reference_A.float()
+    now = module.lora_B[adapter_name].weight.float() @ module.lora_A[adapter_name].weight.float()
+    change = (now - initial) * module.scaling[adapter_name]
+    return transpose(change, getattr(module, "fan_in_fan_out", False))
+
+
+def stacked_factors(
+    module: LoraLayer, adapter_name: str
+) -> tuple[Float[Tensor, "double in"], Float[Tensor, "out double"]]:
+    """([A ; A₀], [B | −B₀]), whose product is B A − B₀ A₀."""
+    reference_A, reference_B = reference_of(module, adapter_name)
+    lora_A, lora_B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
+    return (
+        torch.cat([lora_A, reference_A.to(lora_A.dtype)]),
+        torch.cat([lora_B, -reference_B.to(lora_B.dtype)], dim=1),
+    )

@@ -1,0 +1,80 @@
+"""The linear layers of a model architecture, found without loading its weights."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class LinearModule:
+    """One linear layer: its weight is (out, in), or (in, out) if `transposed` as in GPT-2's Conv1D."""
+
+    name: str
+    out_features: int
+    in_features: int
+    transposed: bool
+
+
+def model_skeleton(folder: str | os.PathLike) -> nn.Module:
+    """The model of a checkpoint folder on the meta device: names and shapes, no memory.
+
+    Raises:
+        ValueError: if its configuration names no architecture of transformers.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder)
+    names = config.architectures or ()
+    architecture = getattr(transformers, names[0], None) if names else None
+    if architecture is None:
+        raise ValueError(
+            f"{os.fspath(folder)}: config.json names no architecture that transformers "
+            f"{transformers.__version__} knows (architectures: {list(names)})"
+        )
+    with torch.device("meta"):
+        return architecture(config)
+
+
+def linear_modules(
+    model: nn.Module, target_modules: str | Sequence[str] = "all-linear"
+) -> dict[str, LinearModule]:
+    """Linear layers that LoRA would adapt under `target_modules`, read as PEFT reads it.
+
+    "all-linear" is every linear layer but the output head; another string a regular expression
+    matched against the whole name; a sequence a choice of names or name endings.
+
+    Raises:
+        ValueError: if no layer matches.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    found: dict[str, LinearModule] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            shape, transposed = tuple(module.weight.shape), False
+        elif isinstance(module, Conv1D):
+            shape, transposed = tuple(module.weight.shape)[::-1], True
+        else:
+            continue
+        if _matches(name, target_modules, is_head=module is head):
+            found[name] = LinearModule(name, shape[0], shape[1], transposed)
+    if not found:
+        raise ValueError(
+            f"target_modules={target_modules!r} matches no linear layer of "
+            f'{type(model).__name__}; use "all-linear" or names such as those in '
+            "model.named_modules()"
+        )
+    return found
+
+
+def _matches(name: str, target_modules: str | Sequence[str], *, is_head: bool) -> bool:
+    if target_modules == "all-linear":
+        return not is_head
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in target_modules)

@@ -1,0 +1,106 @@
+"""Finding the files of users: a file, a folder, or a repository of the Hub; never a pickle."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+_PICKLE_SUFFIXES = {".bin", ".pth", ".pt", ".pkl", ".ckpt"}
+
+
+def refuse_pickle(path: Path, argument: str) -> None:
+    """Raise ValueError with the conversion command if `path` looks like a pickle."""
+    if path.suffix in _PICKLE_SUFFIXES:
+        raise ValueError(
+            f"{argument} must be safetensors, got {path}: a pickle can run code when it is "
+            'loaded. If you trust it, convert it once: python -c "import torch; from '
+            "safetensors.torch import save_file; save_file({k: v.contiguous() for k, v in "
+            f"torch.load('{path}', weights_only=True).items()}}, "
+            f"'{path.with_suffix('.safetensors')}')\""
+        )
+
+
+def is_local(path_or_id: str | os.PathLike) -> bool:
+    """Whether the user means the disk: an existing path, or a spelling that no Hub id has."""
+    text = os.fspath(path_or_id)
+    return (
+        os.path.exists(text)
+        or os.path.isabs(text)
+        or text.startswith((".", "~"))
+        or text.count("/") > 1
+        or Path(text).suffix in {".safetensors", ".json", *_PICKLE_SUFFIXES}
+    )
+
+
+def resolve_file(
+    path_or_id: str | os.PathLike, file_name: str, *, argument: str, revision: str | None = None
+) -> Path:
+    """The local path of `file_name` in a folder or Hub repository, or of the file named itself.
+
+    Raises:
+        FileNotFoundError: if it does not exist on the disk or the Hub.
+        ValueError: if it is a pickle.
+    """
+    path = Path(path_or_id).expanduser()
+    refuse_pickle(path, argument)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        inside = path / file_name
+        if not inside.is_file():
+            raise FileNotFoundError(f"{argument}: the folder {path} has no {file_name}")
+        return inside
+    if is_local(path_or_id):
+        raise FileNotFoundError(f"{argument}: there is no file or folder {path}")
+    try:
+        return Path(hf_hub_download(os.fspath(path_or_id), file_name, revision=revision))
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"{argument}: {os.fspath(path_or_id)!r} is neither a path on this disk nor a "
+            f"repository of the Hub with {file_name} that can be reached ({type(error).__name__})"
+        ) from error
+
+
+def resolve_folder(
+    path_or_id: str | os.PathLike, *, argument: str, revision: str | None = None
+) -> Path:
+    """The local folder of a model or adapter: itself, or a snapshot of its JSON and safetensors.
+
+    Raises:
+        FileNotFoundError: if it does not exist on the disk or the Hub.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    if is_local(path_or_id):
+        raise FileNotFoundError(f"{argument}: there is no folder {path}")
+    try:
+        return Path(
+            snapshot_download(
+                os.fspath(path_or_id),
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"{argument}: {os.fspath(path_or_id)!r} is neither a folder on this disk nor a "
+            f"repository of the Hub that can be reached ({type(error).__name__})"
+        ) from error
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refused if `name` (read from somebody's file) leads out of the folder.
+
+    Raises:
+        ValueError: if `name` is absolute or climbs.
+    """
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name:
+        raise ValueError(
+            f"{folder}: refusing the file name {name!r}, which leads out of the folder"
+        )
+    return folder / name

@@ -1,0 +1,159 @@
+"""The base model of a run and its tokenizer: options, loading, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from peft_svdinit.embedded import resolve_model
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The base model, and how it is loaded."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str = field(
+        default="builtin:smollm2-135m",
+        metadata={"help": "Hub id or folder of a causal language model, or builtin:smollm2-135m"},
+    )
+    model_revision: str = field(
+        default="main", metadata={"help": "branch, tag or commit of a model from the Hub"}
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={"help": "type of the loaded weights; auto: as in the checkpoint"},
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "hold the linear layers in 4 bits (NF4, bitsandbytes)"}
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "hold the linear layers in 8 bits (bitsandbytes)"}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "sdpa, eager, flash_attention_2, ...; by default the model's own choice"},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run Python code that comes with the checkpoint"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other; set one of them")
+
+
+def load_model(options: ModelOptions) -> PreTrainedModel:
+    """The base model, from safetensors only.
+
+    A quantised model is on the current device and not yet prepared for training
+    (`peft.prepare_model_for_kbit_training`); any other is on the CPU.
+
+    Raises:
+        ValueError: if the model cannot be found, is an adapter, or has only pickled weights.
+        ModuleNotFoundError: if quantisation is asked for without bitsandbytes.
+    """
+    source = _checked_source(options)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=options.model_revision,
+            dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+            quantization_config=_quantization(options),
+            attn_implementation=options.attn_implementation,
+            trust_remote_code=options.trust_remote_code,
+            use_safetensors=True,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"model_name_or_path: cannot load {options.model_name_or_path!r} from safetensors: "
+            f"{error}\nIf the checkpoint has only pickled weights, which can run code when they "
+            f"are read, and you trust it, convert it once: {_conversion(source)}"
+        ) from error
+
+
+def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; without a padding token of its own it pads with the end token.
+
+    Raises:
+        ValueError: if it cannot be found, or has no end-of-sequence token.
+    """
+    source = _checked_source(options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source,
+            revision=options.model_revision,
+            trust_remote_code=options.trust_remote_code,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"model_name_or_path: cannot load the tokenizer of "
+            f"{options.model_name_or_path!r}: {error}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {options.model_name_or_path!r} has no end-of-sequence token, with "
+            f"which completions must end; set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _checked_source(options: ModelOptions) -> str:
+    source = resolve_model(options.model_name_or_path)
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.is_absolute() or source.startswith((".", "~")) or folder.exists():
+            raise ValueError(f"model_name_or_path must be a folder or a Hub id, got {source!r}")
+        return source
+    files = {file.name for file in folder.iterdir()}
+    if "adapter_config.json" in files and "config.json" not in files:
+        raise ValueError(
+            f"model_name_or_path: {source} holds an adapter; give its base model instead"
+        )
+    pickled = sorted(f for f in files if f.startswith("pytorch_model") and f.endswith(".bin"))
+    if pickled and not any(file.endswith(".safetensors") for file in files):
+        raise ValueError(
+            f"model_name_or_path: {source} has only pickled weights ({pickled[0]}), which can run "
+            f"code when they are read; if you trust them, convert them once: {_conversion(source)}"
+        )
+    return source
+
+
+def _conversion(source: str) -> str:
+    target = Path(source).name + "-safetensors"
+    return (
+        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"M.from_pretrained('{source}', use_safetensors=False, dtype='auto')"
+        f".save_pretrained('{target}'); "
+        f"T.from_pretrained('{source}').save_pretrained('{target}')\""
+    )
+
+
+def _quantization(options: ModelOptions) -> BitsAndBytesConfig | None:
+    if not (options.load_in_4bit or options.load_in_8bit):
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(
+            "load_in_4bit and load_in_8bit need bitsandbytes; "
+            'run: pip install "peft-svdinit[quantization]"'
+        )
+    if options.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+    )

@@ -1,0 +1,354 @@
+"""PEFT's LoRA tuner with starts from factors. With registration.py all that knows PEFT's internals."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .checkpoints import recognition_sample
+from .config import Coverage, SvdLoraConfig, config_of_alias
+from .factors import LowRankFactors
+from .factors_file import FactorsFile
+from .initializers import LoraInit, Split, Start, SvdGuided
+from .layers.reference import ReferenceVariant, attach_reference, reference_of, stacked_factors
+
+logger = logging.getLogger(__name__)
+
+_IN_MEMORY = "<factors in memory>"
+_PREFIX = "base_model.model."
+
+
+class SvdLoraModel(LoraModel):
+    """LoraModel that knows SvdLoraConfig and the string alias; of a stock LoraConfig it is LoraModel."""
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        config = config_of_alias(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
+        if isinstance(config, SvdLoraConfig):
+            # Refuses a bad file before the model is touched.
+            FactorsFile(config.svd_factors, revision=config.svd_factors_revision)
+        super().inject_adapter(
+            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+        )
+        if isinstance(config, SvdLoraConfig):
+            try:
+                self._initialize(adapter_name, config)
+            except Exception:
+                self._remove(adapter_name)
+                raise
+
+    def _initialize(self, adapter_name: str, config: SvdLoraConfig) -> None:
+        initialize_layers(
+            self.model,
+            FactorsFile(config.svd_factors, revision=config.svd_factors_revision),
+            adapter_name,
+            config.initializer(),
+            coverage=config.svd_coverage,
+            check_base=config.svd_check_base,
+        )
+
+    def _remove(self, adapter_name: str) -> None:
+        if set(self.peft_config) == {adapter_name}:
+            self.unload()
+        else:
+            self.delete_adapter(adapter_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        config = self.peft_config[adapter_name]
+        before = _adapter_dtypes(self.model, adapter_name)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if isinstance(config, SvdLoraConfig) and before != _adapter_dtypes(self.model, adapter_name):
+            # PEFT creates adapters in the base's half precision and widens them here: initialise
+            # again, or the start keeps the rounding.
+            self._initialize(adapter_name, config)
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        for name in adapters:
+            if _references(self.model, name):
+                raise ValueError(
+                    f'adapters: {name!r} starts as svd_start="reference", whose update is not B A '
+                    "alone; save it and load it as the stock LoRA it is saved as, then combine that"
+                )
+        super().add_weighted_adapter(adapters, *args, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        tensors = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        for name, layer in _references(model, adapter_name).items():
+            for part, stacked in zip("AB", stacked_factors(layer, adapter_name), strict=True):
+                tensors[f"{name}.lora_{part}.{adapter_name}.weight"] = stacked.detach()
+        return tensors
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: LoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        tensors = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        for name, layer in _references(model, adapter_name).items():
+            _unstack(tensors, name, layer, adapter_name)
+        return tensors
+
+
+def initialize_layers(
+    model: nn.Module,
+    factors: Mapping[str, LowRankFactors],
+    adapter_name: str,
+    initializer: SvdGuided,
+    *,
+    coverage: Coverage = "strict",
+    check_base: bool = True,
+) -> None:
+    """Write the start of every LoRA layer of `adapter_name` under `model`, all layers checked first.
+
+    Raises:
+        ValueError: if target layers and factors do not cover each other (strict), none matches,
+            a rank is above what is held, shapes differ, or the factors are of another base model.
+        TypeError: if a target layer is not a linear one.
+    """
+    layers = {_module_name(name): layer for name, layer in lora_layers(model, adapter_name)}
+    if not layers:
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has no LoRA layer of that name")
+    _check_coverage(layers, factors, coverage)
+    matched = {name: layer for name, layer in layers.items() if name in factors}
+    for name, layer in matched.items():
+        _check_layer(name, layer, adapter_name, factors, initializer)
+    if check_base and isinstance(factors, FactorsFile):
+        _check_base(model, matched, factors)
+    for name, layer in tqdm(matched.items(), desc="SVD start", unit="layer", disable=None):
+        init = initializer(
+            factors[name], rank=layer.r[adapter_name], scaling=layer.scaling[adapter_name]
+        )
+        _write(layer, adapter_name, init)
+    skipped = len(layers) - len(matched)
+    if skipped:
+        logger.warning("%d of %d LoRA layers have no factors and start at random", skipped, len(layers))
+
+
+def initialize_lora_from_factors(
+    model: nn.Module,
+    factors: str | os.PathLike | Mapping[str, LowRankFactors],
+    *,
+    adapter_name: str = "default",
+    start: Start = "delta",
+    split: Split = "output",
+    coverage: Coverage = "strict",
+    check_base: bool = True,
+) -> None:
+    """Start an existing LoRA adapter from factors, in place.
+
+    Args:
+        model: a PeftModel, or a transformers model with an adapter added.
+        factors: a factors file, folder or Hub id, or factors by module name.
+        adapter_name: the adapter to initialise.
+        start, split, coverage, check_base: as `svd_start` and so on of `SvdLoraConfig`.
+
+    Raises:
+        ValueError, TypeError: as `SvdLoraConfig` and `initialize_layers` do.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is None:
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has no adapter of that name")
+    options = {entry.name: getattr(config, entry.name) for entry in fields(LoraConfig) if entry.init}
+    in_memory = isinstance(factors, Mapping)
+    new_config = SvdLoraConfig(
+        **{**options, "init_lora_weights": True},
+        svd_factors=_IN_MEMORY if in_memory else os.fspath(factors),
+        svd_start=start,
+        svd_split=split,
+        svd_coverage=coverage,
+        svd_check_base=check_base,
+    )
+    initialize_layers(
+        model,
+        factors if isinstance(factors, Mapping) else FactorsFile(factors),
+        adapter_name,
+        new_config.initializer(),
+        coverage=coverage,
+        check_base=check_base,
+    )
+    model.peft_config[adapter_name] = new_config
+
+
+def lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+    """Names and LoRA layers that carry the adapter, whatever the kind of layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and (
+            adapter_name in module.lora_A or adapter_name in module.lora_embedding_A
+        ):
+            yield name, module
+
+
+def _module_name(name: str) -> str:
+    return name.removeprefix(_PREFIX)
+
+
+def _check_coverage(
+    layers: Mapping[str, LoraLayer], factors: Mapping[str, LowRankFactors], coverage: Coverage
+) -> None:
+    missing = [name for name in layers if name not in factors]
+    unused = [name for name in factors if name not in layers]
+    if len(missing) == len(layers):
+        raise ValueError(
+            f"svd_factors match none of the {len(layers)} target layers: they are for "
+            f"{_shortened(unused)}, the targets are {_shortened(missing)}"
+        )
+    if coverage == "strict" and (missing or unused):
+        raise ValueError(
+            "svd_factors and target_modules differ: "
+            f"{len(missing)} target layers without factors ({_shortened(missing)}), "
+            f"{len(unused)} factors without target layer ({_shortened(unused)}); change "
+            'target_modules, or set svd_coverage="partial" to accept this'
+        )
+
+
+def _shortened(names: list[str]) -> str:
+    listed = ", ".join(names[:5]) or "none"
+    return f"{listed}, …" if len(names) > 5 else listed
+
+
+def _check_layer(
+    name: str,
+    layer: LoraLayer,
+    adapter_name: str,
+    factors: Mapping[str, LowRankFactors],
+    initializer: SvdGuided,
+) -> None:
+    lora_A = layer.lora_A[adapter_name] if adapter_name in layer.lora_A else None
+    if isinstance(layer, ParamWrapper) or not isinstance(lora_A, nn.Linear):
+        raise TypeError(
+            f"layer {name} is a {type(layer).__name__}, which has no matrix delta; only linear "
+            "layers can start from factors: leave it out of target_modules"
+        )
+    variant = layer.lora_variant.get(adapter_name)
+    if initializer.start == "reference" and not isinstance(variant, ReferenceVariant | None):
+        raise ValueError(
+            f'layer {name}: svd_start="reference" cannot be combined with {type(variant).__name__}'
+        )
+    rank = layer.r[adapter_name]
+    held = factors.rank_of(name) if isinstance(factors, FactorsFile) else factors[name].rank
+    if rank > held:
+        raise ValueError(
+            f"layer {name}: r={rank} is above the {held} triplets that svd_factors holds; lower r "
+            "(or set rank_pattern for this layer), or make factors of a higher rank"
+        )
+    expected = (layer.out_features, layer.in_features)
+    if factors[name].shape != expected:
+        raise ValueError(
+            f"layer {name}: svd_factors are of a delta of shape {factors[name].shape}, the layer's "
+            f"weight is {expected} (out, in): factors of another model?"
+        )
+
+
+def _check_base(
+    model: nn.Module, layers: Mapping[str, LoraLayer], factors: FactorsFile
+) -> None:
+    made_of = factors.metadata.base_model_name_or_path
+    for name, layer in layers.items():
+        sample = factors.base_sample(name)
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if sample is None or weight is None or not weight.is_floating_point() or weight.is_meta:
+            continue
+        with gather_params_ctx(weight):
+            if weight.dim() != 2 or weight.element_size() < 2:
+                continue
+            found = recognition_sample(weight.mT if getattr(layer, "fan_in_fan_out", False) else weight)
+        # Half precision rounds by up to 0.4 %; two models differ by far more somewhere.
+        if not torch.allclose(found, sample, rtol=0.02, atol=0.01 * sample.abs().max().item()):
+            raise ValueError(
+                f"svd_factors were taken from another base model ({made_of}) than this one "
+                f"({getattr(model, 'name_or_path', 'unnamed')}): the weights of layer {name} differ; "
+                "make factors for this model, or set svd_check_base=False if you mean it"
+            )
+
+
+@torch.no_grad()
+def _write(layer: LoraLayer, adapter_name: str, init: LoraInit) -> None:
+    base_weight = getattr(layer.get_base_layer(), "weight", None)
+    for module, value in (
+        (layer.lora_A[adapter_name], init.lora_A),
+        (layer.lora_B[adapter_name], init.lora_B),
+    ):
+        if module.weight.is_meta:
+            # low_cpu_mem_usage left the adapter without memory.
+            device = base_weight.device if base_weight is not None else value.device
+            module.to_empty(device=device)
+            if module.bias is not None:
+                module.bias.zero_()
+        with gather_params_ctx(module.parameters()):
+            module.weight.copy_(value)
+    if init.subtract_initial:
+        attach_reference(layer, adapter_name)
+    elif isinstance(layer.lora_variant.get(adapter_name), ReferenceVariant):
+        del layer.lora_variant[adapter_name]
+    if adapter_name in layer.lora_magnitude_vector:
+        # DoRA's magnitudes are the norms of base + update, which has just changed.
+        layer.lora_variant[adapter_name].init(layer, adapter_name)
+
+
+def _references(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    return {
+        name: layer
+        for name, layer in lora_layers(model, adapter_name)
+        if isinstance(layer.lora_variant.get(adapter_name), ReferenceVariant)
+    }
+
+
+def _unstack(tensors: dict[str, Tensor], name: str, layer: LoraLayer, adapter_name: str) -> None:
+    """Turn the saved [A ; A₀] and [B | −B₀] of a reference layer into its A and B, A₀ and B₀ checked."""
+    keys = [f"{name}.lora_{part}.{adapter_name}.weight" for part in "AB"]
+    stacked_A, stacked_B = (tensors[key] for key in keys)
+    reference_A, reference_B = reference_of(layer, adapter_name)
+    rank = layer.r[adapter_name]
+    if stacked_A.shape[0] != 2 * rank:
+        raise ValueError(
+            f"layer {name}: a saved svd_start=\"reference\" adapter of rank {rank} has {2 * rank} "
+            f"rows in lora_A, this one has {stacked_A.shape[0]}"
+        )
+    saved = (stacked_A[rank:].to(reference_A), -stacked_B[:, rank:].to(reference_B))
+    if not all(map(torch.allclose, saved, (reference_A, reference_B))):
+        raise ValueError(
+            f"layer {name}: the saved adapter started from other factors than svd_factors of this "
+            "model; resume with the factors it was trained with"
+        )
+    tensors[keys[0]], tensors[keys[1]] = stacked_A[:rank].clone(), stacked_B[:, :rank].clone()
+
+
+def _adapter_dtypes(model: nn.Module, adapter_name: str) -> set[torch.dtype]:
+    return {
+        layer.lora_A[adapter_name].weight.dtype
+        for _, layer in lora_layers(model, adapter_name)
+        if adapter_name in layer.lora_A
+    }

@@ -1,0 +1,354 @@
+"""A callback that leaves a run directory behind from which runs can be compared."""
+
+from __future__ import annotations
+
+import json
+import logging
+import numbers
+import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import get_model_param_count
+
+from peft_svdinit.runs import (
+    EVAL_PREFIX,
+    LOSS_CURVE,
+    RUN_INFO,
+    TRAINING_LOG,
+    Row,
+    TrainingLog,
+    describe_environment,
+    read_run_info,
+    read_training_log,
+    write_run_info,
+)
+from trainer_callbacks.loss_curve import figure_class, plot_loss_curve
+
+logger = logging.getLogger(__name__)
+
+# What the Trainer adds to an evaluation's metrics about the evaluation itself.
+_SPEEDS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
+
+
+class ComparisonCallback(TrainerCallback, ExportableState):
+    """Record a training run as `training_log.csv`, `run.json` and `loss_curve.png`.
+
+    The files are those of `peft_svdinit.runs`. Only the main process writes, only during `train()`:
+    an evaluation before or after it is not recorded. A metric that is no single number, and the
+    timings of an evaluation, are left out.
+
+    A run resumed from the checkpoint of step k keeps the rows up to step k and drops the later
+    ones, which training logs again. Where the log is not that of the checkpoint (another
+    `output_dir`), the earlier rows are rebuilt from the checkpoint's history, without seconds and
+    memory. With `eval_on_start` the Trainer evaluates once more when it resumes; that is not
+    recorded, so that the rows are those of an uninterrupted run.
+
+    `seconds` is the wall-clock time from the beginning of each optimizer step to its end, all its
+    micro-batches included. `peak_memory_mb` is in MiB: on CUDA what this process allocated on its
+    device since training began, elsewhere the resident memory of the process (where the system
+    cannot reset that peak, since the process began).
+
+    Args:
+        output_dir: directory of the files; by default `TrainingArguments.output_dir`.
+        name: what people call the run; by default the name of the directory.
+        extra: anything JSON can hold, kept in `run.json`; `extra["comparison"]` describes the
+            run's part in a comparison.
+        plot: draw the loss curve when training ends (needs the extra `report`).
+
+    Raises:
+        TypeError, ValueError: if JSON cannot hold `extra`.
+        ImportError: if `plot` is set and matplotlib is not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        output_dir: str | None = None,
+        name: str | None = None,
+        extra: dict[str, Any] | None = None,
+        plot: bool = True,
+    ) -> None:
+        if extra is not None and not isinstance(extra, dict):
+            raise TypeError(f"extra must be a dict, got {type(extra).__name__}")
+        try:
+            self.extra = json.loads(json.dumps(extra or {}, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"extra must hold only what JSON can hold: {error}") from error
+        if plot:
+            figure_class()  # a missing matplotlib is better known before training than after it
+        self.output_dir = output_dir
+        self.name = name
+        self.plot = plot
+        self.seconds = 0.0
+        self.peak_memory_mb: float | None = None
+        self._log: TrainingLog | None = None
+        self._info: dict[str, Any] = {}
+        self._before_first_step = False
+        self._step_began: float | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the time and memory since the last row, which the log lacks."""
+        return {
+            "args": {
+                "output_dir": self.output_dir,
+                "name": self.name,
+                "extra": self.extra,
+                "plot": self.plot,
+            },
+            "attributes": {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb},
+        }
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._log = None
+        self.seconds = 0.0
+        self.peak_memory_mb = None
+        stateful = cast(dict[str, Any], state.stateful_callbacks)
+        saved = stateful.get(type(self).__name__)
+        if saved is None:
+            # The checkpoint resumed from was made without this callback, and the Trainer would
+            # raise a KeyError at its next one.
+            stateful[type(self).__name__] = self.state()
+        if not state.is_world_process_zero:
+            return
+        if args.include_num_input_tokens_seen == "no":
+            logger.warning(
+                "ComparisonCallback cannot record tokens; pass "
+                "include_num_input_tokens_seen='non_padding' to TrainingArguments"
+            )
+        directory = self._directory(args)
+        resumed = state.global_step > 0
+        rows = self._rows_to_keep(directory / TRAINING_LOG, state) if resumed else []
+        earlier = [*rows]
+        # A list would mean several callbacks of this class, and not say which of them is this one.
+        if resumed and isinstance(saved, dict):
+            earlier.append(saved["attributes"])
+        self.seconds = max((row.get("seconds") or 0.0 for row in earlier), default=0.0)
+        self.peak_memory_mb = (
+            max((row.get("peak_memory_mb") or 0.0 for row in earlier), default=0.0) or None
+        )
+        self._before_first_step = resumed
+        self._step_began = None
+        _reset_peak_memory(args.device)
+        trainable, total = _parameter_counts(model)
+        self._info = {
+            "name": directory.resolve().name if self.name is None else self.name,
+            "seed": args.seed,
+            "data_seed": args.data_seed,
+            "max_steps": state.max_steps,
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+            "world_size": args.world_size,
+            **describe_environment(args.device),
+            "started": _started(directory) if resumed else _now(),
+            "extra": self.extra,
+        }
+        try:
+            if not resumed:
+                for stale in (RUN_INFO, LOSS_CURVE):
+                    (directory / stale).unlink(missing_ok=True)
+            self._log = TrainingLog(directory / TRAINING_LOG, rows)
+            self._write_info(args, state, "running")
+        except OSError as error:
+            raise OSError(
+                f"output_dir of ComparisonCallback must be a writable directory, got {directory}: "
+                f"{error}"
+            ) from error
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._before_first_step = False
+        self._step_began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._log is None or self._step_began is None:
+            return
+        # Kernels run behind the host. The Trainer itself waits for them in these cases, so that
+        # waiting here costs nothing.
+        waits = control.should_log or control.should_evaluate or control.should_save
+        if args.device.type == "cuda" and (waits or control.should_training_stop):
+            torch.cuda.synchronize(args.device)
+        self.seconds += time.perf_counter() - self._step_began
+        self._step_began = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._log is None or self._before_first_step or logs is None:
+            return
+        row = _row({**logs, "step": state.global_step})
+        if row is not None:
+            self._measure_memory(args.device)
+            row["seconds"] = round(self.seconds, 6)
+            row["peak_memory_mb"] = self.peak_memory_mb
+            self._log.append(row)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._log is None:
+            return
+        self._measure_memory(args.device)
+        # On SIGTERM the Trainer's just-in-time checkpoint ends training politely, to be resumed.
+        preempted = args.enable_jit_checkpoint and state.global_step < state.max_steps
+        self._write_info(args, state, "running" if preempted else "completed")
+        if self.plot and self._log.rows:
+            plot_loss_curve(
+                self._log.rows, self._log.path.parent / LOSS_CURVE, title=self._info["name"]
+            )
+        self._log = None
+
+    def _directory(self, args: TrainingArguments) -> Path:
+        directory = args.output_dir if self.output_dir is None else self.output_dir
+        assert directory is not None  # TrainingArguments fills its own in
+        return Path(directory)
+
+    def _rows_to_keep(self, path: Path, state: TrainerState) -> list[Row]:
+        """The rows up to the step that is resumed from."""
+        history: dict[tuple, Row] = {}
+        for entry in state.log_history:
+            row = _row(entry)
+            if row is not None:
+                # Resuming with eval_on_start puts an evaluation into the history a second time.
+                history.setdefault((row["step"], frozenset(row)), row)
+        if not path.exists():
+            return list(history.values())
+        try:
+            rows = read_training_log(path, drop_torn_line=True)
+        except ValueError as error:
+            logger.warning("rebuilt from the checkpoint's history: %s", error)
+            return list(history.values())
+        kept = [row for row in rows if row["step"] <= state.global_step]
+        # As text, where NaN equals NaN.
+        losses = {(row["step"], str(row["loss"])) for row in kept}
+        if all(
+            (row["step"], str(row["loss"])) in losses for row in history.values() if "loss" in row
+        ):
+            return kept
+        logger.warning("%s is not the log of the checkpoint that is resumed; rebuilt from it", path)
+        return list(history.values())
+
+    def _measure_memory(self, device: torch.device) -> None:
+        peak = _peak_memory_mb(device)
+        if peak is not None:
+            self.peak_memory_mb = max(round(peak, 1), self.peak_memory_mb or 0.0)
+
+    def _write_info(self, args: TrainingArguments, state: TrainerState, status: str) -> None:
+        assert self._log is not None
+        metrics = {
+            name: value
+            for row in self._log.rows
+            for name, value in row.items()
+            if name.startswith(EVAL_PREFIX) and value is not None
+        }
+        counted = args.include_num_input_tokens_seen != "no"
+        write_run_info(
+            self._log.path.parent,
+            {
+                "status": status,
+                **self._info,
+                "steps": state.global_step,
+                "tokens": state.num_input_tokens_seen if counted else None,
+                "seconds": round(self.seconds, 6),
+                "peak_memory_mb": self.peak_memory_mb,
+                "metrics": metrics,
+                "finished": _now() if status == "completed" else None,
+            },
+        )
+
+
+def _row(logs: Mapping[str, Any]) -> Row | None:
+    """A log event as a row; None if it has neither a training loss nor an evaluation's metrics.
+
+    The Trainer's closing summary is such an event: it has `train_loss` and `train_runtime`.
+    """
+    numbers_of = {
+        name: float(value) for name, value in logs.items() if isinstance(value, numbers.Real)
+    }
+    row = {
+        name: numbers_of[name]
+        for name in ("loss", "learning_rate", "grad_norm")
+        if name in numbers_of
+    }
+    metrics = {
+        name: value
+        for name, value in numbers_of.items()
+        if name.startswith(EVAL_PREFIX) and not name.endswith(_SPEEDS)
+    }
+    if "loss" not in row and not metrics:
+        return None
+    return {
+        "step": int(logs["step"]),
+        "epoch": logs.get("epoch"),
+        "tokens": logs.get("num_input_tokens_seen"),
+        **row,
+        **metrics,
+    }
+
+
+def _parameter_counts(model: torch.nn.Module | None) -> tuple[int, int]:
+    """Trainable parameters and all of them."""
+    if hasattr(model, "get_nb_trainable_parameters"):  # PEFT's knows how 4-bit weights are packed
+        return model.get_nb_trainable_parameters()  # type: ignore
+    return get_model_param_count(model, trainable_only=True), get_model_param_count(model)
+
+
+def _started(directory: Path) -> str:
+    """When the run that is resumed was started, or now if it left no record."""
+    try:
+        return read_run_info(directory)["started"]
+    except ValueError:
+        return _now()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+    except OSError:
+        pass  # not Linux, or not allowed: the peak is the process's since it began
+
+
+def _peak_memory_mb(device: torch.device) -> float | None:
+    """Peak memory in MiB since `_reset_peak_memory`; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        status = Path("/proc/self/status").read_text()
+        kilobytes = status.split("VmHWM:")[1].split()[0]
+        return int(kilobytes) / 2**10
+    except (OSError, IndexError):
+        pass
+    try:
+        import resource  # Unix only
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
