@@ -1,4 +1,4 @@
-"""Writing files so that a kill at any moment leaves the old content or the new, never half of it."""
+"""Writing files so that a kill at any moment leaves the old content or the new, never a half."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path`, on an error it is removed.
+    """Yield a temporary path beside `path`: it becomes `path`, or on an error it is removed.
 
     The caller writes a file or makes a directory at the yielded path. An existing `path` is
-    replaced: a file atomically, a directory by removing it just before the rename.
+    replaced: a file atomically, a directory (by a directory only) by removing it just before the
+    rename.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +26,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     temporary = workspace / target.name
     try:
         yield temporary
-        if target.is_dir() and not target.is_symlink():
+        if temporary.is_dir() and target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
         os.replace(temporary, target)
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .linear_modules import LinearModule, linear_modules, model_skeleton
-from .sources import inside, refuse_pickle, resolve_folder
+from .sources import inside, read_json, resolve_folder
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 SAMPLE_SIZE = 8
@@ -53,15 +52,19 @@ class Checkpoint:
 
     def _shards(self) -> list[Path]:
         if (self.folder / _INDEX).is_file():
-            index = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
-            paths = [
-                inside(self.folder, name) for name in sorted(set(index["weight_map"].values()))
-            ]
+            index = read_json(self.folder / _INDEX, self.argument)
+            names = set(index.get("weight_map", {}).values())
+            paths = [inside(self.folder, name) for name in sorted(names)]
         elif (self.folder / _SINGLE).is_file():
             paths = [self.folder / _SINGLE]
         else:
-            for pickle in sorted(self.folder.glob("*.bin")):
-                refuse_pickle(pickle, self.argument)
+            if any(self.folder.glob("pytorch_model*.bin")):
+                raise ValueError(
+                    f"{self.argument}: {self.folder} holds its weights as a pickle, which can run "
+                    'code when it is loaded. If you trust it, convert it once: python -c "from '
+                    "transformers import AutoModelForCausalLM; AutoModelForCausalLM."
+                    f"from_pretrained('{self.folder}').save_pretrained('{self.folder}')\""
+                )
             raise FileNotFoundError(
                 f"{self.argument}: the folder {self.folder} has neither {_SINGLE} nor {_INDEX}"
             )
@@ -77,6 +80,13 @@ class Checkpoint:
         with safe_open(self._file_of[key], framework="pt") as file:
             return file.get_tensor(key)
 
+    def stored_key(self, key: str, prefix: str) -> str | None:
+        """`key` as this file spells it: unchanged, or without or with the model's prefix."""
+        for candidate in _spellings(key, prefix):
+            if candidate in self.shapes:
+                return candidate
+        return None
+
     def corner(self, key: str, size: int) -> Tensor:
         """The first `size` rows and columns of a matrix, without reading the rest."""
         with safe_open(self._file_of[key], framework="pt") as file:
@@ -84,7 +94,7 @@ class Checkpoint:
 
 
 class LinearWeights(Mapping[str, Tensor]):
-    """Read-only, lazy view of a checkpoint's linear layers: module name to weight, float32 (out, in).
+    """Read-only, lazy view of the linear layers: module name to weight, float32 (out, in).
 
     The layers are those of the architecture, so that Conv1D weights are turned to (out, in) and
     names agree with the loaded model even where the checkpoint's keys lack its prefix.
@@ -95,7 +105,9 @@ class LinearWeights(Mapping[str, Tensor]):
         target_modules: as in LoraConfig.
 
     Raises:
-        ValueError: if a layer is missing or has another shape than the architecture's.
+        ValueError: if a layer is missing or has another shape than the architecture's; on reading
+            one with NaN or infinite entries.
+        TypeError: on reading a quantised layer.
     """
 
     def __init__(
@@ -107,22 +119,21 @@ class LinearWeights(Mapping[str, Tensor]):
     ) -> None:
         self.checkpoint = checkpoint
         skeleton = model_skeleton(architecture or checkpoint.folder)
-        self._prefix = getattr(skeleton, "base_model_prefix", "")
+        self.prefix = getattr(skeleton, "base_model_prefix", "")
         self.modules = linear_modules(skeleton, target_modules)
         self.keys_of = {name: self._key(name) for name in self.modules}
         for module in self.modules.values():
             self._check_shape(module)
 
     def _key(self, name: str) -> str:
-        key = f"{name}.weight"
-        candidates = (key, key.removeprefix(f"{self._prefix}."), f"{self._prefix}.{key}")
-        for candidate in candidates:
-            if candidate in self.checkpoint.shapes:
-                return candidate
-        raise ValueError(
-            f"{self.checkpoint.argument}: {self.checkpoint.folder} has no weight for layer {name} "
-            f"(looked for {', '.join(dict.fromkeys(candidates))}): another architecture?"
-        )
+        stored = self.checkpoint.stored_key(f"{name}.weight", self.prefix)
+        if stored is None:
+            spellings = dict.fromkeys(_spellings(f"{name}.weight", self.prefix))
+            raise ValueError(
+                f"{self.checkpoint.argument}: {self.checkpoint.folder} has no weight for layer "
+                f"{name} (looked for {', '.join(spellings)}): another architecture?"
+            )
+        return stored
 
     def _check_shape(self, module: LinearModule) -> None:
         shape = self.checkpoint.shapes[self.keys_of[module.name]]
@@ -136,7 +147,7 @@ class LinearWeights(Mapping[str, Tensor]):
     def _oriented(self, name: str, weight: Tensor) -> Float[Tensor, "out in"]:
         argument = self.checkpoint.argument
         if not weight.is_floating_point() or weight.element_size() < 2:
-            raise ValueError(
+            raise TypeError(
                 f"{argument}: the weight of layer {name} is {weight.dtype}: quantised checkpoints "
                 "have no delta; dequantise the model first"
             )
@@ -157,6 +168,10 @@ class LinearWeights(Mapping[str, Tensor]):
         """A few entries by which the weight is recognised, see `recognition_sample`."""
         corner = self.checkpoint.corner(self.keys_of[name], SAMPLE_SIZE)
         return recognition_sample(self._oriented(name, corner))
+
+
+def _spellings(key: str, prefix: str) -> tuple[str, str, str]:
+    return key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}"
 
 
 def recognition_sample(weight: Float[Tensor, "out in"]) -> Float[Tensor, " n"]:

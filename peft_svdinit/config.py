@@ -1,4 +1,4 @@
-"""`SvdLoraConfig`: a LoraConfig whose adapter starts from factors, and which saves as stock LoRA."""
+"""`SvdLoraConfig`: a LoraConfig whose adapter starts from factors and is saved as stock LoRA."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ class SvdLoraConfig(LoraConfig):
         metadata={"help": "Factors file, or a folder or Hub id that holds factors.safetensors."},
     )
     svd_factors_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the Hub repository of svd_factors."}
+        default=None,
+        metadata={"help": "Branch, tag or commit, where svd_factors is a Hub id."},
     )
     svd_start: Literal["delta", "subspace", "reference"] = field(
         default="delta",
         metadata={
-            "help": "delta: begin at the delta; subspace: its right singular vectors for A, zero for "
-            "B; reference: begin at the factors with their initial product subtracted."
+            "help": "delta: begin at the delta; subspace: its right singular vectors for A, zero "
+            "for B; reference: begin at the factors with their initial product subtracted."
         },
     )
     svd_split: Literal["output", "balanced"] = field(
@@ -60,6 +61,8 @@ class SvdLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.svd_factors, os.PathLike):
+            self.svd_factors = os.fspath(self.svd_factors)
         if not isinstance(self.svd_factors, str):
             raise TypeError(
                 "svd_factors must be a path or Hub id, so that the config can be saved, got "
@@ -74,11 +77,19 @@ class SvdLoraConfig(LoraConfig):
                 f"got {self.init_lora_weights!r}"
             )
         if self.svd_coverage not in ("strict", "partial"):
-            raise ValueError(f'svd_coverage must be "strict" or "partial", got {self.svd_coverage!r}')
+            raise ValueError(
+                f'svd_coverage must be "strict" or "partial", got {self.svd_coverage!r}'
+            )
         if self.svd_start == "reference" and self.use_dora:
             raise ValueError(
                 'svd_start="reference" cannot be combined with use_dora: the magnitudes have no '
                 'initial product to subtract; use svd_start="delta"'
+            )
+        others = ", ".join(_other_variants(self))
+        if others:
+            raise ValueError(
+                f"{others} cannot be combined with svd_factors: the update of the layers would not "
+                "be B A; leave one of the two out"
             )
         self.initializer()
 
@@ -92,7 +103,7 @@ class SvdLoraConfig(LoraConfig):
         A "reference" adapter is saved with its initial factors stacked below the trained ones, at
         twice the rank; alpha grows so that the scaling stays.
         """
-        options = {entry.name: getattr(self, entry.name) for entry in fields(LoraConfig) if entry.init}
+        options = lora_options(self)
         if self.svd_start == "reference":
             growth = math.sqrt(2) if self.use_rslora else 2
             options["r"] = 2 * self.r
@@ -117,7 +128,7 @@ class SvdLoraConfig(LoraConfig):
         """The config that an adapter folder was saved with, from its sidecar.
 
         Raises:
-            ValueError: if the folder has no sidecar; `LoraConfig.from_pretrained` reads any adapter.
+            ValueError: if the folder has no sidecar; LoraConfig.from_pretrained reads any adapter.
         """
         path = Path(pretrained_model_name_or_path, subfolder or "", SIDECAR_NAME)
         if not path.is_file():
@@ -128,14 +139,29 @@ class SvdLoraConfig(LoraConfig):
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
+def _other_variants(config: LoraConfig) -> list[str]:
+    """Options in use that replace LoRA's update; under DoRA and aLoRA it still begins at B A."""
+    return [
+        entry.name
+        for entry in fields(LoraConfig)
+        if entry.metadata.get("is_lora_variant")
+        and entry.name not in ("use_dora", "alora_invocation_tokens")
+        and getattr(config, entry.name)
+    ]
+
+
 def config_of_alias(config: LoraConfig) -> LoraConfig:
-    """`config`, or the SvdLoraConfig that its `init_lora_weights="svd_guided:<path-or-hub-id>"` means.
+    """`config`, or what its `init_lora_weights="svd_guided:<path-or-hub-id>"` means.
 
     For tools that hand only a string through to PEFT.
     """
     alias = config.init_lora_weights
     if not (isinstance(alias, str) and alias.startswith(ALIAS_PREFIX)):
         return config
-    options = {entry.name: getattr(config, entry.name) for entry in fields(LoraConfig) if entry.init}
-    options["init_lora_weights"] = True
+    options = {**lora_options(config), "init_lora_weights": True}
     return SvdLoraConfig(**options, svd_factors=os.path.expanduser(alias[len(ALIAS_PREFIX) :]))
+
+
+def lora_options(config: LoraConfig) -> dict[str, Any]:
+    """What a LoraConfig was made with, the fields of subclasses left out."""
+    return {entry.name: getattr(config, entry.name) for entry in fields(LoraConfig) if entry.init}

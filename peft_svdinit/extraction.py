@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from .deltas import CheckpointPair, LoraAdapter, Synthesis
 from .factors import LowRankFactors
 from .factors_file import FactorsMetadata
 from .linalg.truncated import Method
+
+Delta = TypeVar("Delta")
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,6 @@ def factors_of_checkpoints(
     return Extraction(factors, metadata, {name: pair.base.sample(name) for name in factors})
 
 
-def _progress(layers: Mapping[str, Tensor], description: str) -> Iterator[tuple]:
+def _progress(layers: Mapping[str, Delta], description: str) -> Iterator[tuple[str, Delta]]:
     # disable=None: no bar where standard error is not a terminal.
     return iter(tqdm(layers.items(), desc=description, unit="layer", disable=None))

@@ -1,14 +1,16 @@
 """The factors file: one safetensors file for the deltas of a whole model.
 
-Tensors `<module>.U` (out, rank), `<module>.S` (rank,), `<module>.Vh` (rank, in) in float32, and where
-the base weight was at hand `<module>.base`, a few of its entries, by which another base model is told
-apart even when every shape agrees. The header's one metadata entry is JSON: format version, base
-model, source, method, seed and each delta's exact Frobenius norm. The same factors give the same bytes.
+Tensors `<module>.U` (out, rank), `<module>.S` (rank,), `<module>.Vh` (rank, in) in float32, and
+where the base weight was at hand `<module>.base`, a few of its entries, by which another base model
+is told apart even when every shape agrees. The header's one metadata entry is JSON: format version,
+base model, source, method, seed and each delta's exact Frobenius norm. The same factors give the
+same bytes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from .atomic import replacing
 from .factors import LowRankFactors
+from .linalg import frobenius_norm
 from .sources import resolve_file
 
 FACTORS_FILE_NAME = "factors.safetensors"
@@ -50,16 +53,17 @@ def save_factors(
     """Write `factors` to `path` (a folder gets `factors.safetensors` inside), atomically.
 
     Raises:
-        ValueError: if there are no factors, or one of them is not finite.
+        ValueError: if there are no factors, or the reader would refuse those of a layer.
     """
     if not factors:
         raise ValueError("factors is empty: a factors file needs at least one layer")
     tensors: dict[str, Tensor] = {}
     norms: dict[str, float] = {}
     for name, layer in factors.items():
+        defect = _defect(layer)
+        if defect:
+            raise ValueError(f"factors: layer {name} has {defect}")
         for part, tensor in (("U", layer.U), ("S", layer.S), ("Vh", layer.Vh)):
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"factors of layer {name} have NaN or infinite entries in {part}")
             tensors[f"{name}.{part}"] = tensor.detach().float().cpu().contiguous()
         norms[name] = layer.norm
     for name, sample in (base_samples or {}).items():
@@ -77,7 +81,7 @@ def save_factors(
 
 
 class FactorsFile(Mapping[str, LowRankFactors]):
-    """Read-only, lazy view of a factors file: module name to factors, one layer in memory at a time.
+    """Read-only, lazy view of a factors file: module name to factors, one layer read at a time.
 
     Opening checks the header and every shape without reading tensors; reading a layer checks its
     values.
@@ -109,18 +113,31 @@ class FactorsFile(Mapping[str, LowRankFactors]):
                 f"{self.path} is a safetensors file but not a factors file; make one with "
                 "`svdinit extract` or `svdinit synthesize`"
             )
-        fields = json.loads(header)
-        if fields.pop("format_version", None) != FORMAT_VERSION:
+        self.metadata, self._norms = self._parsed(header)
+        unlisted = {key.rpartition(".")[0] for key in shapes} - self._norms.keys()
+        if unlisted:
             raise ValueError(
-                f"{self.path} has another format version than {FORMAT_VERSION}, the one this "
-                "peft-svdinit reads: upgrade peft-svdinit or write the file again"
+                f"{self.path}: the header has no norm for layer {min(unlisted)}, of which the file "
+                "holds tensors; write the file again"
             )
-        self._norms: dict[str, float] = fields.pop("norms")
-        self.metadata = FactorsMetadata(**fields)
-        self._ranks: dict[str, int] = {}
-        self._with_base: set[str] = {key[:-5] for key in shapes if key.endswith(".base")}
-        for name in self._norms:
-            self._ranks[name] = self._checked_rank(name, shapes)
+        self._ranks = {name: self._checked_rank(name, shapes) for name in self._norms}
+        self._with_base = {name for name in self._norms if f"{name}.base" in shapes}
+
+    def _parsed(self, header: str) -> tuple[FactorsMetadata, dict[str, float]]:
+        try:
+            fields = json.loads(header)
+            version = fields.pop("format_version", None)
+            if version == FORMAT_VERSION:
+                norms = {name: float(norm) for name, norm in fields.pop("norms").items()}
+                return FactorsMetadata(**fields), norms
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.path} has a damaged factors header ({error}); write the file again"
+            ) from error
+        raise ValueError(
+            f"{self.path} has format version {version}, this peft-svdinit reads {FORMAT_VERSION}: "
+            "upgrade peft-svdinit or write the file again"
+        )
 
     def _checked_rank(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
         try:
@@ -145,21 +162,10 @@ class FactorsFile(Mapping[str, LowRankFactors]):
         with safe_open(self.path, framework="pt") as file:
             U, S, Vh = (file.get_tensor(f"{name}.{part}").float() for part in ("U", "S", "Vh"))
         layer = LowRankFactors(U, S, Vh, self._norms[name])
-        self._check_values(name, layer)
+        defect = _defect(layer)
+        if defect:
+            raise ValueError(f"{self.path}: layer {name} has {defect}; write the file again")
         return layer
-
-    def _check_values(self, name: str, layer: LowRankFactors) -> None:
-        if not all(torch.isfinite(part).all() for part in (layer.U, layer.S, layer.Vh)):
-            raise ValueError(f"{self.path}: layer {name} has NaN or infinite factors")
-        if (layer.S < 0).any() or (layer.S.diff() > 0).any():
-            raise ValueError(
-                f"{self.path}: the singular values of layer {name} are not descending and >= 0"
-            )
-        if layer.S.norm().item() > layer.norm * (1 + 1e-4) + 1e-30:
-            raise ValueError(
-                f"{self.path}: the singular values of layer {name} exceed the stored norm of its "
-                f"delta, {layer.norm:.6g}"
-            )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._norms)
@@ -177,3 +183,17 @@ class FactorsFile(Mapping[str, LowRankFactors]):
             return None
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(f"{name}.base")
+
+
+def _defect(layer: LowRankFactors) -> str | None:
+    """What makes these no factors of a delta, or None."""
+    if not all(torch.isfinite(part).all() for part in (layer.U, layer.S, layer.Vh)):
+        return "NaN or infinite factors"
+    if (layer.S < 0).any() or (layer.S.diff() > 0).any():
+        return "singular values that are not descending and >= 0"
+    if not 0 <= layer.norm < math.inf:
+        return f"a delta norm of {layer.norm}"
+    # Slack for float32 rounding.
+    if frobenius_norm(layer.S) > layer.norm * (1 + 1e-4) + 1e-30:
+        return f"singular values that exceed the norm of its delta, {layer.norm:.6g}"
+    return None

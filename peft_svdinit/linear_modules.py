@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True)
 class LinearModule:
-    """One linear layer: its weight is (out, in), or (in, out) if `transposed` as in GPT-2's Conv1D."""
+    """One linear layer, of weight (out, in), or (in, out) if `transposed` as in GPT-2's Conv1D."""
 
     name: str
     out_features: int

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
@@ -76,7 +78,7 @@ def resolve_folder(
     if path.is_dir():
         return path
     if is_local(path_or_id):
-        raise FileNotFoundError(f"{argument}: there is no folder {path}")
+        raise FileNotFoundError(f"{argument}: {path} is not a folder on this disk")
     try:
         return Path(
             snapshot_download(
@@ -92,6 +94,24 @@ def resolve_folder(
         ) from error
 
 
+def read_json(path: Path, argument: str) -> dict[str, Any]:
+    """The object in a JSON file of `argument`.
+
+    Raises:
+        ValueError: if it is not JSON, or no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{argument}: {path} is not readable JSON ({error}): truncated while copying? Fetch it "
+            "again"
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{argument}: {path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
 def inside(folder: Path, name: str) -> Path:
     """`folder / name`, refused if `name` (read from somebody's file) leads out of the folder.
 
@@ -104,3 +124,12 @@ def inside(folder: Path, name: str) -> Path:
             f"{folder}: refusing the file name {name!r}, which leads out of the folder"
         )
     return folder / name
+
+
+def file_stamps(path_or_id: str | os.PathLike) -> dict[str, list[int]] | None:
+    """Size and time of change of a path's files, by which a change is noticed; None of a Hub id."""
+    path = Path(path_or_id).expanduser()
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}

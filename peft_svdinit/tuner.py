@@ -1,36 +1,47 @@
-"""PEFT's LoRA tuner with starts from factors. With registration.py all that knows PEFT's internals."""
+"""PEFT's LoRA tuner with starts from factors; with registration.py what knows PEFT's internals."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.utils.integrations import gather_params_ctx
+from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checkpoints import recognition_sample
-from .config import Coverage, SvdLoraConfig, config_of_alias
+from .config import Coverage, SvdLoraConfig, config_of_alias, lora_options
 from .factors import LowRankFactors
 from .factors_file import FactorsFile
 from .initializers import LoraInit, Split, Start, SvdGuided
-from .layers.reference import ReferenceVariant, attach_reference, reference_of, stacked_factors
+from .layers.reference import (
+    ReferenceVariant,
+    attach_reference,
+    attach_zero_reference,
+    detach_reference,
+    reference_of,
+    stacked_factors,
+)
 
 logger = logging.getLogger(__name__)
 
 _IN_MEMORY = "<factors in memory>"
 _PREFIX = "base_model.model."
+# Values of init_lora_weights under which PEFT subtracts from the base weight.
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "orthogonal")
 
 
 class SvdLoraModel(LoraModel):
-    """LoraModel that knows SvdLoraConfig and the string alias; of a stock LoraConfig it is LoraModel."""
+    """LoraModel that knows SvdLoraConfig and the string alias; any other config passes through."""
+
+    _just_started: str | None = None
+    """The adapter whose weights nobody has touched since they were initialised."""
 
     def inject_adapter(
         self,
@@ -42,18 +53,24 @@ class SvdLoraModel(LoraModel):
     ) -> None:
         config = config_of_alias(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
-        if isinstance(config, SvdLoraConfig):
-            # Refuses a bad file before the model is touched.
-            FactorsFile(config.svd_factors, revision=config.svd_factors_revision)
-        super().inject_adapter(
-            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
-        )
-        if isinstance(config, SvdLoraConfig):
-            try:
-                self._initialize(adapter_name, config)
-            except Exception:
-                self._remove(adapter_name)
-                raise
+        options = (autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        if not isinstance(config, SvdLoraConfig):
+            super().inject_adapter(model, adapter_name, *options)
+            return
+        # Refuses a bad file before the model is touched.
+        FactorsFile(config.svd_factors, revision=config.svd_factors_revision)
+        active = self.active_adapter
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            super().inject_adapter(model, adapter_name, *options)
+            self._initialize(adapter_name, config)
+        except Exception:
+            self._remove(adapter_name)
+            self.active_adapter = active
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            raise
+        self._just_started = adapter_name
 
     def _initialize(self, adapter_name: str, config: SvdLoraConfig) -> None:
         initialize_layers(
@@ -75,9 +92,12 @@ class SvdLoraModel(LoraModel):
         config = self.peft_config[adapter_name]
         before = _adapter_dtypes(self.model, adapter_name)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if isinstance(config, SvdLoraConfig) and before != _adapter_dtypes(self.model, adapter_name):
-            # PEFT creates adapters in the base's half precision and widens them here: initialise
-            # again, or the start keeps the rounding.
+        just_started, self._just_started = self._just_started == adapter_name, None
+        if not (just_started and isinstance(config, SvdLoraConfig)):
+            return
+        # PEFT creates adapters in the base's half precision and widens them here: initialise
+        # again, or the start keeps the rounding.
+        if before != _adapter_dtypes(self.model, adapter_name):
             self._initialize(adapter_name, config)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
@@ -87,7 +107,16 @@ class SvdLoraModel(LoraModel):
                     f'adapters: {name!r} starts as svd_start="reference", whose update is not B A '
                     "alone; save it and load it as the stock LoRA it is saved as, then combine that"
                 )
-        super().add_weighted_adapter(adapters, *args, **kwargs)
+        config = self.peft_config.get(next(iter(adapters), ""))
+        if not isinstance(config, SvdLoraConfig):
+            super().add_weighted_adapter(adapters, *args, **kwargs)
+            return
+        # The new adapter gets a copy of the first one's config and must not start from factors.
+        self.peft_config[adapters[0]] = config.stock()
+        try:
+            super().add_weighted_adapter(adapters, *args, **kwargs)
+        finally:
+            self.peft_config[adapters[0]] = config
 
     @classmethod
     def _get_adapter_state_dict(
@@ -102,8 +131,11 @@ class SvdLoraModel(LoraModel):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         for name, layer in _references(model, adapter_name).items():
-            for part, stacked in zip("AB", stacked_factors(layer, adapter_name), strict=True):
-                tensors[f"{name}.lora_{part}.{adapter_name}.weight"] = stacked.detach()
+            keys = _weight_keys(name, adapter_name)
+            # Processes other than the main one are given no tensors in sharded training.
+            if tensors.keys() >= set(keys):
+                stacked = stacked_factors(layer, adapter_name, *(tensors[key] for key in keys))
+                tensors.update(zip(keys, stacked, strict=True))
         return tensors
 
     @classmethod
@@ -131,12 +163,13 @@ def initialize_layers(
     coverage: Coverage = "strict",
     check_base: bool = True,
 ) -> None:
-    """Write the start of every LoRA layer of `adapter_name` under `model`, all layers checked first.
+    """Write the start of every LoRA layer of the adapter under `model`, all layers checked first.
 
     Raises:
         ValueError: if target layers and factors do not cover each other (strict), none matches,
             a rank is above what is held, shapes differ, or the factors are of another base model.
         TypeError: if a target layer is not a linear one.
+        RuntimeError: if the adapter is merged into the base weight.
     """
     layers = {_module_name(name): layer for name, layer in lora_layers(model, adapter_name)}
     if not layers:
@@ -144,7 +177,10 @@ def initialize_layers(
     _check_coverage(layers, factors, coverage)
     matched = {name: layer for name, layer in layers.items() if name in factors}
     for name, layer in matched.items():
-        _check_layer(name, layer, adapter_name, factors, initializer)
+        _check_layer(name, layer, adapter_name, factors)
+    if initializer.start == "reference":
+        for name, layer in layers.items():
+            _check_can_subtract(name, layer, adapter_name)
     if check_base and isinstance(factors, FactorsFile):
         _check_base(model, matched, factors)
     for name, layer in tqdm(matched.items(), desc="SVD start", unit="layer", disable=None):
@@ -152,9 +188,13 @@ def initialize_layers(
             factors[name], rank=layer.r[adapter_name], scaling=layer.scaling[adapter_name]
         )
         _write(layer, adapter_name, init)
-    skipped = len(layers) - len(matched)
+    skipped = [layer for name, layer in layers.items() if name not in matched]
+    for layer in skipped:
+        _start_without_factors(layer, adapter_name, initializer)
     if skipped:
-        logger.warning("%d of %d LoRA layers have no factors and start at random", skipped, len(layers))
+        logger.warning(
+            "%d of %d LoRA layers have no factors and start at random", len(skipped), len(layers)
+        )
 
 
 def initialize_lora_from_factors(
@@ -176,15 +216,22 @@ def initialize_lora_from_factors(
         start, split, coverage, check_base: as `svd_start` and so on of `SvdLoraConfig`.
 
     Raises:
-        ValueError, TypeError: as `SvdLoraConfig` and `initialize_layers` do.
+        ValueError, TypeError: as `SvdLoraConfig` and `initialize_layers` do, and if the adapter's
+            own initialisation moved the base weights.
+        RuntimeError: if the adapter is merged.
     """
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is None:
         raise ValueError(f"adapter_name={adapter_name!r}: the model has no adapter of that name")
-    options = {entry.name: getattr(config, entry.name) for entry in fields(LoraConfig) if entry.init}
+    previous = config.init_lora_weights
+    if isinstance(previous, str) and previous.lower().startswith(_MOVES_BASE):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} was made with init_lora_weights={previous!r}, which "
+            "moved the base weights; make the adapter with init_lora_weights=True first"
+        )
     in_memory = isinstance(factors, Mapping)
     new_config = SvdLoraConfig(
-        **{**options, "init_lora_weights": True},
+        **{**lora_options(config), "init_lora_weights": True},
         svd_factors=_IN_MEMORY if in_memory else os.fspath(factors),
         svd_start=start,
         svd_split=split,
@@ -244,18 +291,16 @@ def _check_layer(
     layer: LoraLayer,
     adapter_name: str,
     factors: Mapping[str, LowRankFactors],
-    initializer: SvdGuided,
 ) -> None:
-    lora_A = layer.lora_A[adapter_name] if adapter_name in layer.lora_A else None
-    if isinstance(layer, ParamWrapper) or not isinstance(lora_A, nn.Linear):
+    if not _is_linear(layer, adapter_name):
         raise TypeError(
             f"layer {name} is a {type(layer).__name__}, which has no matrix delta; only linear "
             "layers can start from factors: leave it out of target_modules"
         )
-    variant = layer.lora_variant.get(adapter_name)
-    if initializer.start == "reference" and not isinstance(variant, ReferenceVariant | None):
-        raise ValueError(
-            f'layer {name}: svd_start="reference" cannot be combined with {type(variant).__name__}'
+    if adapter_name in layer.merged_adapters:
+        raise RuntimeError(
+            f"layer {name}: adapter {adapter_name!r} is merged into the base weight; call "
+            "unmerge_adapter() before initialising it"
         )
     rank = layer.r[adapter_name]
     held = factors.rank_of(name) if isinstance(factors, FactorsFile) else factors[name].rank
@@ -272,9 +317,31 @@ def _check_layer(
         )
 
 
-def _check_base(
-    model: nn.Module, layers: Mapping[str, LoraLayer], factors: FactorsFile
-) -> None:
+def _is_linear(layer: LoraLayer, adapter_name: str) -> bool:
+    lora_A = layer.lora_A[adapter_name] if adapter_name in layer.lora_A else None
+    return isinstance(lora_A, nn.Linear) and not isinstance(layer, ParamWrapper)
+
+
+def _check_can_subtract(name: str, layer: LoraLayer, adapter_name: str) -> None:
+    """Also of a layer without factors: its A and B are saved at the doubled rank of all others."""
+    kind = type(layer)
+    consults_variants = (
+        kind.lora_variants is not LoraLayer.lora_variants
+        or kind.resolve_lora_variant is not LoraLayer.resolve_lora_variant
+    )
+    if not _is_linear(layer, adapter_name) or not consults_variants:
+        raise TypeError(
+            f"layer {name} is a {kind.__name__}, whose update can only be B A: leave it out of "
+            'target_modules, or use another start than svd_start="reference"'
+        )
+    variant = layer.lora_variant.get(adapter_name)
+    if not isinstance(variant, ReferenceVariant | None):
+        raise ValueError(
+            f'layer {name}: svd_start="reference" cannot be combined with {type(variant).__name__}'
+        )
+
+
+def _check_base(model: nn.Module, layers: Mapping[str, LoraLayer], factors: FactorsFile) -> None:
     made_of = factors.metadata.base_model_name_or_path
     for name, layer in layers.items():
         sample = factors.base_sample(name)
@@ -284,38 +351,69 @@ def _check_base(
         with gather_params_ctx(weight):
             if weight.dim() != 2 or weight.element_size() < 2:
                 continue
-            found = recognition_sample(weight.mT if getattr(layer, "fan_in_fan_out", False) else weight)
+            transposed = getattr(layer, "fan_in_fan_out", False)
+            found = recognition_sample(weight.mT if transposed else weight)
         # Half precision rounds by up to 0.4 %; two models differ by far more somewhere.
         if not torch.allclose(found, sample, rtol=0.02, atol=0.01 * sample.abs().max().item()):
+            given = getattr(model, "name_or_path", None) or "unnamed"
             raise ValueError(
                 f"svd_factors were taken from another base model ({made_of}) than this one "
-                f"({getattr(model, 'name_or_path', 'unnamed')}): the weights of layer {name} differ; "
-                "make factors for this model, or set svd_check_base=False if you mean it"
+                f"({given}): the weights of layer {name} differ; make factors for this model, or "
+                "set svd_check_base=False if you mean it"
             )
 
 
 @torch.no_grad()
 def _write(layer: LoraLayer, adapter_name: str, init: LoraInit) -> None:
-    base_weight = getattr(layer.get_base_layer(), "weight", None)
     for module, value in (
         (layer.lora_A[adapter_name], init.lora_A),
         (layer.lora_B[adapter_name], init.lora_B),
     ):
-        if module.weight.is_meta:
-            # low_cpu_mem_usage left the adapter without memory.
-            device = base_weight.device if base_weight is not None else value.device
-            module.to_empty(device=device)
-            if module.bias is not None:
-                module.bias.zero_()
+        if _given_memory(module, layer) and module.bias is not None:
+            module.bias.zero_()
         with gather_params_ctx(module.parameters()):
             module.weight.copy_(value)
     if init.subtract_initial:
         attach_reference(layer, adapter_name)
     elif isinstance(layer.lora_variant.get(adapter_name), ReferenceVariant):
-        del layer.lora_variant[adapter_name]
+        detach_reference(layer, adapter_name)
     if adapter_name in layer.lora_magnitude_vector:
-        # DoRA's magnitudes are the norms of base + update, which has just changed.
-        layer.lora_variant[adapter_name].init(layer, adapter_name)
+        _refresh_magnitude(layer, adapter_name)
+
+
+@torch.no_grad()
+def _start_without_factors(layer: LoraLayer, adapter_name: str, initializer: SvdGuided) -> None:
+    if not _is_linear(layer, adapter_name):
+        return
+    given = [_given_memory(part[adapter_name], layer) for part in (layer.lora_A, layer.lora_B)]
+    if any(given):
+        layer.reset_lora_parameters(adapter_name, True)
+    if adapter_name in layer.lora_magnitude_vector:
+        _refresh_magnitude(layer, adapter_name)
+    if initializer.start == "reference":
+        attach_zero_reference(layer, adapter_name)
+
+
+def _given_memory(module: nn.Module, layer: LoraLayer) -> bool:
+    """Whether the adapter's module was on the meta device (low_cpu_mem_usage) and no longer is."""
+    if not module.weight.is_meta:
+        return False
+    base_weight = getattr(layer.get_base_layer(), "weight", None)
+    offloaded = base_weight is None or base_weight.is_meta
+    module.to_empty(device="cpu" if offloaded else base_weight.device)
+    return True
+
+
+def _refresh_magnitude(layer: LoraLayer, adapter_name: str) -> None:
+    """Set DoRA's magnitudes to the norms of base + update, in place: an optimizer may hold them."""
+    magnitude, base_layer = layer.lora_magnitude_vector[adapter_name], layer.get_base_layer()
+    lora_A, lora_B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    _given_memory(magnitude, layer)
+    with gather_params_ctx([lora_A, lora_B, *base_layer.parameters()]):
+        weight = dequantize_module_weight(base_layer).to(lora_A.device)
+        norm = magnitude.get_weight_norm(weight, lora_B @ lora_A, layer.scaling[adapter_name])
+    with gather_params_ctx(magnitude.parameters()):
+        magnitude.weight.copy_(norm)
 
 
 def _references(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
@@ -326,15 +424,21 @@ def _references(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     }
 
 
+def _weight_keys(name: str, adapter_name: str) -> list[str]:
+    return [f"{name}.lora_{part}.{adapter_name}.weight" for part in "AB"]
+
+
 def _unstack(tensors: dict[str, Tensor], name: str, layer: LoraLayer, adapter_name: str) -> None:
-    """Turn the saved [A ; A₀] and [B | −B₀] of a reference layer into its A and B, A₀ and B₀ checked."""
-    keys = [f"{name}.lora_{part}.{adapter_name}.weight" for part in "AB"]
+    """Turn the saved [A ; A₀] and [B | −B₀] of a layer into A and B; A₀ and B₀ are checked."""
+    keys = _weight_keys(name, adapter_name)
+    if not tensors.keys() >= set(keys):
+        return  # PEFT reports what a file lacks.
     stacked_A, stacked_B = (tensors[key] for key in keys)
     reference_A, reference_B = reference_of(layer, adapter_name)
     rank = layer.r[adapter_name]
     if stacked_A.shape[0] != 2 * rank:
         raise ValueError(
-            f"layer {name}: a saved svd_start=\"reference\" adapter of rank {rank} has {2 * rank} "
+            f'layer {name}: a saved svd_start="reference" adapter of rank {rank} has {2 * rank} '
             f"rows in lora_A, this one has {stacked_A.shape[0]}"
         )
     saved = (stacked_A[rank:].to(reference_A), -stacked_B[:, rank:].to(reference_B))
@@ -351,4 +455,12 @@ def _adapter_dtypes(model: nn.Module, adapter_name: str) -> set[torch.dtype]:
         layer.lora_A[adapter_name].weight.dtype
         for _, layer in lora_layers(model, adapter_name)
         if adapter_name in layer.lora_A
+    }
+
+
+def lora_scalings(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+    """The factor before B A of every LoRA layer that carries the adapter, by module name."""
+    return {
+        _module_name(name): layer.scaling[adapter_name]
+        for name, layer in lora_layers(model, adapter_name)
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainer_callbacks.adam_moments import CarryMomentsCallback, SaveMomentsCallback
 from trainer_callbacks.comparison import ComparisonCallback
 
-__all__ = ["ComparisonCallback"]
+__all__ = ["CarryMomentsCallback", "ComparisonCallback", "SaveMomentsCallback"]

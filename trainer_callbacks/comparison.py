@@ -48,7 +48,9 @@ class ComparisonCallback(TrainerCallback, ExportableState):
     ones, which training logs again. Where the log is not that of the checkpoint (another
     `output_dir`), the earlier rows are rebuilt from the checkpoint's history, without seconds and
     memory. With `eval_on_start` the Trainer evaluates once more when it resumes; that is not
-    recorded, so that the rows are those of an uninterrupted run.
+    recorded, so that the rows are those of an uninterrupted run. One difference is the Trainer's
+    own: it averages the first loss after a resume since the checkpoint, not since the last log;
+    make `save_steps` a multiple of `logging_steps` to avoid it.
 
     `seconds` is the wall-clock time from the beginning of each optimizer step to its end, all its
     micro-batches included. `peak_memory_mb` is in MiB: on CUDA what this process allocated on its
@@ -114,8 +116,6 @@ class ComparisonCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         self._log = None
-        self.seconds = 0.0
-        self.peak_memory_mb = None
         stateful = cast(dict[str, Any], state.stateful_callbacks)
         saved = stateful.get(type(self).__name__)
         if saved is None:

@@ -15,11 +15,12 @@ from ..atomic import replacing
 from ..factors import LowRankFactors
 from .layers import Analysis, LayerAnalysis, energy_not_held, layer_depth, module_types
 
-# Okabe and Ito's colours, told apart with any colour vision; their yellow is too pale on white.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+# Okabe and Ito's colours, told apart with any colour vision, but for their yellow, too pale on
+# white, and their black, too heavy in a filled area.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#454545")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 OTHER = "other"
-OTHER_COLOUR = "#8A8A8A"
+OTHER_COLOUR = "#B5B5B5"
 GUIDE = "#6B6B6B"
 
 
@@ -33,12 +34,11 @@ def plot_analysis(analysis: Analysis, path: str | os.PathLike, *, title: str = "
         ImportError: without matplotlib.
     """
     figure = _figure(11.5, 8.6)
-    heading = title or "SVD of the weight deltas"
-    figure.suptitle(
-        f"{heading}: rank {analysis.rank} keeps {analysis.energy_ratio:.1%} of the energy "
-        f"of {len(analysis.layers)} layers",
-        fontsize=13,
+    kept = (
+        f"rank {analysis.rank} keeps {analysis.energy_ratio:.1%} of the energy "
+        f"({len(analysis.layers)} layers)"
     )
+    figure.suptitle(f"{title}\n{kept}" if title else kept, fontsize=13)
     (errors, energies), (spectra, scatter) = figure.subplots(2, 2)
     groups = _by_type(analysis)
     if not groups:
@@ -59,14 +59,16 @@ def plot_analysis(analysis: Analysis, path: str | os.PathLike, *, title: str = "
         _draw_spectra(spectra, groups, analysis.rank)
         _draw_error_against_energy(scatter, groups)
         handles, labels = scatter.get_legend_handles_labels()
-        figure.legend(
+        legend = figure.legend(
             handles,
             labels,
             loc="outside lower center",
-            ncols=min(len(labels), 8),
+            ncols=_legend_columns(labels, 11.5),
             frameon=False,
             title="module type",
         )
+        for handle in legend.legend_handles:
+            handle.set(sizes=[55], alpha=1.0)
     _save(figure, path)
 
 
@@ -98,8 +100,8 @@ def plot_synthesis(
         )
     names = _names_by_type(synthesised)
     rows = max(len(_representatives(members)) for members in names.values())
-    figure = _figure(max(2.1 * len(names), 8.0), 1.9 * rows + 3.6)
-    figure.suptitle(title, fontsize=13)
+    width = max(2.1 * len(names), 8.0)
+    figure = _figure(width, 1.9 * rows + 3.6)
     grid = figure.add_gridspec(
         rows + 1, max(len(names), 1), height_ratios=[*[1.0] * rows, 1.35], hspace=0.06
     )
@@ -112,7 +114,7 @@ def plot_synthesis(
             _draw_kept_and_appended(axes, original[name], synthesised[name])
             depth = layer_depth(name)
             axes.set_title(kind if depth is None else f"{kind}, block {depth}", fontsize=9)
-            axes.tick_params(labelsize=8, labelleft=column == 0)
+            axes.tick_params(labelsize=8, labelleft=column == 0, labelbottom=row == rows - 1)
             if column == 0:
                 axes.set_ylabel("σᵢ / σ₁", fontsize=9)
             if row == rows - 1:
@@ -121,16 +123,21 @@ def plot_synthesis(
 
     shares = figure.add_subplot(grid[rows, :])
     _draw_appended_shares(shares, original, synthesised, names)
-    handles, labels = first.get_legend_handles_labels()
-    type_handles, type_labels = shares.get_legend_handles_labels()
-    figure.legend(
-        [*handles, *type_handles],
-        [*labels, *type_labels],
-        loc="outside lower center",
-        ncols=min(len(labels) + len(type_labels), 5),
-        frameon=False,
-        fontsize=9,
-    )
+    for axes, place, heading in (
+        (first, "outside upper center", title),
+        (shares, "outside lower center", "module type"),
+    ):
+        handles, labels = axes.get_legend_handles_labels()
+        legend = figure.legend(
+            handles,
+            labels,
+            loc=place,
+            ncols=_legend_columns(labels, width),
+            frameon=False,
+            fontsize=9,
+            title=heading,
+        )
+        legend.get_title().set_fontsize(13 if axes is first else 9)
     _save(figure, path)
 
 
@@ -151,6 +158,11 @@ def _figure(width: float, height: float) -> Any:
 def _save(figure: Any, path: str | os.PathLike) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130)
+
+
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """As many entries per row as fit into `width` inches, at about 0.1 inch a character."""
+    return max(1, min(len(labels), int(width / (0.1 * max(map(len, labels)) + 0.7))))
 
 
 def _tidy(axes: Any) -> None:
@@ -200,7 +212,7 @@ def _draw_distribution(axes: Any, values: Mapping[str, Sequence[float]], label: 
     )
     median = statistics.median(everything)
     axes.axvline(median, color=GUIDE, linestyle="--", linewidth=1.2)
-    axes.set_title(f"median {median:.3g} %, from {low:.3g} % to {high:.3g} %", fontsize=10)
+    axes.set_title(f"dashed: median {median:.3g} %; range {low:.3g} to {high:.3g} %", fontsize=10)
     axes.set_xlabel(label)
     axes.set_ylabel("layers")
     axes.yaxis.get_major_locator().set_params(integer=True)
@@ -225,12 +237,14 @@ def _draw_spectra(axes: Any, groups: Mapping[str, list[LayerAnalysis]], rank: in
             markevery=max(1, len(median) // 8),
         )
     axes.axvline(rank + 0.5, color=GUIDE, linestyle="--", linewidth=1.2)
+    leftwards = 2 * rank > max(layer.held for group in groups.values() for layer in group)
     axes.annotate(
         f"kept: rank {rank}",
         (rank + 0.5, 1.0),
         xycoords=("data", "axes fraction"),
-        xytext=(4, -3),
+        xytext=(-4 if leftwards else 4, -3),
         textcoords="offset points",
+        ha="right" if leftwards else "left",
         va="top",
         fontsize=9,
         color=GUIDE,
@@ -263,7 +277,8 @@ def _draw_error_against_energy(axes: Any, groups: Mapping[str, list[LayerAnalysi
     pad = max(0.06 * (max(energies) - min(energies)), 0.05)
     low, high = max(min(energies) - pad, 0.0), min(max(energies) + pad, 100.0)
 
-    curve = [low + (high - low) * step / 200 for step in range(201)]
+    # Denser towards the right, where the curve falls steeply.
+    curve = [high - (high - low) * (step / 200) ** 2 for step in range(201)]
     axes.plot(
         curve,
         [100 * math.sqrt(1 - energy / 100) for energy in curve],
@@ -317,6 +332,7 @@ def _draw_kept_and_appended(
     added = [(i, s / scale) for i, s in enumerate(after, 1) if i > len(before) and s > floor]
     start = [(i, s / scale) for i, s in enumerate(before, 1) if s > floor]
     axes.set_yscale("log")
+    axes.minorticks_off()
     for points, marker, size, face, colour, label in (
         (start, "o", 5.0, "none", "#8A8A8A", "σ of the adapter"),
         (kept, "o", 2.4, COLOURS[0], COLOURS[0], "σ kept in the teacher"),
@@ -333,6 +349,8 @@ def _draw_kept_and_appended(
             markeredgewidth=0.8,
             label=label,
         )
+    if not kept:
+        axes.text(0.5, 0.5, "zero delta", transform=axes.transAxes, ha="center", color=GUIDE)
     axes.axvline(len(before) + 0.5, color=GUIDE, linestyle="--", linewidth=0.9)
     _tidy(axes)
 
@@ -343,10 +361,12 @@ def _draw_appended_shares(
     synthesised: Mapping[str, LowRankFactors],
     names: Mapping[str, list[str]],
 ) -> None:
-    """Share of each teacher layer's energy that the adapter did not have."""
+    """Share of each teacher layer's energy that the adapter did not have; zero deltas have none."""
     points = defaultdict(list)
     for kind, members in names.items():
         for position, name in enumerate(members):
+            if not synthesised[name].norm:
+                continue
             depth = layer_depth(name)
             share = _appended_share(original[name].rank, synthesised[name])
             points[kind].append((position if depth is None else depth, 100 * share))
@@ -365,6 +385,8 @@ def _draw_appended_shares(
     axes.set_title("energy of the teacher outside the adapter's triplets", fontsize=10)
     axes.set_xlabel("block")
     axes.set_ylabel("share of ‖Δ‖² [%]")
+    places = [place for pairs in points.values() for place, _ in pairs] or [0]
+    axes.set_xlim(min(places) - 0.5, max(places) + 0.5)
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.ticklabel_format(useOffset=False)
@@ -372,8 +394,7 @@ def _draw_appended_shares(
 
 
 def _appended_share(kept: int, teacher: LowRankFactors) -> float:
-    if not teacher.norm:
-        return 0.0
+    """Of ‖delta‖_F², what the first `kept` triplets do not hold; the norm is not zero."""
     squares = [value * value for value in teacher.S.double().tolist()]
     outside = energy_not_held(squares, teacher.norm) + math.fsum(squares[kept:])
     return min(1.0, outside / teacher.norm**2)

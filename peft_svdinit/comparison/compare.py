@@ -41,7 +41,8 @@ class MethodSummary:
     """A method over its seeds. Diverged runs are among the `attempts`, but in no mean.
 
     `steps`, `tokens` and `seconds` are means of the students' own cost over all runs; with
-    `total_` in front they include the teacher's, unless that is sunk.
+    `total_` in front they include the teacher's, unless that is sunk. The teacher's own cost is
+    None where there is no teacher, or where nobody stated it.
     """
 
     method: str
@@ -56,8 +57,9 @@ class MethodSummary:
     steps: float
     tokens: float | None
     seconds: float | None
-    teacher_steps: float
-    teacher_seconds: float
+    teacher_steps: float | None
+    teacher_tokens: float | None
+    teacher_seconds: float | None
     total_steps: float
     total_tokens: float | None
     total_seconds: float | None
@@ -131,9 +133,9 @@ def compare_runs(
     """Compare the final evaluation losses of `runs` with those of the reference method.
 
     Pairs are runs of one seed. Methods whose teacher's cost counts are also compared with
-    `total_reference`, the reference trained for the teacher's steps as well; methods whose
-    teacher is sunk get a table of their own. Runs without `extra["comparison"]` are methods by
-    their names.
+    `total_reference`, the reference trained for the teacher's steps as well, and methods with
+    the budget "total" with that one only; methods whose teacher is sunk get a table of their
+    own. Runs without `extra["comparison"]` are methods by their names.
 
     Args:
         runs: completed runs of all methods and seeds, in any order.
@@ -239,8 +241,9 @@ def _summary(group: list[Trial], targets: Mapping[int, float]) -> MethodSummary:
         steps=sum(trial.steps for trial in group) / len(group),
         tokens=_mean([trial.tokens for trial in group]),
         seconds=_mean([trial.seconds for trial in group]),
-        teacher_steps=_mean([teacher.steps for teacher in teachers]) or 0.0,
-        teacher_seconds=_mean([teacher.seconds for teacher in teachers]) or 0.0,
+        teacher_steps=_mean([teacher.steps for teacher in teachers]),
+        teacher_tokens=_mean([teacher.tokens for teacher in teachers]),
+        teacher_seconds=_mean([teacher.seconds for teacher in teachers]),
         total_steps=sum(trial.total_steps for trial in group) / len(group),
         total_tokens=_mean([trial.total_tokens for trial in group]),
         total_seconds=_mean([trial.total_seconds for trial in group]),
@@ -259,14 +262,14 @@ def _tables(
     others = [by_method[name] for name in order if name not in (reference, total)]
     students = [group for group in others if group[0].budget == "student"]
     not_sunk = [g for g in students if not (g[0].teacher and g[0].teacher.sunk)]
-    counted = [group for group in others if group[0].counted_teacher]
+    total_spent = [group for group in others if group[0].spends_total]
     sunk = [group for group in others if group[0].teacher and group[0].teacher.sunk]
     tables = [
         _paired_table("equal_steps", not_sunk, by_method[reference]),
         _paired_table("sunk_teacher", sunk, by_method[reference]),
     ]
     if total is not None:
-        tables.insert(1, _paired_table("equal_budget", counted, by_method[total]))
+        tables.insert(1, _paired_table("equal_budget", total_spent, by_method[total]))
     return tuple(table for table in tables if table.rows)
 
 

@@ -95,17 +95,21 @@ def _evaluated(trial: Trial) -> tuple[int, ...]:
 def _unequal_budgets(
     groups: Groups, reference: Sequence[Trial], total: Sequence[Trial] | None, total_name: str
 ) -> Iterator[str]:
-    counted = [group for group in groups.values() if group[0].counted_teacher]
+    spending = [
+        group
+        for group in groups.values()
+        if group[0].spends_total and group is not total and group is not reference
+    ]
     for group in groups.values():
         if group[0].budget == "student" and group is not reference:
             yield from _unequal(group, reference, "own")
-    if counted and total is None:
+    if spending and total is None:
         yield (
-            "The teacher's cost counts for "
-            f"{', '.join(group[0].label for group in counted)}, but no run {total_name!r} trained "
-            "the reference for the total budget: what that cost buys elsewhere is not known."
+            f"{_list(group[0].label for group in spending)} spent a total budget, the teacher's "
+            f"cost included, but no run {total_name!r} trained the reference for as much: what "
+            "that budget buys without the teacher is not known."
         )
-    for group in counted:
+    for group in spending:
         if total is not None:
             yield from _unequal(group, total, "total")
 
@@ -173,7 +177,9 @@ def _unequal_settings(runs: Sequence[Run]) -> Iterator[str]:
         )
     versions = {tuple(sorted(info["versions"].items())) for info in infos if info.get("versions")}
     if len(versions) > 1:
-        parts = {name for one in versions for other in versions for name, _ in set(one) ^ set(other)}
+        parts = {
+            name for one in versions for other in versions for name, _ in set(one) ^ set(other)
+        }
         yield f"The runs used different versions of {_list(sorted(parts))}."
 
 

@@ -11,6 +11,10 @@ from peft_svdinit.comparison.seed_statistics import FEWEST_SEEDS_FOR_A_TEST
 from peft_svdinit.comparison.sweeps import Sweep
 from peft_svdinit.comparison.tables import TABLE_TITLES
 
+# Below these a result is called one of a small model, or of a small data budget (in tokens).
+SMALL_MODEL = 10**9
+SMALL_DATA = 10**8
+
 STARTS = {
     "random": "PEFT's default: A random, B zero.",
     "random_total": "PEFT's default, trained for the teacher's and the student's steps together.",
@@ -51,7 +55,8 @@ def method_paragraphs(context: Mapping[str, Any]) -> list[str]:
     paragraphs.append(
         "Runs are paired by seed. A difference is the method's final evaluation loss minus the "
         f"reference's at the same seed; from {FEWEST_SEEDS_FOR_A_TEST} common seeds on it gets a "
-        "95 % t interval and a two-sided paired t-test, with Holm's correction over the methods of its table. "
+        "95 % t interval and a two-sided paired t-test, with Holm's correction over the methods "
+        "of its table. "
         "A start is called lower or higher only if the interval excludes 0 and the corrected p "
         "is below 0.05. The intervals themselves are not corrected."
     )
@@ -95,21 +100,27 @@ def teacher_paragraphs(comparison: Comparison, context: Mapping[str, Any]) -> li
         )
     if kinds and kept is not None:
         paragraphs.append(
-            f"Truncation to the student's rank keeps {100 * kept:.1f} % of the teacher delta's energy and loses "
-            f"{100 * (1 - kept):.1f} % (squared singular values, mean over layers)."
+            f"Truncation to the student's rank keeps {wording.share(kept, 1)} of the energy of the "
+            f"teacher's delta and loses {wording.share(1 - kept, 1)} (squared singular values, "
+            "mean over layers)."
         )
     elif "full" in kinds:
         paragraphs.append("The energy lost by truncation was not stated.")
     return paragraphs
 
 
-def analysis(comparison: Comparison) -> list[str]:
-    """What the numbers say, one statement each."""
-    statements = [
+def verdicts(comparison: Comparison) -> list[str]:
+    """One statement for each table of paired differences."""
+    return [
         f"{TABLE_TITLES[table.name]}: {wording.table_sentence(table)}"
         for table in comparison.tables
     ]
+
+
+def observations(comparison: Comparison) -> list[str]:
+    """What each start held before training, and when it met the reference; not tested."""
     reference = comparison.method(comparison.reference)
+    statements = []
     for method in comparison.methods:
         if method.method not in (comparison.reference, comparison.total_reference):
             statements += _step0(method, reference) + _reach(method, reference)
@@ -124,24 +135,26 @@ def _step0(method: MethodSummary, reference: MethodSummary) -> list[str]:
     head_start = reference.step0.mean - method.step0.mean
     if progress <= 0 or abs(head_start) < 0.001 * progress:
         return []
+    name, other = wording.named(method.label), wording.named(reference.label)
     return [
-        f"{method.label} begins at {wording.loss(method.step0.mean)} where {reference.label} "
-        f"begins at {wording.loss(reference.step0.mean)}: before any step it holds "
-        f"{wording.share(head_start / progress)} of what {reference.label} gains in its run."
+        f"{name} begins at {wording.loss(method.step0.mean)} where {other} begins at "
+        f"{wording.loss(reference.step0.mean)}: before any step it holds "
+        f"{wording.share(head_start / progress)} of what {other} gains in its run."
     ]
 
 
 def _reach(method: MethodSummary, reference: MethodSummary) -> list[str]:
+    name, target = wording.named(method.label), wording.named(reference.label)
     reached = wording.steps_reached(method)
     if reached == wording.NOT_KNOWN:
         return []
     if reached == "not reached":
-        return [f"{method.label} did not reach {reference.label}'s final loss in any seed."]
+        return [f"{name} did not reach the final loss of {target} in any seed."]
     teacher = ""
     if method.total_steps > method.steps:
         teacher = f" ({wording.steps_reached(method, total=True)} with the teacher's)"
     return [
-        f"{method.label} reached {reference.label}'s final loss after {reached} steps{teacher}, "
+        f"{name} reached the final loss of {target} after {reached} steps{teacher}, "
         f"of {wording.count(method.steps)}."
     ]
 
@@ -152,7 +165,9 @@ def sweep_remarks(comparison: Comparison) -> list[str]:
         return []
     remarks = [remark for sweep in comparison.sweeps for remark in _sweep_remarks(sweep)]
     swept = {sweep.method for sweep in comparison.sweeps}
-    others = [method.label for method in comparison.methods if method.method not in swept]
+    others = [
+        wording.named(method.label) for method in comparison.methods if method.method not in swept
+    ]
     if others:
         remarks.append(f"Not swept: {', '.join(others)}.")
     return remarks
@@ -185,12 +200,8 @@ def limitations(comparison: Comparison, context: Mapping[str, Any]) -> list[str]
         if fewest < 10
         else "the spread is that of these seeds"
     )
-    what = f"One model ({context.get('model', 'not named')}), one data set "
-    what += f"({context.get('dataset', 'not named')}) and runs of "
-    steps = {trial.steps for trial in comparison.trials if not trial.sweep}
-    what += f"at most {max(steps):,} steps: small and short. "
     statements = [
-        what + "It says where to look, not what holds at scale or for other tasks.",
+        _scale(comparison, context),
         f"{'One seed' if fewest == 1 else f'{fewest} seeds'} per method; {few}. The evaluation "
         "set is the same throughout, so its own sampling error is in no interval.",
         "A warm start begins with an empty optimizer, and loses some of the teacher's progress "
@@ -212,3 +223,19 @@ def limitations(comparison: Comparison, context: Mapping[str, Any]) -> list[str]
         "adapters was measured."
     )
     return statements
+
+
+def _scale(comparison: Comparison, context: Mapping[str, Any]) -> str:
+    own = [trial for trial in comparison.trials if not trial.sweep]
+    parameters = max((trial.total_parameters or 0 for trial in own), default=0)
+    tokens = max((trial.tokens or 0 for trial in own), default=0)
+    small = "small " if parameters < SMALL_MODEL else ""
+    size = f", {parameters / 1e6:,.0f} M parameters" if parameters >= 1e6 else ""
+    length = f"{max(trial.steps for trial in own):,} steps"
+    length += f" and {tokens:,} tokens" if tokens else ""
+    short = "a small data budget" if tokens < SMALL_DATA else "one data set"
+    return (
+        f"One {small}model ({context.get('model', 'not named')}{size}) and {short} "
+        f"({context.get('dataset', 'not named')}, at most {length} in a run): the results say "
+        "where to look, not what holds at scale or for other tasks."
+    )

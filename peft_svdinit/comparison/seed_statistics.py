@@ -44,7 +44,7 @@ class PairedDifference:
 
     @property
     def outcome(self) -> Outcome:
-        """"lower" or "higher" only if the interval excludes 0 and the corrected p is below 0.05."""
+        """A direction only if the interval excludes 0 and the corrected p is below 0.05."""
         if self.mean is None or self.interval is None or self.p_holm is None:
             return "untested"
         low, high = self.interval

@@ -25,6 +25,7 @@ class TextTable:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    last_is_text: bool = False
 
 
 def results_table(comparison: Comparison) -> TextTable:
@@ -34,31 +35,31 @@ def results_table(comparison: Comparison) -> TextTable:
         "Results",
         (
             "method",
-            "seeds",
-            "learning rate",
-            "eval loss at step 0",
             "final eval loss",
+            "eval loss at step 0",
             "steps",
             "total steps",
             f"steps to {reference}\u2019s final loss",
             "the same, with the teacher\u2019s",
+            "learning rate",
+            "seeds",
         ),
         tuple(
             (
                 method.label,
-                _seeds(method),
-                wording.rate(method.learning_rate),
-                wording.loss(method.step0.mean if method.step0 else None),
                 wording.mean_and_std(method.final),
+                wording.loss(method.step0.mean if method.step0 else None),
                 wording.count(method.steps),
                 wording.count(method.total_steps),
                 wording.steps_reached(method),
                 wording.steps_reached(method, total=True),
+                wording.rate(method.learning_rate),
+                _seeds(method),
             )
             for method in comparison.methods
         ),
-        "Final eval loss: mean \u00b1 sample standard deviation over seeds, lower is better. The loss "
-        "at step 0 is that of the start alone, before the student trains. Total steps include "
+        "Final eval loss: mean \u00b1 sample standard deviation over seeds, lower is better. The "
+        "loss at step 0 is that of the start alone, before the student trains. Total steps include "
         "the teacher\u2019s unless its cost is sunk. Steps to the reference\u2019s final loss are "
         "counted within one seed, linear between evaluations.",
     )
@@ -71,7 +72,7 @@ def cost_table(comparison: Comparison) -> TextTable:
         "Cost",
         (
             "method",
-            "teacher steps",
+            "teacher",
             "teacher counted",
             "tokens",
             "total tokens",
@@ -83,7 +84,7 @@ def cost_table(comparison: Comparison) -> TextTable:
         tuple(
             (
                 method.label,
-                wording.count(method.teacher_steps) if method.teacher_kind else "none",
+                _teacher_cost(method),
                 _counted(method),
                 wording.count(method.tokens),
                 wording.count(method.total_tokens),
@@ -98,7 +99,7 @@ def cost_table(comparison: Comparison) -> TextTable:
     )
 
 
-def paired_table(table: PairedTable) -> TextTable:
+def paired_table(table: PairedTable, comparison: Comparison) -> TextTable:
     """One comparison: paired differences with their interval, test and verdict."""
     note = {
         "equal_steps": "Every student trained for as many steps as the reference. A start taken "
@@ -108,23 +109,30 @@ def paired_table(table: PairedTable) -> TextTable:
         "sunk_teacher": "The teacher was there before, and its cost is sunk: it is stated, not "
         "counted. This table asks what a teacher that costs nothing more is worth.",
     }[table.name]
+    if table.name == "sunk_teacher":
+        costs = [
+            f"{wording.named(row.label)}: {_teacher_cost(comparison.method(row.method))}"
+            for row in table.rows
+        ]
+        note = f"{note} Sunk cost: {'; '.join(costs)}."
     return TextTable(
         TABLE_TITLES[table.name],
-        ("method", "seeds", "difference", "95 % interval", "p", "p (Holm)", "verdict"),
+        ("method", "difference", "95 % interval", "p", "p (Holm)", "seeds", "verdict"),
         tuple(
             (
                 row.label,
-                str(row.result.n),
                 wording.signed(row.result.mean),
                 wording.interval(row.result),
                 wording.p_value(row.result.p),
                 wording.p_value(row.result.p_holm),
+                str(row.result.n),
                 wording.verdict(row.result),
             )
             for row in table.rows
         ),
         f"Final eval loss minus that of {table.reference_label} at the same seed; negative favours "
         f"the method. {note}",
+        last_is_text=True,
     )
 
 
@@ -170,15 +178,16 @@ def sweep_table(sweeps: Sequence[Sweep]) -> TextTable:
         "Learning-rate sweep",
         ("method", "learning rate", "steps", "seeds", "eval loss", "remark"),
         tuple(rows),
-        "These runs only chose the rates and are in no other table. \u201cUsed\u201d marks the rate "
-        "of the compared runs.",
+        "These runs only chose the rates and are in no other table. \u201cUsed\u201d marks the "
+        "rate of the compared runs.",
+        last_is_text=True,
     )
 
 
 def settings_table(context: Mapping[str, Any]) -> TextTable:
     """What the caller states of the experiment, nested entries with their path."""
     rows = tuple(_flat("", context))
-    return TextTable("Settings", ("setting", "value"), rows)
+    return TextTable("Settings", ("setting", "value"), rows, last_is_text=True)
 
 
 def _flat(prefix: str, values: Mapping[str, Any]):
@@ -187,7 +196,7 @@ def _flat(prefix: str, values: Mapping[str, Any]):
         if isinstance(value, Mapping):
             yield from _flat(f"{name}: ", value)
         elif isinstance(value, float):
-            yield name, wording.significant(value, 4) if not value.is_integer() else f"{value:g}"
+            yield name, f"{value:.4g}"
         elif value is not None:
             yield name, str(value)
 
@@ -195,6 +204,18 @@ def _flat(prefix: str, values: Mapping[str, Any]):
 def _seeds(method: MethodSummary) -> str:
     diverged = len(method.diverged_seeds)
     return f"{len(method.seeds)} ({diverged} diverged)" if diverged else str(len(method.seeds))
+
+
+def _teacher_cost(method: MethodSummary) -> str:
+    if method.teacher_kind is None:
+        return "none"
+    stated = {
+        "steps": wording.count(method.teacher_steps),
+        "tokens": wording.count(method.teacher_tokens),
+        "s": wording.seconds(method.teacher_seconds),
+    }
+    known = [f"{value} {unit}" for unit, value in stated.items() if value != wording.NOT_KNOWN]
+    return f"{method.teacher_kind}, {', '.join(known) or 'cost not stated'}"
 
 
 def _counted(method: MethodSummary) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from peft_svdinit.runs import Run
 
@@ -16,7 +16,7 @@ TeacherKind = Literal["synthesised", "full", "given"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation: `tokens` and `seconds` are the student's own, cumulative; None if not logged."""
+    """One evaluation; `tokens` and `seconds` are the student's own up to it, None if not logged."""
 
     step: int
     loss: float
@@ -26,13 +26,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the start came from, and the training it took; a sunk cost is stated, not counted."""
+    """What the start came from, and its training; only a sunk cost may be unknown (None)."""
 
     kind: TeacherKind
+    steps: int | None
+    tokens: int | None
+    seconds: float | None
+    sunk: bool
+
+
+class Cost(NamedTuple):
     steps: int
     tokens: int
     seconds: float
-    sunk: bool
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Trial:
     steps: int
     tokens: int | None
     seconds: float | None
+    total_parameters: int | None
     evaluations: tuple[Evaluation, ...]
     diverged: bool
 
@@ -73,20 +80,29 @@ class Trial:
         return self.teacher if self.teacher is not None and not self.teacher.sunk else None
 
     @property
+    def head_start(self) -> Cost:
+        """The steps, tokens and seconds to count before the run's own: its teacher's, or none."""
+        if self.teacher is None or self.teacher.sunk:
+            return Cost(0, 0, 0.0)
+        teacher = self.teacher
+        return Cost(teacher.steps or 0, teacher.tokens or 0, teacher.seconds or 0.0)
+
+    @property
+    def spends_total(self) -> bool:
+        """Whether its fair reference is the one that trained for the total budget."""
+        return self.budget == "total" or self.counted_teacher is not None
+
+    @property
     def total_steps(self) -> int:
-        return self.steps + (self.counted_teacher.steps if self.counted_teacher else 0)
+        return self.steps + self.head_start.steps
 
     @property
     def total_tokens(self) -> int | None:
-        if self.tokens is None:
-            return None
-        return self.tokens + (self.counted_teacher.tokens if self.counted_teacher else 0)
+        return None if self.tokens is None else self.tokens + self.head_start.tokens
 
     @property
     def total_seconds(self) -> float | None:
-        if self.seconds is None:
-            return None
-        return self.seconds + (self.counted_teacher.seconds if self.counted_teacher else 0.0)
+        return None if self.seconds is None else self.seconds + self.head_start.seconds
 
 
 @dataclass(frozen=True)
@@ -153,24 +169,32 @@ def read_trial(run: Run) -> Trial:
         steps=int(info["steps"]),
         tokens=info.get("tokens"),
         seconds=info.get("seconds"),
+        total_parameters=info.get("total_parameters"),
         evaluations=evaluations,
         diverged=not all(math.isfinite(loss) for loss in losses),
     )
 
 
 def _evaluations(log: Sequence[Mapping[str, Any]]) -> tuple[Evaluation, ...]:
-    """The evaluations in a log; the last one counts where a step was evaluated twice."""
-    by_step: dict[int, Evaluation] = {}
-    tokens: int | None = None
-    seconds: float | None = None
+    """The evaluations in a log; the last one counts where a step was evaluated twice.
+
+    Tokens and seconds that an evaluation's row lacks are those of another row of its step.
+    """
+    losses: dict[int, float] = {}
+    tokens: dict[int, int] = {0: 0}
+    seconds: dict[int, float] = {0: 0.0}
     for row in log:
         step = int(row["step"])
-        at_start = 0 if step == 0 else None
-        tokens = next((n for n in (row.get("tokens"), tokens, at_start) if n is not None), None)
-        seconds = next((s for s in (row.get("seconds"), seconds, at_start) if s is not None), None)
+        if row.get("tokens") is not None:
+            tokens[step] = row["tokens"]
+        if row.get("seconds") is not None:
+            seconds[step] = row["seconds"]
         if row.get("eval_loss") is not None:
-            by_step[step] = Evaluation(step, row["eval_loss"], tokens, seconds)
-    return tuple(by_step[step] for step in sorted(by_step))
+            losses[step] = row["eval_loss"]
+    return tuple(
+        Evaluation(step, losses[step], tokens.get(step), seconds.get(step))
+        for step in sorted(losses)
+    )
 
 
 def _teacher(about: Mapping[str, Any] | None, name: str) -> Teacher | None:
@@ -190,9 +214,9 @@ def _teacher(about: Mapping[str, Any] | None, name: str) -> Teacher | None:
         )
     return Teacher(
         kind=_one_of(TeacherKind, about["kind"], name, "teacher.kind"),
-        steps=int(about["steps"] or 0),
-        tokens=int(about["tokens"] or 0),
-        seconds=float(about["seconds"] or 0.0),
+        steps=about["steps"],
+        tokens=about["tokens"],
+        seconds=about["seconds"],
         sunk=bool(about["sunk"]),
     )
 

@@ -67,8 +67,13 @@ def rate(value: float | None) -> str:
     return NOT_KNOWN if value is None else f"{value:g}"
 
 
-def share(value: float) -> str:
-    return f"{100 * value:.0f} %"
+def share(value: float, decimals: int = 0) -> str:
+    return f"{100 * value:.{decimals}f}\u00a0%"
+
+
+def named(label: str) -> str:
+    """A label inside a sentence; quoted where its own commas would read as the sentence's."""
+    return f"\u201c{label}\u201d" if "," in label or ";" in label else label
 
 
 def interval(result: PairedDifference) -> str:
@@ -81,7 +86,9 @@ def interval(result: PairedDifference) -> str:
 def steps_reached(summary: MethodSummary, *, total: bool = False) -> str:
     """Mean steps until the reference's final loss over the seeds that reached it, and how many."""
     extra = summary.total_steps - summary.steps if total else 0.0
-    return _reached(summary, [a.reached.steps for a in summary.comparable if a.reached], extra, count)
+    return _reached(
+        summary, [a.reached.steps for a in summary.comparable if a.reached], extra, count
+    )
 
 
 def seconds_reached(summary: MethodSummary, *, total: bool = False) -> str:
@@ -90,7 +97,7 @@ def seconds_reached(summary: MethodSummary, *, total: bool = False) -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return NOT_KNOWN
-    extra = summary.teacher_seconds if total and not summary.teacher_sunk else 0.0
+    extra = 0.0 if not total or summary.teacher_sunk else summary.teacher_seconds or 0.0
     return _reached(summary, known, extra, seconds)
 
 
@@ -139,32 +146,30 @@ def _answer(table: PairedTable) -> str:
         "sunk_teacher": "With a teacher that existed already",
         "equal_steps": "At equal student steps",
     }[table.name]
+    reference = named(table.reference_label)
     tested = [row for row in table.rows if row.result.outcome != "untested"]
-    better = [row.label for row in tested if row.result.outcome == "lower"]
+    better = [named(row.label) for row in tested if row.result.outcome == "lower"]
     if better:
-        return f"{under}, {_and(better)} ended at a lower loss than {table.reference_label}."
+        return f"{under}, {_and(better)} ended at a lower loss than {reference}."
     if tested:
-        worse = [row.label for row in tested if row.result.outcome == "higher"]
+        worse = [named(row.label) for row in tested if row.result.outcome == "higher"]
         and_worse = f", and {_and(worse)} at a higher one" if worse else ""
-        return (
-            f"{under}, no start ended clearly at a lower loss than {table.reference_label}"
-            f"{and_worse}."
-        )
+        return f"{under}, no start ended clearly at a lower loss than {reference}{and_worse}."
     most = max(row.result.n for row in table.rows)
     if most >= FEWEST_SEEDS_FOR_A_TEST:
-        return f"{under}, no start could be tested against {table.reference_label}."
+        return f"{under}, no start could be tested against {reference}."
     return (
         f"{_seeds(most)} {'is' if most == 1 else 'are'} too few to say whether a start beats "
-        f"{table.reference_label}: what follows is an observation, not a test."
+        f"{reference}: what follows is an observation, not a test."
     )
 
 
 def table_sentence(table: PairedTable) -> str:
-    """All verdicts of one table in a sentence or two."""
+    """All verdicts of one table, to follow a colon: labels keep their case."""
     groups: dict[str, list[str]] = {"lower": [], "higher": [], "unclear": [], "untested": []}
     for row in table.rows:
         groups[row.result.outcome].append(_with_difference(row))
-    reference = table.reference_label
+    reference = named(table.reference_label)
     parts = []
     if groups["lower"]:
         parts.append(f"{_and(groups['lower'])} ended lower than {reference}")
@@ -175,12 +180,11 @@ def table_sentence(table: PairedTable) -> str:
         parts.append(f"no clear difference{other}: {_and(groups['unclear'])}")
     if groups["untested"]:
         parts.append(f"not tested against {reference}: {_and(groups['untested'])}")
-    text = "; ".join(parts)
-    return text[:1].upper() + text[1:] + "."
+    return "; ".join(parts) + "."
 
 
 def _with_difference(row: PairedRow) -> str:
-    return f"{row.label} ({signed(row.result.mean)})"
+    return f"{named(row.label)} ({signed(row.result.mean)})"
 
 
 def _seeds(number: int) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..factors import LowRankFactors
-from ..sources import refuse_pickle, resolve_folder
+from ..sources import read_json, refuse_pickle, resolve_folder
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX, _SUFFIX_A, _SUFFIX_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -39,12 +37,12 @@ _BEYOND_THE_PRODUCT = (
     "layer_replication",
 )
 # Initialisations that moved the base weight: B @ A is then no delta of the original base.
-_MUTATES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "orthogonal")
+_MUTATES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class LoraProduct:
-    """`scaling * lora_B @ lora_A`, unmultiplied; in the (out, in) orientation for Conv1D layers too."""
+    """`scaling * lora_B @ lora_A`, unmultiplied; (out, in) for Conv1D layers too."""
 
     lora_A: Float[Tensor, "rank in"]
     lora_B: Float[Tensor, "out rank"]
@@ -75,7 +73,9 @@ class LoraAdapter(Mapping[str, LoraProduct]):
         self.config = self._read_config()
         self._path = self.folder / _WEIGHTS
         if not self._path.is_file():
-            refuse_pickle_of(self.folder)
+            pickle = self._path.with_suffix(".bin")
+            if pickle.is_file():
+                refuse_pickle(pickle, "adapter")
             raise FileNotFoundError(f"adapter: the folder {self.folder} has no {_WEIGHTS}")
         try:
             with safe_open(self._path, framework="pt") as file:
@@ -91,7 +91,7 @@ class LoraAdapter(Mapping[str, LoraProduct]):
         path = self.folder / _CONFIG
         if not path.is_file():
             raise FileNotFoundError(f"adapter: the folder {self.folder} has no {_CONFIG}")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, "adapter")
         if config.get("peft_type") != "LORA":
             raise ValueError(
                 f"adapter: {self.folder} is of type {config.get('peft_type')}, only LORA is "
@@ -117,12 +117,13 @@ class LoraAdapter(Mapping[str, LoraProduct]):
     def _checked_names(self, shapes: Mapping[str, list[int]]) -> list[str]:
         names = []
         for key, shape in shapes.items():
-            if key.endswith(_SUFFIX_B) and key.startswith(_PREFIX):
+            partner_A = f"{key.removesuffix(_SUFFIX_B)}{_SUFFIX_A}"
+            if key.endswith(_SUFFIX_B) and key.startswith(_PREFIX) and partner_A in shapes:
                 continue
             if not (key.endswith(_SUFFIX_A) and key.startswith(_PREFIX)):
                 raise ValueError(
-                    f"adapter: {self._path} holds {key}, which is not lora_A or lora_B of a linear "
-                    "layer; only linear layers are supported"
+                    f"adapter: {self._path} holds {key}, which is not one of a pair lora_A, lora_B "
+                    "of a linear layer; only linear layers are supported"
                 )
             name = key.removeprefix(_PREFIX).removesuffix(_SUFFIX_A)
             partner = shapes.get(f"{_PREFIX}{name}{_SUFFIX_B}")
@@ -131,19 +132,25 @@ class LoraAdapter(Mapping[str, LoraProduct]):
                     f"adapter: lora_A {shape} and lora_B {partner} of layer {name} in {self._path} "
                     "do not form a product of two matrices"
                 )
+            if shape[0] != self._rank_of(name):
+                raise ValueError(
+                    f"adapter: lora_A of layer {name} has rank {shape[0]}, but {_CONFIG} says "
+                    f"{self._rank_of(name)}: not the configuration of these weights?"
+                )
             names.append(name)
         if not names:
             raise ValueError(f"adapter: {self._path} holds no LoRA layer")
         return sorted(names, key=natural_order)
 
+    def _rank_of(self, name: str) -> int:
+        ranks = self.config.get("rank_pattern") or {}
+        return ranks.get(get_pattern_key(ranks.keys(), name), self.config["r"])
+
     def scaling_of(self, name: str) -> float:
         """The factor before B @ A: alpha over the rank, or over its root with rslora."""
-        ranks, alphas = (
-            self.config.get("rank_pattern") or {},
-            self.config.get("alpha_pattern") or {},
-        )
-        rank = ranks.get(get_pattern_key(ranks.keys(), name), self.config["r"])
+        alphas = self.config.get("alpha_pattern") or {}
         alpha = alphas.get(get_pattern_key(alphas.keys(), name), self.config["lora_alpha"])
+        rank = self._rank_of(name)
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def __getitem__(self, name: str) -> LoraProduct:
@@ -163,12 +170,6 @@ class LoraAdapter(Mapping[str, LoraProduct]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def refuse_pickle_of(folder: Path) -> None:
-    """Name the remedy if the folder stores its weights as a pickle only."""
-    for path in sorted(folder.glob("*.bin")):
-        refuse_pickle(path, "adapter")
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

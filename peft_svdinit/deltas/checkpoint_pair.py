@@ -33,6 +33,7 @@ class CheckpointPair(Mapping[str, Tensor]):
     Raises:
         FileNotFoundError: if a checkpoint is missing.
         ValueError: if the vocabularies differ, or as `Checkpoint` and `LinearWeights` raise.
+        TypeError: as `LinearWeights` raises.
     """
 
     def __init__(
@@ -46,13 +47,30 @@ class CheckpointPair(Mapping[str, Tensor]):
     ) -> None:
         base_checkpoint = Checkpoint(base, argument="base", revision=base_revision)
         tuned_checkpoint = Checkpoint(tuned, argument="tuned", revision=tuned_revision)
-        _check_vocabulary(base_checkpoint, tuned_checkpoint)
         self.base = LinearWeights(base_checkpoint, target_modules=target_modules)
         self.tuned = LinearWeights(
             tuned_checkpoint,
             architecture=base_checkpoint.folder,
             target_modules=target_modules,
         )
+        self._others = self._checked_others()
+
+    def _checked_others(self) -> dict[str, str]:
+        """Key in the base to key in tuned, of tensors outside the linear layers that both hold."""
+        base, tuned = self.base.checkpoint, self.tuned.checkpoint
+        others = {}
+        for key in base.shapes.keys() - self.base.keys_of.values():
+            partner = tuned.stored_key(key, self.base.prefix)
+            if partner is None:
+                continue
+            if tuned.shapes[partner] != base.shapes[key]:
+                raise ValueError(
+                    f"tuned: {partner} has shape {tuned.shapes[partner]}, the base's has "
+                    f"{base.shapes[key]}: was the vocabulary changed? Resize both models to one "
+                    "vocabulary before taking the delta"
+                )
+            others[key] = partner
+        return others
 
     def __getitem__(self, name: str) -> Float[Tensor, "out in"]:
         return self.tuned[name] - self.base[name]
@@ -65,24 +83,10 @@ class CheckpointPair(Mapping[str, Tensor]):
 
     def uncovered(self) -> list[Uncovered]:
         """Tensors outside the linear layers that differ, largest relative change first."""
-        covered = set(self.base.keys_of.values())
-        base, tuned = self.base.checkpoint, self.tuned.checkpoint
         changed = []
-        for key, shape in base.shapes.items():
-            if key in covered or tuned.shapes.get(key) != shape:
-                continue
-            before = base.tensor(key).float()
-            change = frobenius_norm(tuned.tensor(key).float() - before)
+        for key, partner in self._others.items():
+            before = self.base.checkpoint.tensor(key).float()
+            change = frobenius_norm(self.tuned.checkpoint.tensor(partner).float() - before)
             if change:
                 changed.append(Uncovered(key, change / (frobenius_norm(before) or 1.0)))
-        return sorted(changed, key=lambda tensor: -tensor.relative_change)
-
-
-def _check_vocabulary(base: Checkpoint, tuned: Checkpoint) -> None:
-    for key, shape in base.shapes.items():
-        other = tuned.shapes.get(key, shape)
-        if other != shape and "embed" in key:
-            raise ValueError(
-                f"tuned: {key} has shape {other}, the base's has {shape}: the vocabulary was "
-                "changed; resize both models to one vocabulary before taking the delta"
-            )
+        return sorted(changed, key=lambda tensor: (-tensor.relative_change, tensor.key))

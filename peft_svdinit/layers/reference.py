@@ -15,6 +15,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.utils.other import transpose
 from torch import Tensor
+from torch.nn.functional import linear
 
 _BUFFERS = ("svd_reference_A", "svd_reference_B")
 
@@ -46,21 +47,42 @@ class ReferenceVariant(LoraVariant):
         module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
         x = module.lora_dropout[active_adapter](x)
-        reference_A, reference_B = (part.to(x.dtype) for part in reference_of(module, active_adapter))
+        reference_A, reference_B = (
+            part.to(x.dtype) for part in reference_of(module, active_adapter)
+        )
         now = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
-        initial = x @ reference_A.mT @ reference_B.mT
+        # The same kernel as for `now`, so that the difference is exactly zero at the start.
+        initial = linear(linear(x, reference_A), reference_B)
         return result + (now - initial) * module.scaling[active_adapter]
 
 
 def attach_reference(module: LoraLayer, adapter_name: str) -> None:
     """Freeze copies of the adapter's present factors on the layer, and subtract their product."""
-    for name, factor in zip(_BUFFERS, (module.lora_A, module.lora_B), strict=True):
+    factors = (module.lora_A[adapter_name], module.lora_B[adapter_name])
+    _attach(module, adapter_name, [factor.weight.detach().clone() for factor in factors])
+
+
+def attach_zero_reference(module: LoraLayer, adapter_name: str) -> None:
+    """Subtract nothing: for a layer whose update begins at zero, among others that do subtract."""
+    factors = (module.lora_A[adapter_name], module.lora_B[adapter_name])
+    _attach(module, adapter_name, [torch.zeros_like(factor.weight) for factor in factors])
+
+
+def _attach(module: LoraLayer, adapter_name: str, reference: list[Tensor]) -> None:
+    for name, factor in zip(_BUFFERS, reference, strict=True):
         if not hasattr(module, name):
             setattr(module, name, BufferDict(persistent=False))
             # PEFT moves and deletes what these names list along with the adapter.
             module.other_param_names = (*module.other_param_names, name)
-        getattr(module, name)[adapter_name] = factor[adapter_name].weight.detach().clone()
+        getattr(module, name)[adapter_name] = factor.detach()
     module.lora_variant[adapter_name] = ReferenceVariant()
+
+
+def detach_reference(module: LoraLayer, adapter_name: str) -> None:
+    """Drop the frozen copies of an adapter: its update is plain B A again."""
+    for name in _BUFFERS:
+        del getattr(module, name)[adapter_name]
+    del module.lora_variant[adapter_name]
 
 
 def reference_of(
@@ -81,12 +103,14 @@ def _change(module: LoraLayer, adapter_name: str) -> Tensor:
 
 
 def stacked_factors(
-    module: LoraLayer, adapter_name: str
+    module: LoraLayer,
+    adapter_name: str,
+    lora_A: Float[Tensor, "rank in"],
+    lora_B: Float[Tensor, "out rank"],
 ) -> tuple[Float[Tensor, "double in"], Float[Tensor, "out double"]]:
     """([A ; A₀], [B | −B₀]), whose product is B A − B₀ A₀."""
     reference_A, reference_B = reference_of(module, adapter_name)
-    lora_A, lora_B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
     return (
-        torch.cat([lora_A, reference_A.to(lora_A.dtype)]),
-        torch.cat([lora_B, -reference_B.to(lora_B.dtype)], dim=1),
+        torch.cat([lora_A, reference_A.to(lora_A)]),
+        torch.cat([lora_B, -reference_B.to(lora_B)], dim=1),
     )

@@ -18,7 +18,7 @@ def randomized_svd(
     power_iterations: int = 2,
     generator: torch.Generator | None = None,
 ) -> TruncatedSVD:
-    """Near-optimal rank-`rank` approximation from 2 * (power_iterations + 1) products with `matrix`.
+    """Near-optimal rank-`rank` approximation from 2 (power_iterations + 1) products with `matrix`.
 
     Algorithms 4.4 and 5.1 of the paper: an orthonormal basis Q of (A Aᵀ)^q A Ω, re-orthonormalised
     between products, then the exact SVD of the small matrix Qᵀ A. The right singular vectors are

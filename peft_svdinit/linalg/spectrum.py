@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def frobenius_norm(matrix: Float[Tensor, "..."]) -> float:
-    """‖matrix‖_F, accumulated in float64: in float32 a sum of 10⁷ squares is off in the 4th digit."""
+    """‖matrix‖_F, summed in float64: a float32 sum of 10⁷ squares is off in the 4th digit."""
     blocks = matrix.reshape(-1).split(1 << 20)
     return math.sqrt(sum(block.double().square().sum().item() for block in blocks))
 
 
 def energy(singular_values: Float[Tensor, " held"], norm: float) -> float:
-    """Share of ‖matrix‖_F² in `singular_values`, in [0, 1]; 1 for a zero matrix, which loses nothing."""
+    """Share of ‖matrix‖_F² in `singular_values`; 1 for a zero matrix, which loses nothing."""
     if norm == 0:
         return 1.0
     return min(1.0, singular_values.double().square().sum().item() / norm**2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class TruncatedSVD(NamedTuple):
-    """`matrix ≈ U @ diag(S) @ Vh` with orthonormal columns of `U` and rows of `Vh`, `S` descending."""
+    """`matrix ≈ U @ diag(S) @ Vh`: orthonormal columns of `U` and rows of `Vh`, `S` descending."""
 
     U: Float[Tensor, "rows rank"]
     S: Float[Tensor, " rank"]
@@ -21,7 +21,7 @@ class TruncatedSVD(NamedTuple):
         return TruncatedSVD(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
 
     def with_canonical_signs(self) -> TruncatedSVD:
-        """Flip pairs of vectors so that the largest-magnitude entry of each column of `U` is positive."""
+        """Flip pairs of vectors: the largest-magnitude entry of each column of `U` is positive."""
         peaks = self.U.gather(0, self.U.abs().argmax(dim=0, keepdim=True))
         signs = torch.where(peaks < 0, -1.0, 1.0).to(self.U.dtype)
         return TruncatedSVD(self.U * signs, self.S, self.Vh * signs.T)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from peft_svdinit.embedded import stdlib_docstrings
+from ..embedded import stdlib_docstrings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
 _BUILTIN = "builtin:stdlib-docstrings"
+_TEXT_TYPES = ("string", "large_string")
 _FORMATS = {
     ".json": "json",
     ".jsonl": "json",
@@ -67,7 +69,8 @@ class DataOptions:
         default="text", metadata={"help": "text to learn as a whole, where no prompt is given"}
     )
     max_length: int = field(
-        default=512, metadata={"help": "tokens per example; longer ones lose text, the prompt first"}
+        default=512,
+        metadata={"help": "tokens per example; longer ones lose text, the prompt first"},
     )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "train on at most so many examples, drawn at random"}
@@ -162,29 +165,28 @@ def load_examples(
         "messages": messages_column,
         "text": text_column,
     }
-    return (
-        _draw(_renamed(train, columns, dataset_name), max_train_samples, seed),
-        _draw(_renamed(evaluation, columns, dataset_name), max_eval_samples, seed),
-    )
+    train = _with_standard_columns(train, columns, dataset_name)
+    evaluation = _with_standard_columns(evaluation, columns, dataset_name)
+    return _draw(train, max_train_samples, seed), _draw(evaluation, max_eval_samples, seed)
 
 
 def tokenize_examples(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Dataset:
-    """Token ids and labels; the loss is on completions only.
+    """Token ids and labels, with the loss on completions only.
 
     Prompt and completion are tokenised apart, so the labels are exactly the completion's tokens
     and the end token. The prompt of a conversation is the chat template of all that comes before
-    the last assistant message, which is the completion. Of a plain text every token is a label.
+    the last assistant message, which is the completion. A plain text is a completion of nothing.
 
     An example beyond `max_length` loses the start of its prompt, down to a quarter of
-    `max_length`, then the end of its completion; a text loses its end. Examples without a
-    completion (or text) are dropped and counted in the log.
+    `max_length`, then the end of its completion. Examples without a completion or text are
+    dropped and counted in the log.
 
     Args:
         dataset: of `load_examples`.
-        tokenizer: with an end-of-sequence token. A start token is put first if the tokenizer
-            does so itself.
+        tokenizer: with an end-of-sequence token. A start token is put first, and kept there, if
+            the tokenizer does so itself and the prompt has none.
         max_length: tokens per example, at least 2.
 
     Returns:
@@ -194,24 +196,206 @@ def tokenize_examples(
         ValueError: if no example is left, or the tokenizer lacks what the data needs.
     """
     _check_length(max_length)
-    encode = _Encoder(tokenizer, max_length)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer must have an end-of-sequence token; set tokenizer.eos_token")
+    if "messages" in dataset.column_names and not tokenizer.chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template, which data with messages needs; use the "
+            "tokenizer of a chat model, or data with a prompt and a completion"
+        )
     tokenized = dataset.map(
         _encode_batch,
-        fn_kwargs={"encode": encode},
+        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
         batched=True,
         remove_columns=dataset.column_names,
         desc="Tokenizing",
     )
-    dropped = len(dataset) - len(tokenized)
     if not len(tokenized):
-        raise ValueError(
-            f"none of the {len(dataset)} examples has a completion or text to learn from"
-        )
-    if dropped:
-        logger.warning("dropped %d of %d examples: nothing to learn from", dropped, len(dataset))
+        raise ValueError(f"none of the {len(dataset)} examples has anything to learn from")
+    if dropped := len(dataset) - len(tokenized):
+        logger.warning("dropped %d of %d examples, which have no completion", dropped, len(dataset))
     return tokenized
 
 
 def completion_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
     """Pads a batch to its longest example: ids with the padding token, labels with -100."""
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED_LABEL)
+
+
+def _load_splits(name: str, config: str | None) -> Mapping[Any, Dataset]:
+    try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ImportError:
+        raise ModuleNotFoundError(
+            'data sets need the package datasets; run: pip install "peft-svdinit[data]"'
+        ) from None
+    if name == _BUILTIN:
+        return {"train": datasets.Dataset.from_list(stdlib_docstrings())}
+    if name.startswith("builtin:"):
+        raise ValueError(f"unknown built-in data set {name!r}; the known one: {_BUILTIN}")
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix not in _FORMATS:
+        raise ValueError(f"dataset_name: a file must end in {', '.join(_FORMATS)}, got {name!r}")
+    if not path.exists() and (path.suffix in _FORMATS or name.startswith((".", "/", "~"))):
+        raise ValueError(f"dataset_name: there is no file or folder {name!r}")
+    try:
+        if path.is_file():
+            return datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path))
+        if (path / "dataset_dict.json").is_file():
+            return datasets.DatasetDict.load_from_disk(str(path))
+        if (path / "state.json").is_file():
+            return {"train": datasets.Dataset.load_from_disk(str(path))}
+        return datasets.load_dataset(str(path) if path.is_dir() else name, config)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(
+            f"dataset_name: cannot load {name!r}: {error.__cause__ or error}"
+        ) from error
+
+
+def _named_split(
+    splits: Mapping[Any, Dataset], split: str, option: str, dataset_name: str
+) -> Dataset:
+    if split not in splits:
+        raise ValueError(
+            f"{option} must be a split of {dataset_name!r}, which has {', '.join(splits)}; "
+            f"got {split!r}"
+        )
+    return splits[split]
+
+
+def _split_by_module(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Hold out modules, in an order that only `seed` and their names decide, up to `fraction`."""
+    modules = list(dataset["module"])
+    sizes = Counter(modules)
+    held_out: set[str] = set()
+    room = fraction * len(dataset)
+    for module in sorted(sizes, key=lambda m: hashlib.sha256(f"{seed} {m}".encode()).digest()):
+        if sizes[module] <= room:
+            held_out.add(module)
+            room -= sizes[module]
+    if not held_out:
+        raise ValueError(
+            f"eval_fraction={fraction} of {len(dataset)} examples is smaller than any module"
+        )
+    return (
+        dataset.select([row for row, m in enumerate(modules) if m not in held_out]),
+        dataset.select([row for row, m in enumerate(modules) if m in held_out]),
+    )
+
+
+def _split_by_row(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    if len(dataset) < 2:
+        raise ValueError(
+            f"train_split must have at least 2 examples to hold one out, got {len(dataset)}; "
+            f"give more data or an eval_split"
+        )
+    held_out = min(max(1, round(fraction * len(dataset))), len(dataset) - 1)
+    split = dataset.train_test_split(test_size=held_out, seed=seed)
+    return split["train"], split["test"]
+
+
+def _with_standard_columns(
+    dataset: Dataset, columns: Mapping[str, str], dataset_name: str
+) -> Dataset:
+    """Only what is learnt from, under the names `prompt`, `completion`, `messages`, `text`."""
+    for names in (("prompt", "completion"), ("messages",), ("text",)):
+        if not all(columns[name] in dataset.column_names for name in names):
+            continue
+        for name in names:
+            feature = dataset.features[columns[name]]
+            if (name != "messages") != (getattr(feature, "dtype", "") in _TEXT_TYPES):
+                kind = "a list of messages" if name == "messages" else "text"
+                raise ValueError(
+                    f"{name}_column: {columns[name]!r} of {dataset_name!r} must hold {kind}, "
+                    f"it holds {feature}; convert it first, or name another column"
+                )
+        extra = ["module"] if dataset_name == _BUILTIN else []
+        kept = dataset.select_columns([columns[name] for name in names] + extra)
+        return kept.rename_columns({columns[name]: name for name in names})
+    raise ValueError(
+        f"{dataset_name!r} has the columns {', '.join(dataset.column_names)}; it needs "
+        f"{columns['prompt']} and {columns['completion']}, or {columns['messages']}, or "
+        f"{columns['text']}: set prompt_column and completion_column, or messages_column, or "
+        f"text_column"
+    )
+
+
+def _draw(dataset: Dataset, count: int | None, seed: int) -> Dataset:
+    if count is None or count >= len(dataset):
+        return dataset
+    return dataset.shuffle(seed=seed).select(range(count))
+
+
+def _encode_batch(
+    batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list[list[int]]]:
+    if "messages" in batch:
+        pairs = [_prompt_and_reply(messages, tokenizer) for messages in batch["messages"]]
+    elif "completion" in batch:
+        pairs = list(zip(batch["prompt"], batch["completion"], strict=True))
+    else:
+        pairs = [("", text) for text in batch["text"]]
+    pairs = [(prompt or "", completion) for prompt, completion in pairs if completion]
+    encoded: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    if not pairs:
+        return encoded
+    start = _start_tokens(tokenizer)
+    end: Any = tokenizer.eos_token_id
+    prompts, completions = zip(*pairs, strict=True)
+    for text, prompt, completion in zip(
+        prompts, _encode(prompts, tokenizer), _encode(completions, tokenizer), strict=True
+    ):
+        has_start = start and text.startswith(str(tokenizer.bos_token))
+        context, labels = _fit([] if has_start else start, prompt, [*completion, end], max_length)
+        encoded["input_ids"].append(context + labels)
+        encoded["attention_mask"].append([1] * (len(context) + len(labels)))
+        encoded["labels"].append([IGNORED_LABEL] * len(context) + labels)
+    return encoded
+
+
+def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The start token, if this tokenizer puts one before every text."""
+    return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
+
+
+def _prompt_and_reply(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str]:
+    """What comes before the last assistant message, as the model is asked, and that message."""
+    # Rows of one column have the same keys, filled up with None.
+    messages = [{k: v for k, v in m.items() if v is not None} for m in messages or []]
+    replies = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    if not replies or replies[-1] == 0:
+        return "", ""
+    before = messages[: replies[-1]]
+    prompt = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+    return str(prompt), messages[replies[-1]].get("content", "")
+
+
+def _fit(
+    start: list[int], prompt: list[int], labels: list[int], max_length: int
+) -> tuple[list[int], list[int]]:
+    """Cut the prompt's beginning, then the labels' end, until both fit into `max_length`."""
+    room = max(max_length - len(labels), max_length // 4, 1) - len(start)
+    context = start + prompt[max(0, len(prompt) - room) :]
+    return context, labels[: max_length - len(context)]
+
+
+def _check_split(fraction: float, *counts: int | None) -> None:
+    if not 0 < fraction < 1:
+        raise ValueError(f"eval_fraction must be in (0, 1), got {fraction}")
+    for option, count in zip(("max_train_samples", "max_eval_samples"), counts, strict=True):
+        if count is not None and count < 1:
+            raise ValueError(f"{option} must be at least 1, got {count}; leave it out for all")
+
+
+def _check_length(max_length: int) -> None:
+    if max_length < 2:
+        raise ValueError(
+            f"max_length must be at least 2, one token to predict from another, got {max_length}"
+        )

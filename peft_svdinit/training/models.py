@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peft_svdinit.embedded import resolve_model
+from ..embedded import resolve_model
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,12 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
             trust_remote_code=options.trust_remote_code,
             use_safetensors=True,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        # A folder has been checked already.
+        hint = "" if Path(source).is_dir() else f"\nIf {_pickle_remedy('it', source)}"
         raise ValueError(
             f"model_name_or_path: cannot load {options.model_name_or_path!r} from safetensors: "
-            f"{error}\nIf the checkpoint has only pickled weights, which can run code when they "
-            f"are read, and you trust it, convert it once: {_conversion(source)}"
+            f"{error}{hint}"
         ) from error
 
 
@@ -97,7 +98,7 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
             revision=options.model_revision,
             trust_remote_code=options.trust_remote_code,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"model_name_or_path: cannot load the tokenizer of "
             f"{options.model_name_or_path!r}: {error}"
@@ -124,19 +125,18 @@ def _checked_source(options: ModelOptions) -> str:
         raise ValueError(
             f"model_name_or_path: {source} holds an adapter; give its base model instead"
         )
-    pickled = sorted(f for f in files if f.startswith("pytorch_model") and f.endswith(".bin"))
+    pickled = any(file.startswith("pytorch_model") and file.endswith(".bin") for file in files)
     if pickled and not any(file.endswith(".safetensors") for file in files):
-        raise ValueError(
-            f"model_name_or_path: {source} has only pickled weights ({pickled[0]}), which can run "
-            f"code when they are read; if you trust them, convert them once: {_conversion(source)}"
-        )
+        raise ValueError(f"model_name_or_path: {_pickle_remedy(source, source)}")
     return source
 
 
-def _conversion(source: str) -> str:
+def _pickle_remedy(subject: str, source: str) -> str:
     target = Path(source).name + "-safetensors"
     return (
-        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"{subject} has only pickled weights, which can run code when they are read; if you trust "
+        'them, convert them once: python -c "'
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
         f"M.from_pretrained('{source}', use_safetensors=False, dtype='auto')"
         f".save_pretrained('{target}'); "
         f"T.from_pretrained('{source}').save_pretrained('{target}')\""

@@ -47,7 +47,8 @@ def parse_options(
             a `ValueError` from a dataclass's `__post_init__`; with code 0 after `--help`.
     """
     # Abbreviated options would hide typing errors, and change meaning when an option is added.
-    parser = _Parser(list(option_classes), description=description, prog=prog, allow_abbrev=False)
+    classes: list[Any] = list(option_classes)
+    parser = _Parser(classes, description=description, prog=prog, allow_abbrev=False)
     parser.add_argument_group("configuration").add_argument(
         "--config",
         type=Path,

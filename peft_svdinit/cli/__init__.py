@@ -1,0 +1,53 @@
+"""`svdinit <verb>`: work on artefacts from the command line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..training import parse_options
+from . import analyze, compare, environment, export, extract, synthesize
+
+VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "synthesize": (synthesize.SynthesizeOptions, synthesize.run),
+    "extract": (extract.ExtractOptions, extract.run),
+    "analyze": (analyze.AnalyzeOptions, analyze.run),
+    "export": (export.ExportOptions, export.run),
+    "compare": (compare.CompareOptions, compare.run),
+    "env": (environment.EnvironmentOptions, environment.run),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command `svdinit`; exits with 2 after one line for a wrong input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        raise SystemExit(0 if arguments else 2)
+    verb, *rest = arguments
+    if verb not in VERBS:
+        raise SystemExit(_failure(f"unknown verb {verb!r}; the verbs: {', '.join(VERBS)}"))
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    options_class, run = VERBS[verb]
+    description = (options_class.__doc__ or "").strip()
+    (options,) = parse_options(
+        [options_class], rest, description=description, prog=f"svdinit {verb}"
+    )
+    try:
+        run(options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise SystemExit(_failure(str(error), verb)) from error
+
+
+def _failure(message: str, verb: str = "") -> int:
+    print(f"svdinit{' ' if verb else ''}{verb}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _usage() -> str:
+    lines = ["usage: svdinit VERB [--option value …] [--config FILE]", ""]
+    for verb, (options_class, _) in VERBS.items():
+        lines.append(f"  {verb:<11} {(options_class.__doc__ or '').strip().splitlines()[0]}")
+    return "\n".join([*lines, "", "svdinit VERB --help lists the options of a verb."])

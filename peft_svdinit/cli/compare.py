@@ -1,0 +1,31 @@
+"""`svdinit compare`: a report over run folders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from ..comparison import write_comparison
+from ..runs import read_run
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Compare the runs that ComparisonCallback recorded, over methods and seeds."""
+
+    runs: list[str] = field(metadata={"help": "Run folders, each with run.json."})
+    output_dir: str = field(metadata={"help": "Folder for the report, page and figures."})
+    reference: str = field(
+        default="random", metadata={"help": "Method (or run name) that others are compared with."}
+    )
+
+
+def run(options: CompareOptions) -> None:
+    paths = write_comparison(
+        [read_run(folder) for folder in options.runs],
+        {},
+        options.output_dir,
+        reference=options.reference,
+    )
+    print(json.loads(paths.numbers.read_text(encoding="utf-8"))["headline"])
+    print(f"Page: {paths.page}\nReport: {paths.report}")

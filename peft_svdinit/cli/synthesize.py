@@ -1,0 +1,43 @@
+"""`svdinit synthesize`: from a LoRA to a teacher of higher rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..deltas import LoraAdapter, Synthesis
+from ..embedded import resolve_model
+from ..extraction import factors_of_adapter
+from ..teacher_files import write_teacher
+from .summary import print_analysis
+
+
+@dataclass(frozen=True)
+class SynthesizeOptions:
+    """Extend a LoRA's delta to a teacher of higher rank, and write its factors and analysis."""
+
+    adapter: str = field(metadata={"help": "Folder or Hub id of a trained LoRA adapter."})
+    output_dir: str = field(metadata={"help": "Folder for the teacher's factors and reports."})
+    base: str | None = field(
+        default=None,
+        metadata={"help": "Base model; with it the factors recognise the model they are for."},
+    )
+    rank: int = field(default=64, metadata={"help": "Rank of the teacher."})
+    tail_decay: float = field(default=0.1, metadata={"help": "Decay per appended singular value."})
+    noise_share: float = field(
+        default=0.1, metadata={"help": "Share of the appended energy that is noise."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of all randomness."})
+    lora_r: int = field(default=16, metadata={"help": "Student rank of the analysis."})
+    plots: bool = field(default=True, metadata={"help": "Draw the figures."})
+
+
+def run(options: SynthesizeOptions) -> None:
+    adapter = LoraAdapter(options.adapter)
+    synthesis = Synthesis(options.rank, options.tail_decay, options.noise_share, options.seed)
+    base = resolve_model(options.base) if options.base else None
+    extraction = factors_of_adapter(adapter, synthesis=synthesis, base=base)
+    original = {name: adapter[name].factors() for name in adapter}
+    analysis = write_teacher(
+        extraction, options.output_dir, rank=options.lora_r, original=original, plots=options.plots
+    )
+    print_analysis(analysis, options.output_dir)

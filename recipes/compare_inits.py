@@ -1,0 +1,204 @@
+"""Does an adapter that starts from a teacher's SVD beat one that starts at random?
+
+    accelerate launch recipes/compare_inits.py
+    accelerate launch recipes/compare_inits.py --config recipes/configs/compare_inits.yaml
+
+Trains a teacher, takes its delta and SVD, trains students from every start and random ones of equal
+steps and of equal total budget, for several seeds, and ends with a report. What is done already is
+skipped, so that the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from accelerate import PartialState
+from comparison_plan import (
+    ComparisonOptions,
+    Plan,
+    Setting,
+    examples_per_step,
+    make_plan,
+)
+from fit import Materials
+from train_lora import LoraOptions
+
+from peft_svdinit.checkpoints import Checkpoint
+from peft_svdinit.comparison import write_comparison
+from peft_svdinit.deltas import CheckpointPair, LoraAdapter
+from peft_svdinit.embedded import resolve_model
+from peft_svdinit.linear_modules import linear_modules, model_skeleton
+from peft_svdinit.pipeline import run_tasks, selected_steps
+from peft_svdinit.runs import describe_environment, read_run
+from peft_svdinit.training import DataOptions, ModelOptions, RecipeArguments, parse_options
+
+
+@dataclass
+class CompareArguments(RecipeArguments):
+    """How to train each run: all of transformers' TrainingArguments; seeds are set by `seeds`."""
+
+    output_dir: str | None = field(
+        default="comparison", metadata={"help": "Folder of all runs and of the report."}
+    )
+    max_steps: int = field(default=20, metadata={"help": "Optimizer steps of each student."})
+    eval_steps: float | None = field(
+        default=5, metadata={"help": "Evaluate every so many steps (below 1: share of them)."}
+    )
+    disable_tqdm: bool | None = field(
+        default=None, metadata={"help": "No progress bars; by default where there is no terminal."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class CompareDataOptions(DataOptions):
+    """The data set, its columns and its split."""
+
+    max_eval_samples: int | None = field(
+        default=64, metadata={"help": "evaluate on at most so many examples, drawn at random"}
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    began = time.monotonic()
+    classes = (ComparisonOptions, ModelOptions, CompareDataOptions, LoraOptions, CompareArguments)
+    setting = Setting(*parse_options(classes, argv, description=__doc__ or ""))
+    state = PartialState()
+    _hush()
+    try:
+        steps = selected_steps(
+            setting.comparison.steps,
+            from_step=setting.comparison.from_step,
+            to_step=setting.comparison.to_step,
+            only=setting.comparison.only,
+        )
+        with state.main_process_first():
+            check_inputs(setting)
+            materials = cache(lambda: Materials.prepare(setting.model, setting.data))
+            materials()
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    plan = make_plan(setting, materials)
+    report = print if state.is_main_process else (lambda line: None)
+    try:
+        run_tasks(
+            plan.tasks,
+            steps,
+            report=report,
+            is_main=state.is_main_process,
+            barrier=state.wait_for_everyone,
+        )
+    except RuntimeError as error:
+        raise SystemExit(f"error: {error}") from error
+    if "compare" in steps and state.is_main_process:
+        write_report(setting, plan, argv)
+        print(f"Finished in {(time.monotonic() - began) / 60:.1f} minutes.")
+
+
+def check_inputs(setting: Setting) -> None:
+    """Refuse what would fail later, before anything is trained.
+
+    Raises:
+        ValueError, TypeError, OSError, ModuleNotFoundError: naming the option.
+    """
+    options, lora = setting.comparison, setting.lora
+    if lora.init != "random" or lora.svd_factors:
+        raise ValueError("init and svd_factors are set by the comparison; leave them out")
+    if lora.lora_r > options.teacher_rank:
+        raise ValueError(
+            f"lora_r={lora.lora_r} is above teacher_rank={options.teacher_rank}, the triplets that "
+            "the teacher's factors hold"
+        )
+    Path(str(setting.arguments.output_dir)).mkdir(parents=True, exist_ok=True)
+    probe = Path(str(setting.arguments.output_dir), ".writable")
+    probe.touch()
+    probe.unlink()
+    base = resolve_model(setting.model.model_name_or_path)
+    if Path(base).is_dir():
+        Checkpoint(base, argument="model_name_or_path")
+    targets = linear_modules(model_skeleton(base), lora.target_modules)
+    if options.teacher_adapter:
+        adapter = LoraAdapter(options.teacher_adapter)
+        if set(adapter) != set(targets):
+            differing = sorted(set(adapter) ^ set(targets))
+            raise ValueError(
+                f"teacher_adapter covers other layers than lora_target_modules: {differing[:5]} "
+                f"and so on, {len(differing)} in all; set lora_target_modules to the adapter's"
+            )
+        if adapter.config["r"] < lora.lora_r:
+            raise ValueError(
+                f"lora_r={lora.lora_r} is above the rank of teacher_adapter, {adapter.config['r']}"
+            )
+    if options.teacher_model:
+        CheckpointPair(base, options.teacher_model, target_modules=lora.target_modules)
+
+
+def write_report(setting: Setting, plan: Plan, argv: list[str] | None) -> None:
+    """Compare the runs, write the report and print where everything is."""
+    missing = [task.name for task in plan.compared if not task.done]
+    if missing:
+        raise SystemExit(f"error: runs to compare are not done: {', '.join(missing)}")
+    runs = [read_run(task.folder) for task in plan.compared]
+    output = Path(str(setting.arguments.output_dir))
+    paths = write_comparison(runs, _context(setting, plan, argv), output)
+    headline = json.loads(paths.numbers.read_text(encoding="utf-8"))["headline"]
+    print(f"\n{headline}\n")
+    print(paths.report.read_text(encoding="utf-8"))
+    print(f"Page to look at:  {paths.page}")
+    print(f"Report, numbers:  {paths.report}, {paths.numbers}")
+    print(f"SVD analysis:     {plan.factors[0].folder}")
+    print(f"Runs, adapters:   {setting.root}")
+
+
+def _context(setting: Setting, plan: Plan, argv: list[str] | None) -> dict[str, Any]:
+    options = setting.comparison
+    rank = setting.lora.lora_r
+    analyses = [
+        json.loads((task.folder / f"svd_analysis_rank{rank}.json").read_text())
+        for task in plan.factors
+    ]
+    kept = [layer["energy_ratio"] for found in analyses for layer in found["layers"]]
+    hardware = describe_environment(setting.arguments.device)["hardware"]
+    accelerator = "" if hardware["device"] == "cpu" else f" and {hardware['device']}"
+    synthesised = not options.sunk and options.teacher == "lora"
+    synthesis = {"tail_decay": options.tail_decay, "noise_share": options.noise_share}
+    return {
+        "model": setting.model.model_name_or_path,
+        "dataset": setting.data.dataset_name,
+        "machine": f"{hardware['cpu_cores']} CPU cores{accelerator}",
+        "student_steps": setting.arguments.max_steps,
+        "teacher_steps": None if options.sunk else options.teacher_steps,
+        "examples_per_step": examples_per_step(setting.arguments),
+        "learning_rate": None if options.sweep_lr else setting.arguments.learning_rate,
+        "lora_r": rank,
+        "teacher_rank": options.teacher_rank,
+        "teacher_kind": "given" if options.sunk else options.teacher,
+        "synthesis": synthesis if synthesised else None,
+        "energy_kept_mean": sum(kept) / len(kept),
+        "command": shlex.join(["recipes/compare_inits.py", *(sys.argv[1:] if argv is None else argv)]),
+    }
+
+
+def _hush() -> None:
+    """One line per task says enough: no bars while loading and no advice meant for PEFT itself."""
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""One training run, whatever the adapter: what the training recipes share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from peft_svdinit.runs import Run, read_run
+from peft_svdinit.training import (
+    DataOptions,
+    ModelOptions,
+    RecipeArguments,
+    completion_collator,
+    load_tokenizer,
+    prepare_examples,
+)
+from trainer_callbacks import ComparisonCallback
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What runs on one data set share."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    evaluation: Dataset
+
+    @classmethod
+    def prepare(cls, model: ModelOptions, data: DataOptions) -> Materials:
+        """Load the tokenizer and the data, and tokenize it."""
+        tokenizer = load_tokenizer(model)
+        return cls(tokenizer, *prepare_examples(data, tokenizer))
+
+    def part(self, seed: int, first: int, count: int) -> Materials:
+        """`count` training examples from number `first` on in the order that `seed` shuffles.
+
+        The order goes on with a new shuffle after each epoch, so that runs which share a seed can
+        share their examples, or split them.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        size, order = len(self.train), torch.empty(0, dtype=torch.long)
+        while len(order) < first + count:
+            order = torch.cat([order, torch.randperm(size, generator=generator)])
+        return replace(self, train=self.train.select(order[first : first + count].tolist()))
+
+
+class EvaluateAtEnd(TrainerCallback):
+    """Evaluate after the last step even where `eval_steps` does not divide the number of steps."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
+class QuietProgress(ProgressCallback):
+    """The Trainer's progress bar without a line per log entry; the run's record has them all."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def fit(
+    model: Any,
+    materials: Materials,
+    arguments: RecipeArguments,
+    *,
+    extra: dict[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    quiet: bool = False,
+) -> Run | None:
+    """Train, leaving the model and the run's record in `arguments.output_dir`.
+
+    With `resume_from_checkpoint=last` it goes on from the last checkpoint there, if there is one.
+
+    Returns:
+        The run's record, on the main process.
+    """
+    folder = Path(str(arguments.output_dir))
+    record = ComparisonCallback(name=folder.name, extra=extra)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        data_collator=completion_collator(materials.tokenizer),
+        train_dataset=materials.train,
+        eval_dataset=materials.evaluation,
+        processing_class=materials.tokenizer,
+        callbacks=[EvaluateAtEnd(), record, *callbacks],
+    )
+    if quiet:
+        shown = QuietProgress if trainer.pop_callback(ProgressCallback) else None
+        trainer.remove_callback(PrinterCallback)
+        if shown:
+            trainer.add_callback(shown)
+    resume = arguments.resume_from_checkpoint
+    if resume == "last":
+        resume = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
+    return read_run(folder) if trainer.is_world_process_zero() else None

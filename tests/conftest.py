@@ -1,0 +1,33 @@
+"""Settings of the whole suite: no network, one thread, hypothesis without a deadline."""
+
+from __future__ import annotations
+
+import os
+
+# No test may wait for a server: whatever is not on the disk is reported missing at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Before the package under test: whatever its modules import first while jaxtyping's import hook is
+# active is compiled from source instead of read from the byte code cache, 20 s for PEFT and torch.
+import peft  # noqa: F401
+import pytest
+import torch
+from hypothesis import settings
+from transformers import Trainer, TrainingArguments  # noqa: F401
+
+# Models and matrices here are so small that threads only cost, and more so under pytest-xdist.
+torch.set_num_threads(1)
+
+# No deadline: torch's first call is slow.
+settings.register_profile(
+    "suite", deadline=None, max_examples=40, derandomize="CI" in os.environ, print_blob=True
+)
+settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

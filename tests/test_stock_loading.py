@@ -1,0 +1,172 @@
+"""Saved adapters are stock LoRA: PEFT loads them in a process that cannot import this package."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft_fixtures import HELD_RANK, SPLITS, STARTS, Scene, logits, make_scene, tokens, train
+from safetensors.torch import load_file, save_file
+from tiny_models import ARCHITECTURES
+from torch import Tensor
+
+from peft_svdinit import initialize_lora_from_factors
+
+# Runs elsewhere: `python -I stock.py cases.json logits.safetensors`.
+STOCK_PROCESS = """
+import importlib.abc
+import json
+import sys
+
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("peft_svdinit", "trainer_callbacks"):
+            raise ModuleNotFoundError(name)
+        return None
+
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import peft_svdinit
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("peft_svdinit can be imported: the test would prove nothing")
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+torch.set_num_threads(1)
+cases = json.load(open(sys.argv[1]))
+ids = load_file(cases.pop("ids"))["ids"]
+found = {}
+for name, case in cases.items():
+    base = AutoModelForCausalLM.from_pretrained(case["base"])
+    model = PeftModel.from_pretrained(base, case["adapter"]).eval()
+    assert type(model.peft_config["default"]).__name__ == "LoraConfig"
+    with torch.no_grad():
+        found[name] = model(input_ids=ids).logits.contiguous()
+        found[name + ".merged"] = model.merge_and_unload()(input_ids=ids).logits.contiguous()
+assert "peft_svdinit" not in sys.modules
+save_file(found, sys.argv[2])
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapter, trained here and loaded elsewhere."""
+
+    architecture: str = "llama"
+    options: tuple[tuple[str, Any], ...] = ()
+    route: str = "config"
+
+    @property
+    def name(self) -> str:
+        parts = [f"{key}={value}" for key, value in self.options]
+        return "-".join([self.architecture, *parts, self.route])
+
+    def saved(self, scene: Scene, folder: Path) -> Tensor:
+        """Logits of the adapter after training, as saved to `folder`."""
+        options = dict(self.options)
+        if self.route == "config":
+            model = scene.peft_model(**options)
+        elif self.route == "transformers":
+            model = scene.model()
+            model.add_adapter(scene.config(**options))
+        else:
+            stock = LoraConfig(r=HELD_RANK, target_modules=scene.targets, task_type="CAUSAL_LM")
+            model = get_peft_model(scene.model(), stock)
+            initialize_lora_from_factors(model, scene.factors, start=options["svd_start"])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        train(model, learning_rate=0.02)
+        model.save_pretrained(str(folder))
+        return logits(model)
+
+
+def case(architecture: str = "llama", route: str = "config", **options: Any) -> Case:
+    return Case(architecture, tuple(options.items()), route)
+
+
+PATTERNS = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.1.mlp.down_proj": 7}}
+CASES = [
+    *(
+        case(architecture, svd_start=start, svd_split=split)
+        for architecture in ARCHITECTURES
+        for start in STARTS
+        for split in SPLITS
+    ),
+    *(case(svd_start=start, use_rslora=True) for start in STARTS),
+    *(case(svd_start=start, **PATTERNS) for start in ("delta", "reference")),
+    case(svd_start="reference", use_rslora=True, **PATTERNS),
+    case("gpt2", svd_start="reference", use_rslora=True),
+    case(svd_start="delta", use_dora=True),
+    case("gpt2", svd_start="delta", use_dora=True),
+    case(svd_start="reference", lora_dropout=0.3),
+    case(svd_start="delta", target_modules=["q_proj"], svd_coverage="partial"),
+    case(svd_start="reference", target_modules=["q_proj", "o_proj"], svd_coverage="partial"),
+    *(case(svd_start=start, route="transformers") for start in ("delta", "reference")),
+    *(case(svd_start=start, route="post_hoc") for start in ("delta", "reference")),
+    case("gpt2", svd_start="reference", route="post_hoc"),
+]
+
+
+@pytest.fixture(scope="module")
+def here_and_elsewhere(tmp_path_factory) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Per case: logits in this process, logits in the other, and merged there."""
+    folder = tmp_path_factory.mktemp("stock")
+    scenes = {name: make_scene(folder, name) for name in ARCHITECTURES}
+    for name, scene in scenes.items():
+        scene.base.save_pretrained(str(folder / f"base-{name}"))
+    save_file({"ids": tokens()}, folder / "ids.safetensors")
+    listed: dict[str, Any] = {"ids": str(folder / "ids.safetensors")}
+    here = {}
+    for index, entry in enumerate(CASES):
+        adapter = folder / f"adapter-{index}"
+        here[entry.name] = entry.saved(scenes[entry.architecture], adapter)
+        listed[entry.name] = {
+            "adapter": str(adapter),
+            "base": str(folder / f"base-{entry.architecture}"),
+        }
+    (folder / "cases.json").write_text(json.dumps(listed))
+    (folder / "stock.py").write_text(STOCK_PROCESS)
+    arguments = ["stock.py", "cases.json", "logits.safetensors"]
+    run = subprocess.run(
+        [sys.executable, "-I", *(str(folder / argument) for argument in arguments)],
+        cwd=folder,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    elsewhere = load_file(folder / "logits.safetensors")
+    return {name: (here[name], elsewhere[name], elsewhere[f"{name}.merged"]) for name in here}
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in CASES])
+def test_stock_peft_gives_the_same_logits(here_and_elsewhere, name):
+    here, elsewhere, merged = here_and_elsewhere[name]
+    assert torch.isfinite(here).all()
+    assert (elsewhere - here).abs().max() < 1e-5
+    assert (merged - here).abs().max() < 1e-4
+
+
+def test_the_cases_are_different_models(here_and_elsewhere):
+    """Or equal logits would show nothing: each case trained to a function of its own."""
+    first, second = (
+        here_and_elsewhere[case("llama", svd_start=start, svd_split="output").name][0]
+        for start in ("delta", "reference")
+    )
+    assert (first - second).abs().max() > 0.1

@@ -1,0 +1,222 @@
+"""SvdLoraConfig: what it refuses, what it saves, and what reads it back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from peft_fixtures import (
+    HELD_RANK,
+    Scene,
+    adapter_weights,
+    equal_bits,
+    has_lora_layers,
+    logits,
+    make_scene,
+)
+
+from peft_svdinit import SvdLoraConfig
+from peft_svdinit.config import SIDECAR_NAME, config_of_alias
+
+OPTIONS = {
+    "r": 4,
+    "lora_alpha": 12,
+    "target_modules": ["v_proj", "q_proj"],
+    "svd_factors": "some/where/factors.safetensors",
+    "svd_factors_revision": "main",
+    "svd_start": "reference",
+    "svd_split": "balanced",
+    "svd_coverage": "partial",
+    "svd_check_base": False,
+    "lora_dropout": 0.25,
+    "rank_pattern": {"layers.0.q_proj": 2},
+    "alpha_pattern": {"layers.0.q_proj": 6},
+    "task_type": "CAUSAL_LM",
+    "modules_to_save": ["norm"],
+}
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory) -> Scene:
+    return make_scene(tmp_path_factory.mktemp("config"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "names"),
+    [
+        ({"svd_factors": ""}, ValueError, "svd_factors"),
+        ({"svd_factors": torch.zeros(2, 2)}, TypeError, "initialize_lora_from_factors"),
+        ({"svd_factors": {"a": torch.zeros(2)}}, TypeError, "initialize_lora_from_factors"),
+        ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights"),
+        ({"init_lora_weights": False}, ValueError, "init_lora_weights"),
+        ({"svd_start": "middle"}, ValueError, "svd_start.*'middle'"),
+        ({"svd_split": "input"}, ValueError, "svd_split.*'input'"),
+        ({"svd_coverage": "loose"}, ValueError, "svd_coverage.*'loose'"),
+        ({"svd_start": "reference", "use_dora": True}, ValueError, "use_dora"),
+    ],
+)
+def test_an_impossible_option_is_refused_by_name(options, error, names):
+    with pytest.raises(error, match=names):
+        SvdLoraConfig(**{"svd_factors": "factors.safetensors", **options})
+
+
+def test_a_path_object_is_kept_as_the_string_that_json_can_hold():
+    config = SvdLoraConfig(svd_factors=Path("a") / "factors.safetensors")
+    assert config.svd_factors == str(Path("a") / "factors.safetensors")
+
+
+@pytest.mark.parametrize("option", ["kasa_config", "arrow_config", "velora_config", "use_bdlora"])
+def test_a_variant_whose_update_is_not_the_product_is_refused(option):
+    with pytest.raises(ValueError, match=option):
+        SvdLoraConfig(svd_factors="factors.safetensors", **{option: {"scaling": 1}})
+
+
+def test_to_dict_is_json():
+    written = json.dumps(SvdLoraConfig(**OPTIONS).to_dict(), default=sorted)
+    assert json.loads(written)["svd_start"] == "reference"
+
+
+def test_copies_pickles_and_replacements_keep_every_option():
+    config = SvdLoraConfig(**OPTIONS)
+    for other in (
+        copy.copy(config),
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+        dataclasses.replace(config),
+    ):
+        assert isinstance(other, SvdLoraConfig)
+        assert other == config
+    assert dataclasses.replace(config, r=8).svd_factors == config.svd_factors
+
+
+def test_its_own_from_pretrained_restores_every_option(tmp_path):
+    config = SvdLoraConfig(**OPTIONS)
+    config.save_pretrained(str(tmp_path))
+    restored = SvdLoraConfig.from_pretrained(str(tmp_path))
+    assert isinstance(restored, SvdLoraConfig)
+    assert restored == config
+
+
+def test_a_subfolder_is_restored_too(tmp_path):
+    config = SvdLoraConfig(**OPTIONS)
+    config.save_pretrained(str(tmp_path / "second"))
+    assert SvdLoraConfig.from_pretrained(str(tmp_path), subfolder="second") == config
+
+
+def test_a_stock_adapter_folder_is_no_svd_adapter(tmp_path):
+    LoraConfig(r=4).save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=SIDECAR_NAME):
+        SvdLoraConfig.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("reader", [LoraConfig, PeftConfig])
+@pytest.mark.parametrize("start", ["delta", "subspace", "reference"])
+def test_what_is_saved_is_the_config_of_a_stock_lora(tmp_path, reader, start):
+    SvdLoraConfig(**{**OPTIONS, "svd_start": start}).save_pretrained(str(tmp_path))
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    stock = {entry.name for entry in dataclasses.fields(LoraConfig)}
+    assert saved.keys() <= stock | {"peft_version"}
+    assert not [key for key in saved if key.startswith("svd_")]
+    found = reader.from_pretrained(str(tmp_path))
+    assert type(found) is LoraConfig
+    assert found.init_lora_weights is True
+    growth = 2 if start == "reference" else 1
+    assert (found.r, found.lora_alpha) == (growth * 4, growth * 12)
+    assert found.rank_pattern == {"layers.0.q_proj": growth * 2}
+    assert found.alpha_pattern == {"layers.0.q_proj": growth * 6}
+    assert found.target_modules == {"q_proj", "v_proj"}
+
+
+def test_the_options_that_servers_read_are_plain_numbers_and_names(tmp_path):
+    """vLLM reads r, lora_alpha, use_rslora, use_dora and target_modules, and no patterns."""
+    SvdLoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj"], svd_factors="f", svd_start="reference"
+    ).save_pretrained(str(tmp_path))
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["r"] == 8 and saved["lora_alpha"] == 16
+    assert type(saved["r"]) is int and type(saved["lora_alpha"]) is int
+    assert saved["target_modules"] == ["q_proj"]
+    assert saved["use_rslora"] is False and saved["use_dora"] is False
+    assert saved["rank_pattern"] == {} and saved["alpha_pattern"] == {}
+    assert saved["modules_to_save"] is None
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_doubled_rank_of_a_saved_reference_keeps_the_scaling(use_rslora):
+    config = SvdLoraConfig(**{**OPTIONS, "use_rslora": use_rslora})
+    stock = config.stock()
+
+    def scaling(alpha: float, rank: int) -> float:
+        return alpha / rank**0.5 if use_rslora else alpha / rank
+
+    assert scaling(stock.lora_alpha, stock.r) == pytest.approx(scaling(12, 4))
+    key = "layers.0.q_proj"
+    assert scaling(stock.alpha_pattern[key], stock.rank_pattern[key]) == pytest.approx(
+        scaling(6, 2)
+    )
+
+
+def test_saving_leaves_the_live_config_alone(scene, tmp_path):
+    model = scene.peft_model(svd_start="reference")
+    before = copy.deepcopy(model.peft_config["default"])
+    model.save_pretrained(str(tmp_path))
+    assert model.peft_config["default"] == before
+
+
+def test_a_second_save_replaces_the_first_and_leaves_no_temporary_file(scene, tmp_path):
+    model = scene.peft_model()
+    model.save_pretrained(str(tmp_path))
+    first = sorted(path.name for path in tmp_path.iterdir())
+    model.save_pretrained(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == first
+    assert SIDECAR_NAME in first
+    assert not [name for name in first if name.endswith((".bin", ".pt", ".pkl"))]
+
+
+def test_the_alias_means_the_default_svd_config():
+    config = config_of_alias(
+        LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="svd_guided:some/repository")
+    )
+    assert config == SvdLoraConfig(
+        r=4, target_modules=["q_proj"], svd_factors="some/repository", init_lora_weights=True
+    )
+
+
+def test_another_config_is_no_alias():
+    config = LoraConfig(r=4, init_lora_weights="pissa")
+    assert config_of_alias(config) is config
+
+
+def test_the_alias_starts_as_the_config_does_and_saves_as_stock(scene, tmp_path):
+    aliased = get_peft_model(
+        scene.model(),
+        LoraConfig(
+            r=HELD_RANK,
+            lora_alpha=2 * HELD_RANK,
+            target_modules=scene.targets,
+            init_lora_weights=f"svd_guided:{scene.file}",
+            task_type="CAUSAL_LM",
+        ),
+    )
+    expected = scene.peft_model()
+    assert equal_bits(adapter_weights(aliased), adapter_weights(expected))
+    assert torch.equal(logits(aliased), logits(expected))
+    aliased.save_pretrained(str(tmp_path))
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["init_lora_weights"] is True
+    assert SvdLoraConfig.from_pretrained(str(tmp_path)).svd_factors == str(scene.file)
+
+
+@pytest.mark.parametrize("path", ["", "no/such/folder/factors.safetensors"])
+def test_a_bad_alias_raises_before_the_model_is_touched(scene, path):
+    model = scene.model()
+    config = LoraConfig(target_modules=scene.targets, init_lora_weights=f"svd_guided:{path}")
+    with pytest.raises((ValueError, FileNotFoundError), match="svd_factors"):
+        get_peft_model(model, config)
+    assert not has_lora_layers(model)
