@@ -119,6 +119,19 @@ class SvdLoraModel(LoraModel):
             self.peft_config[adapters[0]] = config
 
     @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls, peft_model: nn.Module, peft_config: LoraConfig, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        if isinstance(peft_config, SvdLoraConfig):
+            raise ValueError(
+                "path_initial_model_for_weight_conversion subtracts what an initialisation took "
+                "from the base weights, and svd_factors took nothing: save without it"
+            )
+        return super()._convert_state_dict_for_initial_model(
+            peft_model, peft_config, *args, **kwargs
+        )
+
+    @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,

@@ -190,8 +190,15 @@ def test_the_schedules_cover_an_evaluation_at_the_checkpoint_and_one_beside_it(t
     assert all((row["loss"] is None) != (row["eval_loss"] is None) for row in rows)
 
 
-def test_two_interruptions_do_not_repeat_the_start_evaluation(tmp_path):
+@pytest.mark.parametrize(
+    ("eval_steps", "logged", "added"),
+    [(3, [0, 3, 3, 6], []), (2, [0, 2, 3, 4, 6], [3])],
+)
+def test_a_start_evaluation_repeated_in_the_history_is_rebuilt_once(
+    tmp_path, eval_steps, logged, added
+):
     options = SCHEDULES["evaluation at the start"] | {"save_strategy": "steps"}
+    options["eval_steps"] = eval_steps
     make_trainer(tmp_path / "whole", ComparisonCallback(plot=False), **options).train()
     cut = tmp_path / "cut"
     for kill_at, resume in ((4, False), (7, True)):
@@ -202,11 +209,12 @@ def test_two_interruptions_do_not_repeat_the_start_evaluation(tmp_path):
     # Without the log, the rows come from the checkpoint's history, where the Trainer repeated it.
     (cut / TRAINING_LOG).unlink()
     history = json.loads((cut / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 2, 3, 4, 6]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == logged
     make_trainer(cut, ComparisonCallback(plot=False), **options).train(resume_from_checkpoint=True)
-    extra = [row for row in measured(cut) if row not in measured(tmp_path / "whole")]
-    assert [json.loads(row.replace("None", "null"))[0] for row in extra] == [3]
-    assert len(measured(cut)) == len(set(measured(cut))) == len(measured(tmp_path / "whole")) + 1
+    whole = measured(tmp_path / "whole")
+    extra = [row for row in measured(cut) if row not in whole]
+    assert [json.loads(row.replace("None", "null"))[0] for row in extra] == added
+    assert [row for row in measured(cut) if row in whole] == whole
 
 
 def interrupted(directory, **options) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import datasets
+import datasets.config
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
@@ -212,7 +213,7 @@ def rows(kind: str) -> list[dict[str, str]]:
 
 def write_source(kind, folder):
     dataset = Dataset.from_list(rows("q"))
-    splits = DatasetDict(train=dataset, test=Dataset.from_list(rows("t")))
+    splits = DatasetDict({"train": dataset, "test": Dataset.from_list(rows("t"))})
     match kind:
         case "jsonl" | "json":
             dataset.to_json(folder / f"data.{kind}")

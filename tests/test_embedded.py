@@ -168,9 +168,10 @@ def test_a_missing_gguf_package_names_the_extra(wheel, monkeypatch, tmp_path):
 )
 def test_the_embedded_model_answers_a_question():
     options = ModelOptions(model_name_or_path=NAME)
-    model, tokenizer = load_model(options), load_tokenizer(options)
+    model: Any = load_model(options)
+    tokenizer = load_tokenizer(options)
     assert model.dtype == torch.float32
-    assert Path(model.name_or_path).is_dir()
+    assert Path(str(model.name_or_path)).is_dir()
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert tokenizer.pad_token == tokenizer.eos_token
     question = [{"role": "user", "content": "What is the capital of France?"}]

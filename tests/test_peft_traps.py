@@ -360,6 +360,18 @@ def test_delta_adapters_can_be_combined(scene, combination):
     assert (logits(model) - logits(scene.base)).abs().max() > 0.1
 
 
+def test_the_conversion_for_inits_that_move_the_base_is_refused(scene, tmp_path):
+    """It would subtract the start from an adapter whose base still lacks it."""
+    model = scene.peft_model()
+    model.save_pretrained(str(tmp_path / "initial"))
+    train(model)
+    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):
+        model.save_pretrained(
+            str(tmp_path / "converted"),
+            path_initial_model_for_weight_conversion=str(tmp_path / "initial"),
+        )
+
+
 def test_parameters_are_gathered_around_every_read_and_write(scene, monkeypatch):
     """PEFT gathers shards of ZeRO-3 inside its own inits only."""
     gathered: set[int] = set()

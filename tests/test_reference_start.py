@@ -6,7 +6,13 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft_fixtures import (
     HELD_RANK,
     SPLITS,
@@ -24,7 +30,7 @@ from peft_fixtures import (
 from tiny_models import ARCHITECTURES
 from torch import Tensor, nn
 
-from peft_svdinit import LowRankFactors, initialize_lora_from_factors
+from peft_svdinit import LowRankFactors, SvdLoraConfig, initialize_lora_from_factors
 from peft_svdinit.tuner import lora_layers
 
 
@@ -171,6 +177,32 @@ def test_loading_an_adapter_that_started_elsewhere_is_refused_by_layer(llama, tm
     split = llama.peft_model(svd_start="reference", svd_split="balanced")
     with pytest.raises(ValueError, match=r"layers\.0.*other factors than svd_factors"):
         set_peft_model_state_dict(split, saved)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_training_goes_on_from_a_saved_adapter_and_its_own_config(
+    llama, tmp_path, low_cpu_mem_usage
+):
+    trained = llama.peft_model(svd_start="reference")
+    train(trained)
+    trained.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(
+        llama.model(),
+        str(tmp_path),
+        config=SvdLoraConfig.from_pretrained(str(tmp_path)),
+        is_trainable=True,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+    assert equal_bits(adapter_weights(loaded), adapter_weights(trained))
+    assert torch.equal(logits(loaded), logits(trained))
+    assert train(loaded) == train(trained)
+
+
+def test_gradient_checkpointing_changes_nothing(llama):
+    model = llama.peft_model(svd_start="reference")
+    expected = train(copy.deepcopy(model))
+    model.gradient_checkpointing_enable()
+    assert train(model) == expected
 
 
 def test_partial_coverage_saves_every_layer_at_the_doubled_rank(llama, tmp_path):

@@ -114,6 +114,7 @@ CASES = [
     case(svd_start="delta", use_dora=True),
     case("gpt2", svd_start="delta", use_dora=True),
     case(svd_start="reference", lora_dropout=0.3),
+    case(svd_start="reference", modules_to_save=["lm_head"]),
     case(svd_start="delta", target_modules=["q_proj"], svd_coverage="partial"),
     case(svd_start="reference", target_modules=["q_proj", "o_proj"], svd_coverage="partial"),
     *(case(svd_start=start, route="transformers") for start in ("delta", "reference")),

@@ -1,4 +1,4 @@
-"""Figures of an analysis and of a synthesis; drawn without pyplot, so no global state is touched."""
+"""Figures of an analysis and of a synthesis, drawn without pyplot: no global state is touched."""
 
 from __future__ import annotations
 
@@ -128,6 +128,8 @@ def plot_synthesis(
         (shares, "outside lower center", "module type"),
     ):
         handles, labels = axes.get_legend_handles_labels()
+        if not labels:  # every delta is zero
+            continue
         legend = figure.legend(
             handles,
             labels,
@@ -161,8 +163,8 @@ def _save(figure: Any, path: str | os.PathLike) -> None:
 
 
 def _legend_columns(labels: Sequence[str], width: float) -> int:
-    """As many entries per row as fit into `width` inches, at about 0.1 inch a character."""
-    return max(1, min(len(labels), int(width / (0.1 * max(map(len, labels)) + 0.7))))
+    """As many entries per row as fit into `width` inches, at about 0.09 inch a character."""
+    return max(1, min(len(labels), int(width / (0.09 * max(map(len, labels)) + 0.6))))
 
 
 def _tidy(axes: Any) -> None:
@@ -215,7 +217,7 @@ def _draw_distribution(axes: Any, values: Mapping[str, Sequence[float]], label: 
     axes.set_title(f"dashed: median {median:.3g} %; range {low:.3g} to {high:.3g} %", fontsize=10)
     axes.set_xlabel(label)
     axes.set_ylabel("layers")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.ticklabel_format(axis="x", useOffset=False)
     _tidy(axes)
 
@@ -302,7 +304,7 @@ def _draw_error_against_energy(axes: Any, groups: Mapping[str, list[LayerAnalysi
             label=kind,
             zorder=2,
         )
-    axes.set_title("curve: error = √(1 − energy); area: share of ‖Δ‖²", fontsize=10)
+    axes.set_title("curve: error = √(1 - energy); area: share of ‖Δ‖²", fontsize=10)
     axes.set_xlabel("Energy ratio [% of ‖Δ‖²]")
     axes.set_ylabel("Reconstruction error [%]")
     axes.ticklabel_format(useOffset=False)
@@ -314,7 +316,9 @@ def _names_by_type(names: Iterable[str]) -> dict[str, list[str]]:
     types = module_types(names)
     shown = _shown_types(types.values())
     grouped = {kind: [name for name in types if types[name] == kind] for kind in shown}
-    return {kind: sorted(group, key=lambda n: layer_depth(n) or 0) for kind, group in grouped.items()}
+    return {
+        kind: sorted(group, key=lambda n: layer_depth(n) or 0) for kind, group in grouped.items()
+    }
 
 
 def _representatives(names: Sequence[str]) -> list[str]:
@@ -334,9 +338,9 @@ def _draw_kept_and_appended(
     axes.set_yscale("log")
     axes.minorticks_off()
     for points, marker, size, face, colour, label in (
-        (start, "o", 5.0, "none", "#8A8A8A", "σ of the adapter"),
-        (kept, "o", 2.4, COLOURS[0], COLOURS[0], "σ kept in the teacher"),
-        (added, "s", 2.4, COLOURS[3], COLOURS[3], "σ appended"),
+        (start, "o", 5.0, "none", "#8A8A8A", r"$\sigma$ of the adapter"),
+        (kept, "o", 2.4, COLOURS[0], COLOURS[0], r"$\sigma$ kept in the teacher"),
+        (added, "s", 2.4, COLOURS[3], COLOURS[3], r"$\sigma$ appended"),
     ):
         axes.plot(
             [i for i, _ in points],
@@ -388,7 +392,7 @@ def _draw_appended_shares(
     places = [place for pairs in points.values() for place, _ in pairs] or [0]
     axes.set_xlim(min(places) - 0.5, max(places) + 0.5)
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.ticklabel_format(useOffset=False)
     _tidy(axes)
 

@@ -160,9 +160,7 @@ def recommend_ranks(
         for name, layer in factors.items()
     }
     total = math.fsum(layer.norm**2 for layer in factors.values())
-    not_held = {
-        name: energy_not_held(squares[name], layer.norm) for name, layer in factors.items()
-    }
+    not_held = {name: energy_not_held(squares[name], layer.norm) for name, layer in factors.items()}
 
     ranks = {name: min(min_rank, len(held)) for name, held in squares.items()}
     parameters = sum(rank * cost[name] for name, rank in ranks.items())

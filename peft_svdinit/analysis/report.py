@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import statistics
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import write_json, write_text
+from ..atomic import write_text
 from .layers import ENERGY_SHARES, Analysis, LayerAnalysis, layer_depth
 from .plots import plot_analysis
 from .rank_pattern import RankRecommendation
@@ -45,9 +46,6 @@ def write_analysis(
     """
     stem = Path(output_dir) / f"svd_analysis_rank{analysis.rank}"
     paths = {"json": stem.with_suffix(".json"), "report": stem.with_suffix(".md")}
-    if plots:
-        paths["figure"] = stem.with_suffix(".png")
-        plot_analysis(analysis, paths["figure"], title=title)
     content = {
         "format_version": FORMAT_VERSION,
         "title": title,
@@ -55,7 +53,12 @@ def write_analysis(
         **analysis.as_dict(),
         "recommendation": recommendation.as_dict() if recommendation else None,
     }
-    write_json(paths["json"], content)
+    # Before anything is written: this is where NaN is refused.
+    text = json.dumps(content, indent=2, allow_nan=False)
+    if plots:
+        paths["figure"] = stem.with_suffix(".png")
+        plot_analysis(analysis, paths["figure"], title=title)
+    write_text(paths["json"], text + "\n")
     write_text(paths["report"], _report(analysis, title, source, recommendation, paths))
     return paths
 
@@ -144,7 +147,7 @@ def _type_chapter(analysis: Analysis) -> list[str]:
             (
                 kind,
                 len(layers),
-                "×".join(map(str, shapes.pop())) if len(shapes) == 1 else "several",
+                " x ".join(map(str, shapes.pop())) if len(shapes) == 1 else "several",
                 f"{norm / total:.1%}" if total else "-",
                 f"{1 - lost / norm:.2%}" if norm else "-",
                 f"{statistics.median(errors):.2%}",
@@ -156,7 +159,7 @@ def _type_chapter(analysis: Analysis) -> list[str]:
     header = (
         "module",
         "layers",
-        "out×in",
+        "out x in",
         "share of Σ‖Δ‖²",
         "energy kept",
         "median error",
@@ -206,8 +209,8 @@ def _worst_chapter(analysis: Analysis) -> list[str]:
     )
     return [
         _table(header, rows),
-        "`error` is ‖Δ − Δᵣ‖ in the Frobenius norm, √Σσᵢ² over i > r; `spectral error` is σᵣ₊₁, the "
-        "largest singular value that is cut.",
+        "`error` is ‖Δ - Δᵣ‖ in the Frobenius norm, √Σσᵢ² over i > r; `spectral error` is σᵣ₊₁, "
+        "the largest singular value that is cut.",
     ]
 
 
@@ -220,8 +223,8 @@ def _rank_chapter(
         f"with {recommendation.parameters:,} parameters. As many parameters spent uniformly "
         f"(rank {recommendation.uniform_rank:.1f} everywhere) capture "
         f"{recommendation.uniform_energy:.2%}.",
-        f"In Python, for `LoraConfig`: `json.load(open(\"{json_path.name}\"))"
-        "[\"recommendation\"][\"config\"]` holds `r`, `lora_alpha`, `rank_pattern` and "
+        f'In Python, for `LoraConfig`: `json.load(open("{json_path.name}"))'
+        '["recommendation"]["config"]` holds `r`, `lora_alpha`, `rank_pattern` and '
         "`alpha_pattern`, with alpha = rank in every layer.",
     ]
     kinds = list(dict.fromkeys(analysis.module_types.values()))
@@ -267,9 +270,7 @@ def _limits(analysis: Analysis) -> str:
         "Layers outside the analysis (embeddings, norms, biases, modules not targeted) are not "
         "counted, though fine-tuning may have changed them.",
     ]
-    partial = sum(
-        layer.rank_for_energy["0.99"] is None for layer in analysis.changed
-    )
+    partial = sum(layer.rank_for_energy["0.99"] is None for layer in analysis.changed)
     if partial:
         lines.append(
             f"In {partial} of {len(analysis.layers)} layers the held triplets carry less than 99 % "

@@ -1,0 +1,127 @@
+"""The training recipes, run as a user runs them on a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import train_full_teacher
+import train_lora
+from recipe_inputs import shared_options
+from safetensors.torch import load_file
+
+from peft_svdinit.cli import main as svdinit
+from peft_svdinit.runs import read_run
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A trained random-init LoRA with its moments, and the options that made it."""
+    folder = tmp_path_factory.mktemp("teacher")
+    options = [*shared_options(folder), "--max_steps", "6"]
+    output = folder / "random"
+    train_lora.main([*options, "--output_dir", str(output), "--save_moments", "true"])
+    svdinit(
+        ["synthesize", "--adapter", str(output), "--base", str(folder / "model"), "--rank", "4"]
+        + ["--output_dir", str(folder / "factors"), "--lora_r", "2", "--plots", "false"]
+    )
+    return folder, options
+
+
+def losses(folder) -> list[tuple]:
+    return [(row["step"], row["loss"], row["eval_loss"]) for row in read_run(folder).log]
+
+
+def test_a_run_leaves_an_adapter_and_a_completed_record(teacher):
+    folder, _ = teacher
+    run = read_run(folder / "random")
+    assert run.completed and run.info["steps"] == 6 and run.info["tokens"] > 0
+    assert run.log[0]["step"] == 0 and run.log[0]["eval_loss"] is not None
+    assert run.log[-1]["step"] == 6 and run.log[-1]["eval_loss"] is not None
+    assert json.loads((folder / "random/adapter_config.json").read_text())["r"] == 2
+
+
+def test_the_svd_start_begins_where_the_teacher_ended(teacher, tmp_path):
+    folder, options = teacher
+    svd = ["--init", "svd", "--svd_factors", str(folder / "factors")]
+    train_lora.main([*options, *svd, "--output_dir", str(tmp_path / "svd"), "--max_steps", "1"])
+    begun = read_run(tmp_path / "svd").log[0]["eval_loss"]
+    ended = read_run(folder / "random").final_eval_loss
+    assert begun == pytest.approx(ended, abs=1e-5)
+
+
+def test_carried_moments_are_those_of_the_teacher_and_change_the_course(teacher, tmp_path):
+    folder, options = teacher
+    svd = ["--init", "svd", "--svd_factors", str(folder / "factors"), "--max_steps", "2"]
+    carry = ["--carry_moments_from", str(folder / "random"), "--save_moments", "true"]
+    train_lora.main([*options, *svd, "--output_dir", str(tmp_path / "fresh")])
+    train_lora.main([*options, *svd, *carry, "--output_dir", str(tmp_path / "carried")])
+    fresh, carried = read_run(tmp_path / "fresh"), read_run(tmp_path / "carried")
+    assert fresh.log[0]["eval_loss"] == carried.log[0]["eval_loss"]
+    assert fresh.final_eval_loss != carried.final_eval_loss
+    moments = load_file(tmp_path / "carried" / "adam_moments.safetensors")
+    steps = {value.item() for key, value in moments.items() if key.endswith(".step")}
+    assert steps == {8.0}
+
+
+def test_two_runs_with_one_seed_are_equal_bit_by_bit(teacher, tmp_path):
+    folder, options = teacher
+    train_lora.main([*options, "--output_dir", str(tmp_path / "again")])
+    assert losses(tmp_path / "again") == losses(folder / "random")
+    first = load_file(folder / "random" / "adapter_model.safetensors")
+    second = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(teacher, tmp_path, monkeypatch):
+    folder, options = teacher
+    again = [*options, "--output_dir", str(tmp_path / "run"), "--save_steps", "2"]
+    again += ["--resume_from_checkpoint", "last"]
+
+    class Killed(Exception):
+        pass
+
+    def die(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fit.EvaluateAtEnd.on_step_begin", die)
+        with pytest.raises(Killed):
+            train_lora.main(again)
+    assert not read_run(tmp_path / "run").completed
+    train_lora.main(again)
+    assert losses(tmp_path / "run") == losses(folder / "random")
+
+
+def test_a_full_teacher_is_extracted_and_starts_a_student(teacher, tmp_path):
+    folder, options = teacher
+    lora = options.index("--lora_r")
+    train_full_teacher.main([*options[:lora], "--max_steps", "3", "--output_dir", f"{tmp_path}/t"])
+    svdinit(
+        ["extract", "--base", str(folder / "model"), "--tuned", f"{tmp_path}/t", "--rank", "8"]
+        + ["--output_dir", f"{tmp_path}/factors", "--lora_r", "8", "--plots", "false"]
+    )
+    report = json.loads((tmp_path / "factors" / "svd_analysis_rank8.json").read_text())
+    assert "model.embed_tokens.weight" in report["source"]["uncovered"]
+    svd = ["--init", "svd", "--svd_factors", f"{tmp_path}/factors", "--output_dir", f"{tmp_path}/s"]
+    train_lora.main([*options, *svd, "--max_steps", "1"])
+    assert read_run(tmp_path / "s").completed
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--init", "svd"], "needs svd_factors"),
+        (["--svd_factors", "x"], "need init=svd"),
+        (["--lora_r", "0"], "must be positive"),
+        (["--lora_rank", "4"], "unknown option --lora_rank"),
+        (["--expected_processes", "2"], "expected_processes is 2, but 1 run"),
+    ],
+)
+def test_contradictory_options_are_refused_in_one_line(teacher, extra, message, capsys):
+    _, options = teacher
+    with pytest.raises(SystemExit) as exit_:
+        train_lora.main([*options, *extra])
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
