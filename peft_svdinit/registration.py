@@ -25,6 +25,6 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Give PEFT its own LoRA tuner back, for adapters created from now on; harmless if it has it."""
+    """Give PEFT its own LoRA tuner back, for adapters created from now on; again is harmless."""
     if PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] is SvdLoraModel:
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = LoraModel

@@ -15,9 +15,6 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -60,16 +57,6 @@ class Materials:
         return replace(self, train=self.train.select(order[first : first + count].tolist()))
 
 
-class EvaluateAtEnd(TrainerCallback):
-    """Evaluate after the last step even where `eval_steps` does not divide the number of steps."""
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True
-
-
 class QuietProgress(ProgressCallback):
     """The Trainer's progress bar without a line per log entry; the run's record has them all."""
 
@@ -102,7 +89,7 @@ def fit(
         train_dataset=materials.train,
         eval_dataset=materials.evaluation,
         processing_class=materials.tokenizer,
-        callbacks=[EvaluateAtEnd(), record, *callbacks],
+        callbacks=[record, *callbacks],
     )
     if quiet:
         shown = QuietProgress if trainer.pop_callback(ProgressCallback) else None

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from peft_svdinit.cli import main as svdinit
 from peft_svdinit.runs import read_run
+from trainer_callbacks import ComparisonCallback
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +83,15 @@ def test_a_killed_run_goes_on_from_its_checkpoint(teacher, tmp_path, monkeypatch
     class Killed(Exception):
         pass
 
+    begin = ComparisonCallback.on_step_begin
+
     def die(self, args, state, control, **kwargs):
         if state.global_step == 5:
             raise Killed
+        begin(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fit.EvaluateAtEnd.on_step_begin", die)
+        patch.setattr(ComparisonCallback, "on_step_begin", die)
         with pytest.raises(Killed):
             train_lora.main(again)
     assert not read_run(tmp_path / "run").completed

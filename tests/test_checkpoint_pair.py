@@ -1,0 +1,365 @@
+"""Deltas of two checkpoints against the dense difference, and what the pair refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import (
+    ARCHITECTURES,
+    SavedPair,
+    rewrite_tensors,
+    save_pair,
+    tiny_model,
+    truncate,
+    weight_of,
+)
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_svdinit.checkpoints import SAMPLE_SIZE, Checkpoint, LinearWeights
+from peft_svdinit.deltas import CheckpointPair
+from peft_svdinit.linear_modules import linear_modules, model_skeleton
+
+LAYER = "model.layers.0.self_attn.q_proj"
+KEY = f"{LAYER}.weight"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def dense_delta(pair: SavedPair, name: str) -> Tensor:
+    """tuned - base of the models in memory, (out, in)."""
+    delta = weight_of(pair.tuned, name).float() - weight_of(pair.base, name).float()
+    return delta.mT if isinstance(pair.base.get_submodule(name), Conv1D) else delta
+
+
+def linear_names(pair: SavedPair) -> set[str]:
+    """Linear layers of the model in memory, the head excepted."""
+    return {
+        name
+        for name, module in pair.base.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and name != "lm_head"
+    }
+
+
+def assert_deltas(found: CheckpointPair, pair: SavedPair) -> None:
+    assert set(found) == linear_names(pair) and len(found) == len(linear_names(pair))
+    for name in found:
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], dense_delta(pair, name))
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_deltas_are_the_dense_difference(tmp_path, architecture, dtype, sharded):
+    pair = save_pair(tmp_path, architecture, dtype=dtype, sharded=sharded)
+    assert (pair.base_folder / INDEX).is_file() is sharded
+    assert_deltas(CheckpointPair(pair.base_folder, pair.tuned_folder), pair)
+
+
+def test_a_sharded_checkpoint_pairs_with_one_in_one_file(tmp_path):
+    one, sharded = (save_pair(tmp_path / str(cut), sharded=cut) for cut in (False, True))
+    mixed = CheckpointPair(one.base_folder, sharded.tuned_folder)
+    same = CheckpointPair(one.base_folder, one.tuned_folder)
+    assert all(torch.equal(mixed[name], same[name]) for name in same)
+
+
+def test_precisions_may_differ(tmp_path):
+    pair = save_pair(tmp_path)
+    pair.tuned.to(torch.bfloat16).save_pretrained(str(pair.tuned_folder))
+    assert_deltas(CheckpointPair(pair.base_folder, pair.tuned_folder), pair)
+
+
+def add_or_drop_prefix(folder: Path, prefix: str, *, add: bool) -> None:
+    """Respell the keys as checkpoints of the model without its head, or with it, spell them."""
+
+    def respell(tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            tensors[f"{prefix}{key}" if add else key.removeprefix(prefix)] = tensors.pop(key)
+
+    rewrite_tensors(folder / WEIGHTS, respell)
+
+
+@pytest.mark.parametrize("side", ["base", "tuned", "both"])
+def test_keys_without_the_prefix_of_the_model_are_found(tmp_path, side):
+    # As in the gpt2 repository of the Hub, whose names are those of the model without its head.
+    pair = save_pair(tmp_path, "gpt2", change=lambda name: True)
+    before = CheckpointPair(pair.base_folder, pair.tuned_folder).uncovered()
+    for name, folder in (("base", pair.base_folder), ("tuned", pair.tuned_folder)):
+        if side in (name, "both"):
+            add_or_drop_prefix(folder, "transformer.", add=False)
+    found = CheckpointPair(pair.base_folder, pair.tuned_folder)
+    assert_deltas(found, pair)
+    assert [
+        (tensor.key.removeprefix("transformer."), tensor.relative_change)
+        for tensor in found.uncovered()
+    ] == [(tensor.key.removeprefix("transformer."), tensor.relative_change) for tensor in before]
+
+
+def test_target_modules_are_chosen_as_in_a_lora_config(tmp_path):
+    pair = save_pair(tmp_path)
+    folders = (pair.base_folder, pair.tuned_folder)
+    assert set(CheckpointPair(*folders, target_modules=["q_proj"])) == {
+        f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)
+    }
+    assert set(CheckpointPair(*folders, target_modules=r".*\.1\.mlp\.(up|down)_proj")) == {
+        f"model.layers.1.mlp.{name}_proj" for name in ("up", "down")
+    }
+    assert set(CheckpointPair(*folders, target_modules=["lm_head"])) == {"lm_head"}
+    with pytest.raises(ValueError, match=r"target_modules=\['query'\] matches no linear layer"):
+        CheckpointPair(*folders, target_modules=["query"])
+
+
+@pytest.mark.parametrize("stored_twice", [False, True])
+def test_tied_embeddings_are_one_change_outside_the_factors(tmp_path, stored_twice):
+    pair = save_pair(tmp_path, change=lambda name: True, tie_word_embeddings=True)
+    if stored_twice:
+
+        def duplicate(tensors: dict[str, Tensor]) -> None:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+        rewrite_tensors(pair.base_folder / WEIGHTS, duplicate)
+    found = CheckpointPair(pair.base_folder, pair.tuned_folder)
+    assert_deltas(found, pair)
+    keys = [tensor.key for tensor in found.uncovered()]
+    assert keys.count("model.embed_tokens.weight") == 1
+    assert not any("proj" in key or "lm_head" in key for key in keys)
+
+
+def test_uncovered_names_what_changed_outside_the_linear_layers_by_its_share(tmp_path):
+    changed = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    pair = save_pair(tmp_path, change=lambda name: name in changed)
+    found = CheckpointPair(pair.base_folder, pair.tuned_folder).uncovered()
+    assert {tensor.key for tensor in found} == changed
+    for tensor in found:
+        before, after = (dict(m.named_parameters())[tensor.key] for m in (pair.base, pair.tuned))
+        expected = (after - before).norm() / before.norm()
+        assert tensor.relative_change == pytest.approx(expected.item(), rel=1e-5)
+    shares = [tensor.relative_change for tensor in found]
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_nothing_is_uncovered_if_only_linear_layers_changed(tmp_path):
+    pair = save_pair(tmp_path)
+    assert CheckpointPair(pair.base_folder, pair.tuned_folder).uncovered() == []
+
+
+def test_a_layer_left_out_of_the_targets_counts_as_uncovered(tmp_path):
+    pair = save_pair(tmp_path)
+    found = CheckpointPair(pair.base_folder, pair.tuned_folder, target_modules=["q_proj"])
+    keys = {tensor.key for tensor in found.uncovered()}
+    assert KEY not in keys and KEY.replace("q_proj", "v_proj") in keys
+
+
+def test_a_tensor_that_was_zero_has_changed_by_its_norm(tmp_path):
+    pair = save_pair(tmp_path, "gpt2", change=lambda name: "ln_f.bias" in name)
+    (tensor,) = CheckpointPair(pair.base_folder, pair.tuned_folder).uncovered()
+    assert tensor.key == "transformer.ln_f.bias"
+    assert tensor.relative_change == pytest.approx(
+        pair.tuned.get_submodule("transformer.ln_f").bias.norm().item()
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_another_vocabulary_is_refused_with_the_remedy(tmp_path, architecture):
+    pair = save_pair(tmp_path, architecture)
+    pair.tuned.resize_token_embeddings(70, mean_resizing=False)
+    pair.tuned.save_pretrained(str(pair.tuned_folder))
+    with pytest.raises(ValueError, match=r"tuned: .*\(70, 16\).*\(64, 16\).*[Rr]esize both models"):
+        CheckpointPair(pair.base_folder, pair.tuned_folder)
+
+
+def edited(edit: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    return lambda folder: rewrite_tensors(folder / WEIGHTS, edit)
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors: tensors.pop(KEY), f"has no weight for layer {LAYER}"),
+        (
+            lambda tensors: tensors.update({KEY: torch.ones(16, 8)}),
+            rf"layer {LAYER} has shape \(16, 8\), but \(out, in\) = \(16, 16\)",
+        ),
+        (
+            lambda tensors: tensors.update({KEY: torch.ones(16)}),
+            rf"layer {LAYER} has shape \(16,\), but",
+        ),
+    ],
+    ids=["missing", "shape", "dimensions"],
+)
+def test_a_layer_that_does_not_fit_is_refused_on_opening(tmp_path, side, edit, message):
+    pair = save_pair(tmp_path)
+    rewrite_tensors(getattr(pair, f"{side}_folder") / WEIGHTS, edit)
+    with pytest.raises(ValueError, match=f"{side}: .*{message}.*another architecture"):
+        CheckpointPair(pair.base_folder, pair.tuned_folder)
+
+
+def test_a_transposed_weight_is_checked_in_its_own_orientation(tmp_path):
+    pair = save_pair(tmp_path, "gpt2")
+    key = "transformer.h.0.attn.c_attn.weight"
+    edited(lambda tensors: tensors.update({key: tensors[key].mT.contiguous()}))(pair.tuned_folder)
+    with pytest.raises(
+        ValueError, match=r"c_attn has shape \(48, 16\), but \(out, in\) = \(48, 16\)"
+    ):
+        CheckpointPair(pair.base_folder, pair.tuned_folder)
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_refused_by_side_and_layer(tmp_path, side, value):
+    pair = save_pair(tmp_path)
+    edit = edited(lambda tensors: tensors[KEY][3, 2:3].fill_(value))
+    edit(getattr(pair, f"{side}_folder"))
+    found = CheckpointPair(pair.base_folder, pair.tuned_folder)
+    with pytest.raises(ValueError, match=f"{side}: the weight of layer {LAYER} has NaN or inf"):
+        found[LAYER]
+    assert torch.isfinite(found[LAYER.replace(".0.", ".1.")]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_a_quantised_weight_is_a_type_error_that_names_the_layer(tmp_path, dtype):
+    pair = save_pair(tmp_path)
+    edited(lambda tensors: tensors.update({KEY: tensors[KEY].to(dtype)}))(pair.tuned_folder)
+    found = CheckpointPair(pair.base_folder, pair.tuned_folder)
+    with pytest.raises(TypeError, match=f"tuned: the weight of layer {LAYER} is {dtype}"):
+        found[LAYER]
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, name):
+    pair = save_pair(tmp_path, sharded=True)
+    path = pair.tuned_folder / INDEX
+    index = json.loads(path.read_text())
+    index["weight_map"][KEY] = name
+    path.write_text(json.dumps(index))
+    save_file({KEY: torch.ones(16, 16)}, tmp_path / "secret.safetensors")
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        CheckpointPair(pair.base_folder, pair.tuned_folder)
+
+
+def test_missing_shards_are_all_named(tmp_path):
+    pair = save_pair(tmp_path, sharded=True)
+    shards = sorted(pair.tuned_folder.glob("model-*.safetensors"))
+    for shard in shards[:2]:
+        shard.unlink()
+    with pytest.raises(FileNotFoundError, match="tuned: .* lacks the shards") as error:
+        CheckpointPair(pair.base_folder, pair.tuned_folder)
+    assert all(shard.name in str(error.value) for shard in shards[:2])
+    assert shards[2].name not in str(error.value)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_truncated_file_is_refused_by_its_path(tmp_path, sharded):
+    pair = save_pair(tmp_path, sharded=sharded)
+    path = min(pair.tuned_folder.glob("model*.safetensors"))
+    truncate(path)
+    with pytest.raises(ValueError, match=f"tuned: .*{path.name} is not a readable safetensors"):
+        CheckpointPair(pair.base_folder, pair.tuned_folder)
+
+
+@pytest.mark.parametrize("text", ["", '{"weight_map": {', "[]"])
+def test_a_damaged_index_is_refused_by_its_path(tmp_path, text):
+    pair = save_pair(tmp_path, sharded=True)
+    (pair.base_folder / INDEX).write_text(text)
+    with pytest.raises(ValueError, match=rf"base: .*{INDEX} (is not|must hold)"):
+        CheckpointPair(pair.base_folder, pair.tuned_folder)
+
+
+@pytest.mark.parametrize("names", [["pytorch_model.bin"], ["pytorch_model-00001-of-00002.bin"]])
+def test_a_pickled_checkpoint_is_refused_with_the_command_that_converts_it(tmp_path, names):
+    pair = save_pair(tmp_path)
+    (pair.base_folder / WEIGHTS).unlink()
+    for name in names:
+        torch.save({}, pair.base_folder / name)
+    with pytest.raises(ValueError, match="base: .* as a pickle") as error:
+        CheckpointPair(pair.base_folder, pair.tuned_folder)
+    assert f"from_pretrained('{pair.base_folder}').save_pretrained(" in str(error.value)
+
+
+def test_the_command_that_converts_a_pickled_checkpoint_does(tmp_path):
+    pair = save_pair(tmp_path)
+    torch.save(load_file(pair.base_folder / WEIGHTS), pair.base_folder / "pytorch_model.bin")
+    (pair.base_folder / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match="as a pickle") as error:
+        CheckpointPair(pair.base_folder, pair.tuned_folder)
+    exec(str(error.value).partition('python -c "')[2].rstrip('"'))
+    assert_deltas(CheckpointPair(pair.base_folder, pair.tuned_folder), pair)
+
+
+def test_a_folder_without_weights_is_refused_by_what_it_lacks(tmp_path):
+    pair = save_pair(tmp_path)
+    (pair.tuned_folder / WEIGHTS).unlink()
+    (pair.tuned_folder / "training_args.bin").write_bytes(b"what the Trainer leaves")
+    with pytest.raises(FileNotFoundError, match=f"tuned: .* has neither {WEIGHTS} nor {INDEX}"):
+        CheckpointPair(pair.base_folder, pair.tuned_folder)
+
+
+@pytest.mark.parametrize("name", ["missing", "base/model.safetensors"])
+def test_what_is_no_folder_is_refused_by_its_argument(tmp_path, name):
+    pair = save_pair(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"tuned: .*{name} is not a folder"):
+        CheckpointPair(pair.base_folder, tmp_path / name)
+
+
+def test_the_architecture_is_that_of_the_base(tmp_path):
+    # A tuned folder may come without a configuration, as an export of weights alone does.
+    pair = save_pair(tmp_path)
+    (pair.tuned_folder / "config.json").unlink()
+    assert_deltas(CheckpointPair(pair.base_folder, pair.tuned_folder), pair)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    pair = save_pair(tmp_path / "llama")
+    other = save_pair(tmp_path / "gpt2", "gpt2")
+    with pytest.raises(ValueError, match="tuned: .* has no weight for layer model.layers.0"):
+        CheckpointPair(pair.base_folder, other.tuned_folder)
+
+
+@pytest.mark.parametrize("architectures", [None, [], ["NoSuchModel"]])
+def test_a_configuration_without_a_known_architecture_is_refused(tmp_path, architectures):
+    pair = save_pair(tmp_path)
+    path = pair.base_folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": architectures}))
+    with pytest.raises(ValueError, match="names no architecture that transformers"):
+        CheckpointPair(pair.base_folder, pair.tuned_folder)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_skeleton_takes_no_memory_and_has_the_layers_of_the_model(tmp_path, architecture):
+    pair = save_pair(tmp_path, architecture)
+    skeleton = model_skeleton(pair.base_folder)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    assert linear_modules(skeleton) == linear_modules(tiny_model(architecture))
+
+
+def test_all_linear_is_every_layer_but_the_head():
+    model = tiny_model("gpt2")
+    assert "lm_head" not in linear_modules(model)
+    assert linear_modules(model, ["lm_head"])["lm_head"].out_features == 64
+    conv = linear_modules(model)["transformer.h.0.mlp.c_fc"]
+    assert (conv.out_features, conv.in_features, conv.transposed) == (64, 16, True)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_sample_is_the_start_of_the_first_row_of_the_oriented_weight(tmp_path, architecture):
+    pair = save_pair(tmp_path, architecture)
+    weights = LinearWeights(Checkpoint(pair.base_folder, argument="base"))
+    for name in weights:
+        assert torch.equal(weights.sample(name), weights[name][0, :SAMPLE_SIZE])
+
+
+def test_a_copy_of_the_folder_is_the_same_checkpoint(tmp_path):
+    pair = save_pair(tmp_path)
+    shutil.copytree(pair.base_folder, tmp_path / "copy")
+    found = CheckpointPair(pair.base_folder, tmp_path / "copy")
+    assert all(not found[name].any() for name in found)
+    assert found.uncovered() == []
