@@ -108,9 +108,11 @@ class SvdLoraConfig(LoraConfig):
             growth = math.sqrt(2) if self.use_rslora else 2
             options["r"] = 2 * self.r
             options["lora_alpha"] = growth * self.lora_alpha
-            options["rank_pattern"] = {key: 2 * rank for key, rank in self.rank_pattern.items()}
+            options["rank_pattern"] = {
+                key: 2 * rank for key, rank in (self.rank_pattern or {}).items()
+            }
             options["alpha_pattern"] = {
-                key: growth * alpha for key, alpha in self.alpha_pattern.items()
+                key: growth * alpha for key, alpha in (self.alpha_pattern or {}).items()
             }
         return LoraConfig(**options)
 

@@ -10,8 +10,9 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from .atomic import replacing
+from .exact_pattern import exact_pattern
 from .factors import LowRankFactors
-from .initializers import SvdGuided
+from .initializers import Split, SvdGuided
 from .linear_modules import linear_modules, model_skeleton
 
 
@@ -22,7 +23,7 @@ def export_adapter(
     *,
     base_model_name_or_path: str | None = None,
     base: str | os.PathLike | None = None,
-    split: str = "output",
+    split: Split = "output",
 ) -> Path:
     """Write the truncation of every delta to `rank` as a LoRA adapter with scaling 1 (alpha = r).
 
@@ -40,7 +41,7 @@ def export_adapter(
     Raises:
         ValueError: if a layer holds fewer triplets than `rank` although its delta has more.
     """
-    initializer = SvdGuided("delta", split)  # pyright: ignore[reportArgumentType]
+    initializer = SvdGuided("delta", split)
     tensors, ranks = {}, {}
     for name, layer in factors.items():
         ranks[name] = min(rank, *layer.shape)
@@ -52,7 +53,7 @@ def export_adapter(
         init = initializer(layer, rank=ranks[name], scaling=1.0)
         tensors[f"base_model.model.{name}.lora_A.weight"] = init.lora_A.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = init.lora_B.contiguous()
-    smaller = {_exactly(name): own for name, own in ranks.items() if own != rank}
+    smaller = exact_pattern({name: own for name, own in ranks.items() if own != rank})
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -68,11 +69,6 @@ def export_adapter(
         config.save_pretrained(os.fspath(temporary))
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
     return target
-
-
-def _exactly(name: str) -> str:
-    # PEFT reads keys of rank_pattern as regular expressions on the end of a module's name.
-    return "^" + name.replace(".", r"\.")
 
 
 def _target_modules(names: list[str], base: str | os.PathLike | None) -> list[str]:

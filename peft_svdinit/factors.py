@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +51,10 @@ class LowRankFactors:
         """All triplets of `scaling * lora_B @ lora_A`; the product is never formed.
 
         Raises:
-            ValueError: if `scaling` is negative.
+            ValueError: if `scaling` is negative or not finite.
         """
-        if scaling < 0:
-            raise ValueError(f"scaling must not be negative, got {scaling}")
+        if not 0 <= scaling < math.inf:
+            raise ValueError(f"scaling must be finite and not negative, got {scaling}")
         U, S, Vh = svd_of_product(lora_B, lora_A)
         S = S * scaling
         return cls(U, S, Vh, norm=frobenius_norm(S))

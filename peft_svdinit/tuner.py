@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from .layers.reference import (
     attach_reference,
     attach_zero_reference,
     detach_reference,
+    lora_linears,
     reference_of,
     stacked_factors,
 )
@@ -51,7 +54,7 @@ class SvdLoraModel(LoraModel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        config = config_of_alias(self.peft_config[adapter_name])
+        config = config_of_alias(cast(LoraConfig, self.peft_config[adapter_name]))
         self.peft_config[adapter_name] = config
         options = (autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         if not isinstance(config, SvdLoraConfig):
@@ -233,7 +236,8 @@ def initialize_lora_from_factors(
             own initialisation moved the base weights.
         RuntimeError: if the adapter is merged.
     """
-    config = getattr(model, "peft_config", {}).get(adapter_name)
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
     if config is None:
         raise ValueError(f"adapter_name={adapter_name!r}: the model has no adapter of that name")
     previous = config.init_lora_weights
@@ -259,7 +263,7 @@ def initialize_lora_from_factors(
         coverage=coverage,
         check_base=check_base,
     )
-    model.peft_config[adapter_name] = new_config
+    configs[adapter_name] = new_config
 
 
 def lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
@@ -378,10 +382,8 @@ def _check_base(model: nn.Module, layers: Mapping[str, LoraLayer], factors: Fact
 
 @torch.no_grad()
 def _write(layer: LoraLayer, adapter_name: str, init: LoraInit) -> None:
-    for module, value in (
-        (layer.lora_A[adapter_name], init.lora_A),
-        (layer.lora_B[adapter_name], init.lora_B),
-    ):
+    values = (init.lora_A, init.lora_B)
+    for module, value in zip(lora_linears(layer, adapter_name), values, strict=True):
         if _given_memory(module, layer) and module.bias is not None:
             module.bias.zero_()
         with gather_params_ctx(module.parameters()):
@@ -398,7 +400,7 @@ def _write(layer: LoraLayer, adapter_name: str, init: LoraInit) -> None:
 def _start_without_factors(layer: LoraLayer, adapter_name: str, initializer: SvdGuided) -> None:
     if not _is_linear(layer, adapter_name):
         return
-    given = [_given_memory(part[adapter_name], layer) for part in (layer.lora_A, layer.lora_B)]
+    given = [_given_memory(part, layer) for part in lora_linears(layer, adapter_name)]
     if any(given):
         layer.reset_lora_parameters(adapter_name, True)
     if adapter_name in layer.lora_magnitude_vector:
@@ -407,24 +409,29 @@ def _start_without_factors(layer: LoraLayer, adapter_name: str, initializer: Svd
         attach_zero_reference(layer, adapter_name)
 
 
-def _given_memory(module: nn.Module, layer: LoraLayer) -> bool:
+def _given_memory(module: nn.Linear | DoraLinearLayer, layer: LoraLayer) -> bool:
     """Whether the adapter's module was on the meta device (low_cpu_mem_usage) and no longer is."""
     if not module.weight.is_meta:
         return False
     base_weight = getattr(layer.get_base_layer(), "weight", None)
-    offloaded = base_weight is None or base_weight.is_meta
-    module.to_empty(device="cpu" if offloaded else base_weight.device)
+    if base_weight is None or base_weight.is_meta:
+        module.to_empty(device="cpu")
+    else:
+        module.to_empty(device=base_weight.device)
     return True
 
 
 def _refresh_magnitude(layer: LoraLayer, adapter_name: str) -> None:
     """Set DoRA's magnitudes to the norms of base + update, in place: an optimizer may hold them."""
-    magnitude, base_layer = layer.lora_magnitude_vector[adapter_name], layer.get_base_layer()
-    lora_A, lora_B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    magnitude = cast(DoraLinearLayer, layer.lora_magnitude_vector[adapter_name])
+    lora_A, lora_B = lora_linears(layer, adapter_name)
+    base_layer = layer.get_base_layer()
     _given_memory(magnitude, layer)
-    with gather_params_ctx([lora_A, lora_B, *base_layer.parameters()]):
-        weight = dequantize_module_weight(base_layer).to(lora_A.device)
-        norm = magnitude.get_weight_norm(weight, lora_B @ lora_A, layer.scaling[adapter_name])
+    read = [part.parameters() for part in (lora_A, lora_B, base_layer)]
+    with gather_params_ctx(chain.from_iterable(read)):
+        weight = dequantize_module_weight(base_layer).to(lora_A.weight.device)
+        product = lora_B.weight @ lora_A.weight
+        norm = magnitude.get_weight_norm(weight, product, layer.scaling[adapter_name])
     with gather_params_ctx(magnitude.parameters()):
         magnitude.weight.copy_(norm)
 
@@ -465,7 +472,7 @@ def _unstack(tensors: dict[str, Tensor], name: str, layer: LoraLayer, adapter_na
 
 def _adapter_dtypes(model: nn.Module, adapter_name: str) -> set[torch.dtype]:
     return {
-        layer.lora_A[adapter_name].weight.dtype
+        lora_linears(layer, adapter_name)[0].weight.dtype
         for _, layer in lora_layers(model, adapter_name)
         if adapter_name in layer.lora_A
     }

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
-from tiny_models import TARGETS, VOCABULARY, tiny_model
+from peft import LoraConfig, get_peft_model
+from tiny_models import TARGETS, VOCABULARY, tiny_model, weight_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,6 +22,7 @@ from peft_svdinit import (
 )
 from peft_svdinit.checkpoints import recognition_sample
 from peft_svdinit.linear_modules import linear_modules
+from peft_svdinit.tuner import lora_layers
 
 STARTS = ("delta", "subspace", "reference")
 SPLITS = ("output", "balanced")
@@ -43,7 +44,7 @@ def tokens(batch: int = 2, length: int = 8, *, seed: int = 7) -> Tensor:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, ids: Tensor | None = None, **options: Any) -> Tensor:
+def logits(model: Any, ids: Tensor | None = None, **options: Any) -> Tensor:
     """Float32 logits in eval mode; the model's mode is put back."""
     training = model.training
     found = model.eval()(input_ids=tokens() if ids is None else ids, **options).logits.float()
@@ -81,8 +82,8 @@ def tuned(base: PreTrainedModel, factors: Mapping[str, LowRankFactors]) -> PreTr
     """A copy of `base` with the dense deltas added: what a delta start has to reproduce."""
     model = copy.deepcopy(base)
     for name, layer in factors.items():
-        weight = model.get_submodule(name).weight
-        weight.data += orientation(model, name, layer.dense()).to(weight.dtype)
+        weight = weight_of(model, name)
+        weight += orientation(model, name, layer.dense()).to(weight.dtype)
     return model
 
 
@@ -95,7 +96,7 @@ def write_factors(
 ) -> Path:
     """A factors file that recognises `base`."""
     samples = {
-        layer: recognition_sample(orientation(base, layer, base.get_submodule(layer).weight))
+        layer: recognition_sample(orientation(base, layer, weight_of(base, layer)))
         for layer in factors
     }
     metadata = FactorsMetadata(base_model_name_or_path=name)
@@ -143,8 +144,13 @@ def make_scene(folder: Path, architecture: str = "llama") -> Scene:
     return Scene(architecture, base, factors, file)
 
 
+def aliased(path_or_id: str, **options: Any) -> LoraConfig:
+    """A stock config that means an SVD start by its string alone."""
+    return LoraConfig(**{**options, "init_lora_weights": f"svd_guided:{path_or_id}"})
+
+
 def train(
-    model: nn.Module,
+    model: Any,
     steps: int = 3,
     *,
     learning_rate: float = 1e-2,
@@ -166,7 +172,15 @@ def train(
     return losses
 
 
-def adapter_weights(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+def adapted_layers(model: Any, adapter_name: str = "default") -> dict[str, Any]:
+    """PEFT's layers that carry the adapter, by the module's name in the base."""
+    return {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in lora_layers(model, adapter_name)
+    }
+
+
+def adapter_weights(model: Any, adapter_name: str = "default") -> dict[str, Tensor]:
     """Copies of all LoRA parameters of an adapter, by their name in the model."""
     return {
         name: parameter.detach().clone()

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def tolerance(matrix: Tensor) -> dict[str, float]:
-    """Error that a backward stable algorithm may make on `matrix`, for torch.testing.assert_close.
+class Tolerance(TypedDict):
+    """Keyword arguments of torch.testing.assert_close."""
+
+    rtol: float
+    atol: float
+
+
+def tolerance(matrix: Tensor) -> Tolerance:
+    """Error that a backward stable algorithm may make on `matrix`.
 
     The package computes in float32 or wider; the error of a factorisation is relative to the
     largest entries of the result, so it is absolute, and grows with the size.
     """
     eps = torch.finfo(torch.promote_types(matrix.dtype, torch.float32)).eps
     scale = float(np.linalg.norm(array(matrix)))
-    return {"rtol": 0.0, "atol": 8 * eps * max(matrix.shape) * scale}
+    return Tolerance(rtol=0.0, atol=8 * eps * max(matrix.shape) * scale)
 
 
 def array(matrix: Tensor) -> np.ndarray:

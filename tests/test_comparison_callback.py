@@ -30,7 +30,8 @@ from peft_svdinit.runs import (
     read_run,
     read_training_log,
 )
-from trainer_callbacks import ComparisonCallback, comparison
+from peft_svdinit import memory
+from trainer_callbacks import ComparisonCallback
 from trainer_callbacks.loss_curve import plot_loss_curve, smoothed
 
 LENGTH = 6
@@ -607,13 +608,13 @@ def test_peak_memory_counts_from_the_reset():
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pytest.skip("the system cannot reset the peak memory of a process")
-    comparison._reset_peak_memory(cpu)
-    start = comparison._peak_memory_mb(cpu)
+    memory.reset_peak_memory(cpu)
+    start = memory.peak_memory_mb(cpu)
     large = torch.ones(100 * 2**20, dtype=torch.uint8)
     del large
-    high = comparison._peak_memory_mb(cpu)
-    comparison._reset_peak_memory(cpu)
-    after = comparison._peak_memory_mb(cpu)
+    high = memory.peak_memory_mb(cpu)
+    memory.reset_peak_memory(cpu)
+    after = memory.peak_memory_mb(cpu)
     assert start is not None and high is not None and after is not None
     assert high - start > 90
     assert high - after > 90

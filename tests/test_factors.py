@@ -120,16 +120,17 @@ def test_truncating_out_of_range_is_refused_with_the_range(rank):
 
 
 def test_a_rank_below_one_is_refused():
-    with pytest.raises(ValueError, match="rank must be in .*got 0"):
+    with pytest.raises(ValueError, match=r"rank must be in .*got 0"):
         LowRankFactors.from_delta(torch.randn(6, 5), 0)
 
 
-def test_a_negative_scaling_is_refused():
-    with pytest.raises(ValueError, match="scaling must not be negative, got -1"):
-        LowRankFactors.from_product(torch.ones(3, 1), torch.ones(1, 2), -1.0)
+@pytest.mark.parametrize("scaling", [-1.0, math.nan, math.inf])
+def test_a_scaling_that_is_negative_or_not_finite_is_refused(scaling):
+    with pytest.raises(ValueError, match=f"scaling must be finite and not negative, got {scaling}"):
+        LowRankFactors.from_product(torch.ones(3, 1), torch.ones(1, 2), scaling)
 
 
 def test_the_fields_cannot_be_replaced():
     factors = LowRankFactors.from_delta(torch.randn(6, 5), 3)
     with pytest.raises(AttributeError):
-        factors.norm = 0.0
+        factors.norm = 0.0  # pyright: ignore[reportAttributeAccessIssue]

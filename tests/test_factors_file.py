@@ -127,7 +127,7 @@ def test_the_factors_of_no_layer_are_refused(tmp_path):
 
 
 def damaged(part: str, value: float) -> LowRankFactors:
-    layer = LowRankFactors.from_delta(torch.randn(6, 5), 2)
+    (layer,) = some_factors(layers=1).values()
     getattr(layer, part)[-1] = value
     return layer
 
@@ -159,9 +159,7 @@ def test_metadata_that_json_cannot_hold_leaves_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_write_that_dies_midway_leaves_the_old_file_and_nothing_else(
-    file, tmp_path, monkeypatch
-):
+def test_a_write_that_dies_midway_leaves_the_old_file_and_nothing_else(file, tmp_path, monkeypatch):
     before = file.read_bytes()
 
     def half(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

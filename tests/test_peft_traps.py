@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from peft_fixtures import (
     HELD_RANK,
     STARTS,
     Scene,
+    adapted_layers,
     adapter_weights,
+    aliased,
     equal_bits,
     has_lora_layers,
     logits,
@@ -31,14 +34,14 @@ from peft_fixtures import (
     write_factors,
 )
 from safetensors.torch import load_file, save_file
-from tiny_models import truncate
+from tiny_models import truncate, weight_of
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import peft_svdinit
 from peft_svdinit import LowRankFactors, SvdLoraConfig, initialize_lora_from_factors, tuner
 from peft_svdinit.factors_file import FactorsFile
-from peft_svdinit.tuner import SvdLoraModel, lora_layers
+from peft_svdinit.tuner import SvdLoraModel
 
 
 @pytest.fixture(scope="module")
@@ -260,11 +263,7 @@ def test_fused_experts_are_named():
         r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]
     )
     model = get_peft_model(base, config)
-    (experts,) = [
-        name.removeprefix("base_model.model.")
-        for name, layer in lora_layers(model, "default")
-        if "experts" in name
-    ]
+    (experts,) = [name for name in adapted_layers(model) if "experts" in name]
     attention = {"model.layers.0.self_attn.q_proj": LowRankFactors.from_delta(torch.eye(8), 2)}
     with pytest.raises(ValueError, match=rf"without factors \({experts}\)"):
         initialize_lora_from_factors(model, attention)
@@ -287,8 +286,8 @@ def test_the_start_does_not_depend_on_the_random_state(scene):
 
 def test_doras_magnitudes_are_the_norms_of_base_and_update(scene):
     model = scene.peft_model(use_dora=True)
-    for name, layer in lora_layers(model, "default"):
-        delta = scene.factors[name.removeprefix("base_model.model.")].dense()
+    for name, layer in adapted_layers(model).items():
+        delta = scene.factors[name].dense()
         norms = (layer.get_base_layer().weight + delta).norm(dim=1)
         assert torch.allclose(layer.lora_magnitude_vector["default"].weight, norms, atol=1e-5)
 
@@ -347,14 +346,14 @@ def test_delta_adapters_can_be_combined(scene, combination):
     if combination == "ties_svd":
         return  # TIES drops disagreeing signs on purpose.
     dense = scene.model()
-    for name, layer in lora_layers(model, "both"):
-        weight = dense.get_submodule(name.removeprefix("base_model.model.")).weight
+    for name, layer in adapted_layers(model, "both").items():
+        weight = weight_of(dense, name)
         if combination == "linear":
             # PEFT sums the factors, each weighted by the root.
-            weight.data += layer.get_delta_weight("both")
+            weight += layer.get_delta_weight("both")
         else:
-            weight.data += 0.7 * layer.get_delta_weight("default")
-            weight.data += 0.3 * layer.get_delta_weight("second")
+            weight += 0.7 * layer.get_delta_weight("default")
+            weight += 0.3 * layer.get_delta_weight("second")
     model.set_adapter("both")
     assert (logits(model) - logits(dense)).abs().max() < 1e-4
     assert (logits(model) - logits(scene.base)).abs().max() > 0.1
@@ -384,7 +383,7 @@ def test_parameters_are_gathered_around_every_read_and_write(scene, monkeypatch)
     monkeypatch.setattr(tuner, "gather_params_ctx", gather)
     model = scene.peft_model(use_dora=True)
     expected = {id(weight) for name, weight in model.named_parameters() if "lora_" in name}
-    expected |= {id(layer.get_base_layer().weight) for _, layer in lora_layers(model, "default")}
+    expected |= {id(layer.get_base_layer().weight) for layer in adapted_layers(model).values()}
     assert expected <= gathered
 
 
@@ -422,14 +421,14 @@ def test_add_adapter_of_transformers_saves_and_reloads(scene, start, tmp_path):
 
 
 def test_add_adapter_of_transformers_takes_the_alias_and_the_post_hoc_start(scene):
-    options = {"r": HELD_RANK, "target_modules": scene.targets}
-    aliased, later = scene.model(), scene.model()
-    aliased.add_adapter(LoraConfig(init_lora_weights=f"svd_guided:{scene.file}", **options))
+    options: dict[str, Any] = {"r": HELD_RANK, "target_modules": scene.targets}
+    by_string, later = scene.model(), scene.model()
+    by_string.add_adapter(aliased(str(scene.file), **options))
     later.add_adapter(LoraConfig(**options))
     initialize_lora_from_factors(later, scene.file)
-    assert torch.equal(logits(aliased), logits(later))
+    assert torch.equal(logits(by_string), logits(later))
     expected = logits(tuned(scene.base, scene.factors))
-    assert (logits(aliased) - expected).abs().max() < 1e-4
+    assert (logits(by_string) - expected).abs().max() < 1e-4
 
 
 def test_a_failing_add_adapter_of_transformers_leaves_no_lora_layer(scene):

@@ -9,12 +9,20 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.integrations import dequantize_module_weight
-from peft_fixtures import HELD_RANK, Scene, adapter_weights, equal_bits, logits, make_scene, train
+from peft_fixtures import (
+    HELD_RANK,
+    Scene,
+    adapted_layers,
+    adapter_weights,
+    equal_bits,
+    logits,
+    make_scene,
+    train,
+)
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_svdinit import initialize_lora_from_factors
-from peft_svdinit.tuner import lora_layers
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 KINDS = ("4bit", "8bit")
@@ -72,9 +80,9 @@ def test_a_function_preserving_start_gives_the_quantised_base(scene, kind, start
 def test_the_delta_start_adds_the_delta_to_the_quantised_base(scene, kind):
     """Layer by layer: quantisation rounds what the layers after it are given."""
     model = started(scene, kind)
-    for name, layer in lora_layers(model, "default"):
+    for name, layer in adapted_layers(model).items():
         x = torch.randn(4, layer.in_features)
-        delta = scene.factors[name.removeprefix("base_model.model.")].dense()
+        delta = scene.factors[name].dense()
         expected = layer.get_base_layer()(x) + x @ delta.mT
         assert (layer(x) - expected).abs().max() < 1e-4
 
@@ -96,9 +104,9 @@ def test_it_trains_and_the_base_stays(scene, kind, start):
 
 def test_dora_takes_its_magnitudes_from_the_dequantised_weight(scene, kind):
     model = started(scene, kind, use_dora=True)
-    for name, layer in lora_layers(model, "default"):
+    for name, layer in adapted_layers(model).items():
         weight = dequantize_module_weight(layer.get_base_layer()).float()
-        delta = scene.factors[name.removeprefix("base_model.model.")].dense()
+        delta = scene.factors[name].dense()
         found = layer.lora_magnitude_vector["default"].weight
         assert (found - (weight + delta).norm(dim=1)).abs().max() < 1e-2
 
@@ -124,4 +132,4 @@ def test_merging_a_reference_changes_the_quantised_weight_by_the_change_of_the_p
     train(model, learning_rate=0.05)
     trained, untrained = logits(model), logits(quantised(scene.base, kind))
     merged = logits(model.merge_and_unload())
-    assert (merged - trained).norm() < 0.7 * (trained - untrained).norm()
+    assert (merged - trained).norm() < 0.5 * (trained - untrained).norm()

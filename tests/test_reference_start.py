@@ -17,6 +17,7 @@ from peft_fixtures import (
     HELD_RANK,
     SPLITS,
     Scene,
+    adapted_layers,
     adapter_weights,
     equal_bits,
     has_lora_layers,
@@ -27,11 +28,10 @@ from peft_fixtures import (
     tuned,
     write_factors,
 )
-from tiny_models import ARCHITECTURES
+from tiny_models import ARCHITECTURES, weight_of
 from torch import Tensor, nn
 
 from peft_svdinit import LowRankFactors, SvdLoraConfig, initialize_lora_from_factors
-from peft_svdinit.tuner import lora_layers
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +68,14 @@ def test_the_update_is_the_change_of_the_product(llama, split):
     start = adapter_weights(model)
     train(model, learning_rate=0.03)
     dense = llama.model()
-    for name, layer in lora_layers(model, "default"):
-        keys = [f"{name}.lora_{part}.default.weight" for part in "BA"]
+    for name, layer in adapted_layers(model).items():
+        keys = [f"base_model.model.{name}.lora_{part}.default.weight" for part in "BA"]
         now, initial = (
             weights[keys[0]].double() @ weights[keys[1]].double()
             for weights in (adapter_weights(model), start)
         )
-        weight = dense.get_submodule(name.removeprefix("base_model.model.")).weight
-        weight.data += (layer.scaling["default"] * (now - initial)).to(weight.dtype)
+        weight = weight_of(dense, name)
+        weight += (layer.scaling["default"] * (now - initial)).to(weight.dtype)
     assert (logits(model) - logits(dense)).abs().max() < 1e-5
     assert (logits(dense) - logits(llama.base)).abs().max() > 0.05
 
@@ -235,7 +235,7 @@ def test_a_merged_reference_disables_back_to_the_base(llama):
 
 def test_scaling_an_adapter_scales_its_change_only(llama):
     model = llama.peft_model(svd_start="reference")
-    for _, layer in lora_layers(model, "default"):
+    for layer in adapted_layers(model).values():
         layer.scale_layer(0.5)
     assert torch.equal(logits(model), logits(llama.base))
 

@@ -99,7 +99,10 @@ def case(architecture: str = "llama", route: str = "config", **options: Any) -> 
     return Case(architecture, tuple(options.items()), route)
 
 
-PATTERNS = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.1.mlp.down_proj": 7}}
+PATTERNS: dict[str, Any] = {
+    "rank_pattern": {"q_proj": 3},
+    "alpha_pattern": {"layers.1.mlp.down_proj": 7},
+}
 CASES = [
     *(
         case(architecture, svd_start=start, svd_split=split)

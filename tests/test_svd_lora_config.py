@@ -7,6 +7,7 @@ import dataclasses
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from peft_fixtures import (
     HELD_RANK,
     Scene,
     adapter_weights,
+    aliased,
     equal_bits,
     has_lora_layers,
     logits,
@@ -24,7 +26,7 @@ from peft_fixtures import (
 from peft_svdinit import SvdLoraConfig
 from peft_svdinit.config import SIDECAR_NAME, config_of_alias
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "r": 4,
     "lora_alpha": 12,
     "target_modules": ["v_proj", "q_proj"],
@@ -67,14 +69,16 @@ def test_an_impossible_option_is_refused_by_name(options, error, names):
 
 
 def test_a_path_object_is_kept_as_the_string_that_json_can_hold():
-    config = SvdLoraConfig(svd_factors=Path("a") / "factors.safetensors")
+    options: dict[str, Any] = {"svd_factors": Path("a") / "factors.safetensors"}
+    config = SvdLoraConfig(**options)
     assert config.svd_factors == str(Path("a") / "factors.safetensors")
 
 
 @pytest.mark.parametrize("option", ["kasa_config", "arrow_config", "velora_config", "use_bdlora"])
 def test_a_variant_whose_update_is_not_the_product_is_refused(option):
+    options: dict[str, Any] = {option: {"scaling": 1}}
     with pytest.raises(ValueError, match=option):
-        SvdLoraConfig(svd_factors="factors.safetensors", **{option: {"scaling": 1}})
+        SvdLoraConfig(**{"svd_factors": "factors.safetensors", **options})
 
 
 def test_to_dict_is_json():
@@ -157,6 +161,7 @@ def test_the_doubled_rank_of_a_saved_reference_keeps_the_scaling(use_rslora):
 
     assert scaling(stock.lora_alpha, stock.r) == pytest.approx(scaling(12, 4))
     key = "layers.0.q_proj"
+    assert stock.alpha_pattern and stock.rank_pattern
     assert scaling(stock.alpha_pattern[key], stock.rank_pattern[key]) == pytest.approx(
         scaling(6, 2)
     )
@@ -180,9 +185,7 @@ def test_a_second_save_replaces_the_first_and_leaves_no_temporary_file(scene, tm
 
 
 def test_the_alias_means_the_default_svd_config():
-    config = config_of_alias(
-        LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="svd_guided:some/repository")
-    )
+    config = config_of_alias(aliased("some/repository", r=4, target_modules=["q_proj"]))
     assert config == SvdLoraConfig(
         r=4, target_modules=["q_proj"], svd_factors="some/repository", init_lora_weights=True
     )
@@ -194,20 +197,18 @@ def test_another_config_is_no_alias():
 
 
 def test_the_alias_starts_as_the_config_does_and_saves_as_stock(scene, tmp_path):
-    aliased = get_peft_model(
-        scene.model(),
-        LoraConfig(
-            r=HELD_RANK,
-            lora_alpha=2 * HELD_RANK,
-            target_modules=scene.targets,
-            init_lora_weights=f"svd_guided:{scene.file}",
-            task_type="CAUSAL_LM",
-        ),
+    config = aliased(
+        str(scene.file),
+        r=HELD_RANK,
+        lora_alpha=2 * HELD_RANK,
+        target_modules=scene.targets,
+        task_type="CAUSAL_LM",
     )
+    model = get_peft_model(scene.model(), config)
     expected = scene.peft_model()
-    assert equal_bits(adapter_weights(aliased), adapter_weights(expected))
-    assert torch.equal(logits(aliased), logits(expected))
-    aliased.save_pretrained(str(tmp_path))
+    assert equal_bits(adapter_weights(model), adapter_weights(expected))
+    assert torch.equal(logits(model), logits(expected))
+    model.save_pretrained(str(tmp_path))
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["init_lora_weights"] is True
     assert SvdLoraConfig.from_pretrained(str(tmp_path)).svd_factors == str(scene.file)
@@ -216,7 +217,7 @@ def test_the_alias_starts_as_the_config_does_and_saves_as_stock(scene, tmp_path)
 @pytest.mark.parametrize("path", ["", "no/such/folder/factors.safetensors"])
 def test_a_bad_alias_raises_before_the_model_is_touched(scene, path):
     model = scene.model()
-    config = LoraConfig(target_modules=scene.targets, init_lora_weights=f"svd_guided:{path}")
+    config = aliased(path, target_modules=scene.targets)
     with pytest.raises((ValueError, FileNotFoundError), match="svd_factors"):
         get_peft_model(model, config)
     assert not has_lora_layers(model)

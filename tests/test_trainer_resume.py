@@ -36,10 +36,10 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-def trainer(scene: Scene, folder: Path, callbacks: list | None = None, **options: Any) -> Trainer:
+def trainer(scene: Scene, folder: Path, callbacks: list | None = None, **options: Any) -> Any:
     set_seed(11)
     model = scene.peft_model(lora_dropout=0.2, **options)
-    rows = [{"input_ids": row, "labels": row} for row in tokens(batch=24, length=6, seed=3)]
+    rows: Any = [{"input_ids": row, "labels": row} for row in tokens(batch=24, length=6, seed=3)]
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -55,7 +55,7 @@ def trainer(scene: Scene, folder: Path, callbacks: list | None = None, **options
     return Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
 
 
-def losses(trainer: Trainer) -> list[float]:
+def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -92,7 +92,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(scene, tmp_path, 
 
 def test_resuming_with_other_factors_is_refused(scene, tmp_path):
     """A reference is part of the function; the checkpoint tells which one it was trained with."""
-    options = {"svd_start": "reference"}
+    options: dict[str, Any] = {"svd_start": "reference"}
     trainer(scene, tmp_path / "run", [StopAt(INTERRUPTED_AT)], **options).train()
     others = {
         name: type(layer)(layer.U.flip(0), layer.S, layer.Vh, layer.norm)

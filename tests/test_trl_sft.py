@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig
-from peft_fixtures import HELD_RANK, Scene, adapter_weights, equal_bits, logits, make_scene, tokens
+from peft_fixtures import (
+    HELD_RANK,
+    Scene,
+    adapter_weights,
+    aliased,
+    equal_bits,
+    logits,
+    make_scene,
+    tokens,
+)
 from tiny_models import VOCABULARY
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -67,11 +76,11 @@ def test_sft_trainer_starts_trains_and_saves(scene, tmp_path, start):
 
 
 def test_a_tool_that_passes_only_a_string_reaches_the_start(scene, tmp_path):
-    config = LoraConfig(
+    config = aliased(
+        str(scene.file),
         r=HELD_RANK,
         lora_alpha=2 * HELD_RANK,
         target_modules=scene.targets,
-        init_lora_weights=f"svd_guided:{scene.file}",
         task_type="CAUSAL_LM",
     )
     trainer = sft_trainer(scene, tmp_path, config)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
-from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft_fixtures import (
     HELD_RANK,
     SPLITS,
     STARTS,
     TEACHER_RANK,
     Scene,
+    adapted_layers,
     adapter_weights,
     equal_bits,
     has_lora_layers,
@@ -28,7 +30,7 @@ from peft_fixtures import (
 from tiny_models import ARCHITECTURES
 
 from peft_svdinit import SvdGuided, initialize_lora_from_factors
-from peft_svdinit.tuner import lora_layers, lora_scalings
+from peft_svdinit.tuner import lora_scalings
 
 TEACHER_TOLERANCE, BASE_TOLERANCE = 1e-4, 1e-5
 
@@ -107,8 +109,8 @@ def test_rank_and_alpha_patterns_keep_the_start(llama, start, use_rslora):
         "alpha_pattern": {"q_proj": 32, "layers.0.self_attn.v_proj": 1},
     }
     model = llama.peft_model(svd_start=start, use_rslora=use_rslora, **patterns)
-    ranks = {name: layer.r["default"] for name, layer in lora_layers(model, "default")}
-    assert {HELD_RANK, TEACHER_RANK, HELD_RANK - 1} == set(ranks.values())
+    ranks = [layer.r["default"] for layer in adapted_layers(model).values()]
+    assert {HELD_RANK, TEACHER_RANK, HELD_RANK - 1} == set(ranks)
     assert len(set(lora_scalings(model).values())) > 2
     assert largest_difference(logits(model), expected_logits(llama, start)) < tolerance(start)
 
@@ -131,24 +133,27 @@ def test_dora_on_a_subspace_start_begins_at_the_base(llama):
 
 def test_subspace_inherits_the_directions_and_no_progress(llama):
     model = llama.peft_model(svd_start="subspace")
-    for name, layer in lora_layers(model, "default"):
-        factors = llama.factors[name.removeprefix("base_model.model.")]
+    for name, layer in adapted_layers(model).items():
+        factors = llama.factors[name]
         assert torch.equal(layer.lora_A["default"].weight, factors.Vh)
         assert not layer.lora_B["default"].weight.any()
 
 
-def test_a_trainable_lora_bias_starts_at_zero(llama):
-    """PEFT allows lora_bias with every start; the saved bias needs no doubling."""
+@pytest.mark.parametrize("start", ["delta", "reference"])
+def test_a_trainable_lora_bias_starts_at_zero_and_is_saved_once(llama, tmp_path, start):
     base = tiny_base("llama", attention_bias=True)
-    targets = ["q_proj", "v_proj"]
-    factors = {name: llama.factors[name] for name in llama.factors if "down_proj" not in name}
-    for start, expected in (("delta", tuned(base, factors)), ("reference", base)):
-        model = get_peft_model(
-            tiny_base("llama", attention_bias=True),
-            LoraConfig(target_modules=targets, r=4, lora_bias=True),
-        )
-        initialize_lora_from_factors(model, factors, start=start)
-        assert largest_difference(logits(model), logits(expected)) < TEACHER_TOLERANCE
+    factors = {name: layer for name, layer in llama.factors.items() if "self_attn" in name}
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_bias=True)
+    model = get_peft_model(copy.deepcopy(base), config)
+    initialize_lora_from_factors(model, factors, start=start)
+    expected = logits(tuned(base, factors if start == "delta" else {}))
+    assert largest_difference(logits(model), expected) < TEACHER_TOLERANCE
+    train(model)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+    assert largest_difference(logits(loaded), logits(model)) < BASE_TOLERANCE
+    merged = logits(model.merge_and_unload())
+    assert largest_difference(merged, logits(loaded)) < BASE_TOLERANCE
 
 
 # Gradients and parameters
@@ -226,8 +231,8 @@ def test_over_a_bf16_base_the_float32_adapter_holds_unrounded_factors(llama, sta
         llama.model().to(torch.bfloat16), llama.config(svd_start=start, svd_split=split)
     )
     initializer = SvdGuided(start, split)
-    for name, layer in lora_layers(model, "default"):
-        factors = llama.factors[name.removeprefix("base_model.model.")]
+    for name, layer in adapted_layers(model).items():
+        factors = llama.factors[name]
         expected = initializer(factors, rank=HELD_RANK, scaling=2.0)
         for part, value in ((layer.lora_A, expected.lora_A), (layer.lora_B, expected.lora_B)):
             assert part["default"].weight.dtype == torch.float32
@@ -246,8 +251,8 @@ def test_without_the_widening_the_adapter_is_the_rounded_factors(llama, start):
         llama.config(svd_start=start),
         autocast_adapter_dtype=False,
     )
-    for name, layer in lora_layers(model, "default"):
-        factors = llama.factors[name.removeprefix("base_model.model.")]
+    for name, layer in adapted_layers(model).items():
+        factors = llama.factors[name]
         expected = SvdGuided(start)(factors, rank=HELD_RANK, scaling=2.0)
         assert layer.lora_A["default"].weight.dtype == torch.bfloat16
         assert torch.equal(layer.lora_A["default"].weight, expected.lora_A.bfloat16())

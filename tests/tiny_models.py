@@ -104,7 +104,8 @@ def save_pair(
     **options: Any,
 ) -> SavedPair:
     """Save a tiny model and a copy whose parameters chosen by `change` moved a little."""
-    base = tiny_model(architecture, **options).to(dtype)
+    base = tiny_model(architecture, **options)
+    nn.Module.to(base, dtype=dtype)
     tuned = copy.deepcopy(base)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -128,6 +129,11 @@ def truncate(path: Path, share: float = 0.6) -> None:
     """Cut a file off, as a copy that was interrupted."""
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
+
+
+def lora_layer(model: PeftModel, name: str) -> Any:
+    """The LoRA layer of a module, by its name in the base model."""
+    return model.get_base_model().get_submodule(name)
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import numbers
-import sys
 import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -17,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_model_param_count
 
+from peft_svdinit.memory import peak_memory_mb, reset_peak_memory
 from peft_svdinit.runs import (
     EVAL_PREFIX,
     LOSS_CURVE,
@@ -142,7 +142,7 @@ class ComparisonCallback(TrainerCallback, ExportableState):
         )
         self._before_first_step = resumed
         self._step_began = None
-        _reset_peak_memory(args.device)
+        reset_peak_memory(args.device)
         trainable, total = _parameter_counts(model)
         self._info = {
             "name": directory.resolve().name if self.name is None else self.name,
@@ -250,7 +250,7 @@ class ComparisonCallback(TrainerCallback, ExportableState):
         return list(history.values())
 
     def _measure_memory(self, device: torch.device) -> None:
-        peak = _peak_memory_mb(device)
+        peak = peak_memory_mb(device)
         if peak is not None:
             self.peak_memory_mb = max(round(peak, 1), self.peak_memory_mb or 0.0)
 
@@ -324,31 +324,3 @@ def _started(directory: Path) -> str:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
-    except OSError:
-        pass  # not Linux, or not allowed: the peak is the process's since it began
-
-
-def _peak_memory_mb(device: torch.device) -> float | None:
-    """Peak memory in MiB since `_reset_peak_memory`; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        status = Path("/proc/self/status").read_text()
-        kilobytes = status.split("VmHWM:")[1].split()[0]
-        return int(kilobytes) / 2**10
-    except (OSError, IndexError):
-        pass
-    try:
-        import resource  # Unix only
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

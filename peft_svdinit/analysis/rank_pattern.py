@@ -13,13 +13,13 @@ missed is less than that triplet's.
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
+from ..exact_pattern import exact_pattern
 from ..factors import LowRankFactors
 from .layers import ENERGY_RESOLUTION, energy_not_held
 
@@ -65,20 +65,8 @@ class RankRecommendation:
 
     @property
     def rank_pattern(self) -> dict[str, int]:
-        """PEFT's `rank_pattern` for the layers whose rank is not `rank`.
-
-        PEFT tries `(.*\\.)?(KEY)$` on each module name, so a bare name would also match modules
-        that end in it, and its dots any character. Keys are escaped and begin with `^`, which
-        makes them exact. All layers of one rank share a key: PEFT compares every key with every
-        module, and with one key per layer that takes minutes beyond 512 layers, where Python's
-        cache of compiled expressions ends.
-        """
-        default = self.rank
-        names = defaultdict(list)
-        for name, rank in self.ranks.items():
-            if rank != default:
-                names[rank].append(re.escape(name))
-        return {f"^(?:{'|'.join(names[rank])})": rank for rank in sorted(names)}
+        """PEFT's `rank_pattern` for the layers whose rank is not `rank`."""
+        return exact_pattern({n: rank for n, rank in self.ranks.items() if rank != self.rank})
 
     @property
     def alpha_pattern(self) -> dict[str, int]:

@@ -144,12 +144,12 @@ class LoraAdapter(Mapping[str, LoraProduct]):
 
     def _rank_of(self, name: str) -> int:
         ranks = self.config.get("rank_pattern") or {}
-        return ranks.get(get_pattern_key(ranks.keys(), name), self.config["r"])
+        return ranks.get(get_pattern_key(list(ranks), name), self.config["r"])
 
     def scaling_of(self, name: str) -> float:
         """The factor before B @ A: alpha over the rank, or over its root with rslora."""
         alphas = self.config.get("alpha_pattern") or {}
-        alpha = alphas.get(get_pattern_key(alphas.keys(), name), self.config["lora_alpha"])
+        alpha = alphas.get(get_pattern_key(list(alphas), name), self.config["lora_alpha"])
         rank = self._rank_of(name)
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 

@@ -41,7 +41,7 @@ class Synthesis:
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if not 0 < self.tail_decay < math.inf:
-            raise ValueError(f"tail_decay must be positive, got {self.tail_decay}")
+            raise ValueError(f"tail_decay must be positive and finite, got {self.tail_decay}")
         if not 0 <= self.noise_share < 1:
             raise ValueError(f"noise_share must be in [0, 1), got {self.noise_share}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -54,10 +55,11 @@ class SvdGuided:
         """LoRA weights of rank `rank` in float32.
 
         Raises:
-            ValueError: if fewer than `rank` triplets are held, or `scaling` is not positive.
+            ValueError: if fewer than `rank` triplets are held, or `scaling` is not positive and
+                finite.
         """
-        if scaling <= 0:
-            raise ValueError(f"scaling must be positive, got {scaling}")
+        if not 0 < scaling < math.inf:
+            raise ValueError(f"scaling must be positive and finite, got {scaling}")
         held = factors.truncated(rank)
         U, S, Vh = held.U.float(), held.S.float(), held.Vh.float()
         if self.start == "subspace":

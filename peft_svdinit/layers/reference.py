@@ -7,14 +7,14 @@ stock LoRA of twice the rank, [B | −B₀] [A ; A₀].
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.utils.other import transpose
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 _BUFFERS = ("svd_reference_A", "svd_reference_B")
@@ -56,15 +56,22 @@ class ReferenceVariant(LoraVariant):
         return result + (now - initial) * module.scaling[active_adapter]
 
 
+def lora_linears(module: LoraLayer, adapter_name: str) -> tuple[nn.Linear, nn.Linear]:
+    """A and B of an adapter on a linear layer, as the modules that PEFT makes of them."""
+    return cast(nn.Linear, module.lora_A[adapter_name]), cast(
+        nn.Linear, module.lora_B[adapter_name]
+    )
+
+
 def attach_reference(module: LoraLayer, adapter_name: str) -> None:
     """Freeze copies of the adapter's present factors on the layer, and subtract their product."""
-    factors = (module.lora_A[adapter_name], module.lora_B[adapter_name])
+    factors = lora_linears(module, adapter_name)
     _attach(module, adapter_name, [factor.weight.detach().clone() for factor in factors])
 
 
 def attach_zero_reference(module: LoraLayer, adapter_name: str) -> None:
     """Subtract nothing: for a layer whose update begins at zero, among others that do subtract."""
-    factors = (module.lora_A[adapter_name], module.lora_B[adapter_name])
+    factors = lora_linears(module, adapter_name)
     _attach(module, adapter_name, [torch.zeros_like(factor.weight) for factor in factors])
 
 
@@ -97,7 +104,8 @@ def _change(module: LoraLayer, adapter_name: str) -> Tensor:
     """scaling (B A − B₀ A₀) in the orientation of the base weight."""
     reference_A, reference_B = reference_of(module, adapter_name)
     initial = reference_B.float() @ reference_A.float()
-    now = module.lora_B[adapter_name].weight.float() @ module.lora_A[adapter_name].weight.float()
+    lora_A, lora_B = lora_linears(module, adapter_name)
+    now = lora_B.weight.float() @ lora_A.weight.float()
     change = (now - initial) * module.scaling[adapter_name]
     return transpose(change, getattr(module, "fan_in_fan_out", False))
 

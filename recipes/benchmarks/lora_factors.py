@@ -72,9 +72,10 @@ def peak_extra_mb(folder: Path) -> float:
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\nfrom lora_factors import ours\n"
-        "from peft_svdinit.memory import peak_resident_mb, reset_peak\n"
-        "torch.linalg.svd(torch.randn(64, 64)); reset_peak(); before = peak_resident_mb()\n"
-        "ours(Path(sys.argv[2])); print(peak_resident_mb() - before)"
+        "from peft_svdinit.memory import peak_memory_mb, reset_peak_memory\n"
+        "torch.linalg.svd(torch.randn(64, 64)); device = torch.device('cpu')\n"
+        "reset_peak_memory(device); before = peak_memory_mb(device)\n"
+        "ours(Path(sys.argv[2])); print(peak_memory_mb(device) - before)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(Path(__file__).parent), str(folder)],
