@@ -50,9 +50,9 @@ class CompareArguments(RecipeArguments):
     output_dir: str | None = field(
         default="comparison", metadata={"help": "Folder of all runs and of the report."}
     )
-    max_steps: int = field(default=12, metadata={"help": "Optimizer steps of each student."})
+    max_steps: int = field(default=8, metadata={"help": "Optimizer steps of each student."})
     eval_steps: float | None = field(
-        default=6, metadata={"help": "Evaluate every so many steps (below 1: share of them)."}
+        default=4, metadata={"help": "Evaluate every so many steps (below 1: share of them)."}
     )
     disable_tqdm: bool | None = field(
         default=None, metadata={"help": "No progress bars; by default where there is no terminal."}

@@ -42,7 +42,11 @@ class Materials:
     def prepare(cls, model: ModelOptions, data: DataOptions) -> Materials:
         """Load the tokenizer and the data, and tokenize it."""
         tokenizer = load_tokenizer(model)
-        return cls(tokenizer, *prepare_examples(data, tokenizer))
+        train, evaluation = prepare_examples(data, tokenizer)
+        # The longest first: batches of like lengths waste little on padding.
+        lengths = [-len(ids) for ids in evaluation["input_ids"]]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        return cls(tokenizer, train, evaluation.select(order))
 
     def part(self, seed: int, first: int, count: int) -> Materials:
         """`count` training examples from number `first` on in the order that `seed` shuffles.
