@@ -1,9 +1,9 @@
 """Carrying a teacher's Adam moments over to a student that starts from its SVD.
 
-The student's factors are another basis of the teacher's update: with A' = G A and
-s' B' = s B H the chain rule gives the gradients ∇A' = Hᵀ ∇A and ∇B' = (s'/s) ∇B Gᵀ. The first moment
-is linear in the gradients and is rotated exactly; the second moment is rotated as the variance of
-independent entries, with the squares of the same coefficients.
+The student's factors are another basis of the teacher's update: with A' = G A and s' B' = s B H the
+chain rule gives the gradients ∇A' = Hᵀ ∇A and ∇B' = (s'/s) ∇B Gᵀ. The first moment is linear in the
+gradients and is rotated exactly; the second moment is rotated as the variance of independent
+entries, with the squares of the same coefficients.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class AdamMoments:
-    """Adam's state of one parameter: first and second moment, and the number of steps behind them."""
+    """Adam's state of one parameter: both moments, and the number of steps behind them."""
 
     exp_avg: Float[Tensor, "rows cols"]
     exp_avg_sq: Float[Tensor, "rows cols"]
@@ -57,8 +57,8 @@ def rotated_moments(
     for what, found, wanted in (("lora_A", G @ A, new_A), ("lora_B", B @ H, new_B)):
         if (found - wanted).norm() > _TOLERANCE * wanted.norm():
             raise ValueError(
-                f"layer {name}: the student's {what} is not within the span of the teacher's, so its "
-                "Adam moments cannot be carried over; use a student rank no higher than the "
+                f"layer {name}: the student's {what} is not within the span of the teacher's, so "
+                "its Adam moments cannot be carried over; use a student rank no higher than the "
                 "teacher adapter's"
             )
     return _applied(H.mT, moments_A, 1.0), _applied(
@@ -120,7 +120,9 @@ def load_moments(path: str | os.PathLike) -> dict[str, AdamMoments]:
     tensors = load_file(path)
     keys = [key.removesuffix(".step") for key in tensors if key.endswith(".step")]
     return {
-        key: AdamMoments(*(tensors[f"{key}.{part}"] for part in _PARTS), tensors[f"{key}.step"].item())
+        key: AdamMoments(
+            *(tensors[f"{key}.{part}"] for part in _PARTS), tensors[f"{key}.step"].item()
+        )
         for key in keys
     }
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .checkpoints import recognition_sample
 from .config import Coverage, SvdLoraConfig, config_of_alias, lora_options
+from .deltas.adapter import INITS_MOVING_BASE
 from .factors import LowRankFactors
 from .factors_file import FactorsFile
 from .initializers import LoraInit, Split, Start, SvdGuided
@@ -36,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 _IN_MEMORY = "<factors in memory>"
 _PREFIX = "base_model.model."
-# Values of init_lora_weights under which PEFT subtracts from the base weight.
-_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "orthogonal")
 
 
 class SvdLoraModel(LoraModel):
@@ -241,7 +240,7 @@ def initialize_lora_from_factors(
     if config is None:
         raise ValueError(f"adapter_name={adapter_name!r}: the model has no adapter of that name")
     previous = config.init_lora_weights
-    if isinstance(previous, str) and previous.lower().startswith(_MOVES_BASE):
+    if isinstance(previous, str) and previous.lower().startswith(INITS_MOVING_BASE):
         raise ValueError(
             f"adapter_name={adapter_name!r} was made with init_lora_weights={previous!r}, which "
             "moved the base weights; make the adapter with init_lora_weights=True first"

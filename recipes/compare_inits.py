@@ -189,7 +189,9 @@ def _context(setting: Setting, plan: Plan, argv: list[str] | None) -> dict[str, 
         "teacher_kind": "given" if options.sunk else options.teacher,
         "synthesis": synthesis if synthesised else None,
         "energy_kept_mean": sum(kept) / len(kept),
-        "command": shlex.join(["recipes/compare_inits.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(
+            ["recipes/compare_inits.py", *(sys.argv[1:] if argv is None else argv)]
+        ),
     }
 
 

@@ -380,13 +380,9 @@ class _Planner:
         extra = {"comparison": dict(about(chosen))} if about else None
         adapter = lora()
         if adapter is None:
-            train_full_teacher(
-                materials, self.setting.model, arguments, extra=extra, quiet=True
-            )
+            train_full_teacher(materials, self.setting.model, arguments, extra=extra, quiet=True)
         else:
-            train_lora(
-                materials, self.setting.model, adapter, arguments, extra=extra, quiet=True
-            )
+            train_lora(materials, self.setting.model, adapter, arguments, extra=extra, quiet=True)
         gc.collect()
         if arguments.process_index == 0:
             for checkpoint in folder.glob("checkpoint-*"):
@@ -425,9 +421,7 @@ class _Planner:
 
 def examples_per_step(arguments: RecipeArguments) -> int:
     """Examples behind one optimizer step, over all processes."""
-    return (
-        arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    )
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def best_rate(sweep: list[Task]) -> float:

@@ -1,6 +1,6 @@
 """Fine-tune every parameter of a model: a real teacher, whose delta `svdinit extract` takes.
 
-    accelerate launch recipes/train_full_teacher.py --output_dir runs/teacher --learning_rate 2e-5
+accelerate launch recipes/train_full_teacher.py --output_dir runs/teacher --learning_rate 2e-5
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Train a LoRA from a random start, from the SVD of a teacher's delta, or from any start of PEFT.
 
     accelerate launch recipes/train_lora.py --init random --output_dir runs/random
-    accelerate launch recipes/train_lora.py --init svd --svd_factors runs/factors --output_dir runs/svd
+    accelerate launch recipes/train_lora.py --init svd --svd_factors runs/factors \\
+        --output_dir runs/svd
 
 The folder then holds the adapter, which stock PEFT loads, and the run's record
 (`training_log.csv`, `run.json`, `loss_curve.png`), which `svdinit compare` reads.
@@ -13,8 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fit import Materials, fit
-from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from peft import initialize_lora_eva_weights
+from peft import (
+    EvaConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    initialize_lora_eva_weights,
+    prepare_model_for_kbit_training,
+)
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
@@ -98,9 +105,7 @@ class LoraOptions:
             return SvdLoraConfig(**common, svd_factors=self.svd_factors, **start)
         if self.init == "eva":
             return LoraConfig(**common, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
-        return LoraConfig(
-            **common, init_lora_weights=True if self.init == "random" else self.init
-        )
+        return LoraConfig(**common, init_lora_weights=True if self.init == "random" else self.init)
 
 
 def adapted(model: Any, options: LoraOptions, materials: Materials, seed: int) -> PeftModel:

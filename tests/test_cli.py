@@ -48,12 +48,11 @@ def test_every_verb_explains_its_options(verb, capsys):
 
 def test_synthesize_analyze_and_export_give_the_adapter_back(adapter, tmp_path, capsys):
     factors, exported = tmp_path / "factors", tmp_path / "exported"
-    main(["synthesize", "--adapter", str(adapter), "--rank", "8", "--lora_r", "4"]
-         + ["--output_dir", str(factors)])  # fmt: skip
+    main(f"synthesize --adapter {adapter} --rank 8 --lora_r 4 --output_dir {factors}".split())
     assert FactorsFile(factors).metadata.source["kind"] == "synthesised"
     assert (factors / "synthesis.png").read_bytes().startswith(b"\x89PNG")
-    main(["analyze", "--factors", str(factors), "--lora_r", "2", "--plots", "false"]
-         + ["--output_dir", str(tmp_path / "analysis")])  # fmt: skip
+    analysis = f"--plots false --output_dir {tmp_path}/analysis"
+    main(f"analyze --factors {factors} --lora_r 2 {analysis}".split())
     report = json.loads((tmp_path / "analysis" / "svd_analysis_rank2.json").read_text())
     assert len(report["layers"]) == len(FactorsFile(factors))
     main(["export", "--factors", str(factors), "--lora_r", "4", "--output_dir", str(exported)])
@@ -67,11 +66,11 @@ def test_synthesize_analyze_and_export_give_the_adapter_back(adapter, tmp_path, 
 def test_extract_and_export_a_pair_give_the_tuned_model_back(tmp_path):
     pair = save_pair(tmp_path)
     factors, exported = tmp_path / "factors", tmp_path / "exported"
-    main(["extract", "--base", str(pair.base_folder), "--tuned", str(pair.tuned_folder)]
-         + ["--rank", "16", "--lora_r", "16", "--method", "exact", "--plots", "false"]
-         + ["--output_dir", str(factors)])  # fmt: skip
-    main(["export", "--factors", str(factors), "--lora_r", "16", "--output_dir", str(exported)]
-         + ["--base", str(pair.base_folder)])  # fmt: skip
+    source = f"--base {pair.base_folder} --tuned {pair.tuned_folder}"
+    exactly = "--rank 16 --lora_r 16 --method exact --plots false"
+    main(f"extract {source} {exactly} --output_dir {factors}".split())
+    base = f"--base {pair.base_folder}"
+    main(f"export --factors {factors} --lora_r 16 {base} --output_dir {exported}".split())
     config = json.loads((exported / "adapter_config.json").read_text())
     assert set(config["target_modules"]) == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",

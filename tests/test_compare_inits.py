@@ -67,7 +67,9 @@ def test_the_delta_student_begins_at_its_teacher_and_the_subspace_one_at_the_bas
         if (path / "run.json").is_file()
     }
     first = {name: run.log[0]["eval_loss"] for name, run in runs.items()}
-    assert first["svd_delta-seed0"] == pytest.approx(runs["teacher-seed0"].final_eval_loss, abs=1e-5)
+    assert first["svd_delta-seed0"] == pytest.approx(
+        runs["teacher-seed0"].final_eval_loss, abs=1e-5
+    )
     assert first["svd_subspace-seed0"] == pytest.approx(first["random-seed0"], abs=1e-5)
 
 

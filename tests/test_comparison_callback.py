@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from peft_svdinit import memory
 from peft_svdinit.runs import (
     COLUMNS,
     LOSS_CURVE,
@@ -30,8 +31,7 @@ from peft_svdinit.runs import (
     read_run,
     read_training_log,
 )
-from peft_svdinit import memory
-from trainer_callbacks import ComparisonCallback
+from trainer_callbacks import ComparisonCallback, comparison
 from trainer_callbacks.loss_curve import plot_loss_curve, smoothed
 
 LENGTH = 6

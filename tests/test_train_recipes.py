@@ -24,8 +24,8 @@ def teacher(tmp_path_factory):
     output = folder / "random"
     train_lora.main([*options, "--output_dir", str(output), "--save_moments", "true"])
     svdinit(
-        ["synthesize", "--adapter", str(output), "--base", str(folder / "model"), "--rank", "4"]
-        + ["--output_dir", str(folder / "factors"), "--lora_r", "2", "--plots", "false"]
+        f"synthesize --adapter {output} --base {folder}/model --rank 4 --lora_r 2 --plots false "
+        f"--output_dir {folder}/factors".split()
     )
     return folder, options
 
@@ -104,8 +104,8 @@ def test_a_full_teacher_is_extracted_and_starts_a_student(teacher, tmp_path):
     lora = options.index("--lora_r")
     train_full_teacher.main([*options[:lora], "--max_steps", "3", "--output_dir", f"{tmp_path}/t"])
     svdinit(
-        ["extract", "--base", str(folder / "model"), "--tuned", f"{tmp_path}/t", "--rank", "8"]
-        + ["--output_dir", f"{tmp_path}/factors", "--lora_r", "8", "--plots", "false"]
+        f"extract --base {folder}/model --tuned {tmp_path}/t --rank 8 --lora_r 8 --plots false "
+        f"--output_dir {tmp_path}/factors".split()
     )
     report = json.loads((tmp_path / "factors" / "svd_analysis_rank8.json").read_text())
     assert "model.embed_tokens.weight" in report["source"]["uncovered"]

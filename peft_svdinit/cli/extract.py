@@ -14,7 +14,7 @@ from .summary import print_analysis
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """Take the SVD of a fine-tune's delta (tuned − base) or of an adapter's, and write its factors."""
+    """Take the SVD of a fine-tune's delta (tuned − base) or an adapter's, and write its factors."""
 
     output_dir: str = field(metadata={"help": "Folder for the factors and reports."})
     base: str | None = field(
@@ -66,9 +66,7 @@ def run(options: ExtractOptions) -> None:
             method=options.method,
             seed=options.seed,
         )
-        notes["uncovered"] = {
-            tensor.key: tensor.relative_change for tensor in pair.uncovered()
-        }
+        notes["uncovered"] = {tensor.key: tensor.relative_change for tensor in pair.uncovered()}
     held = min(layer.rank for layer in extraction.factors.values())
     analysis = write_teacher(
         extraction,

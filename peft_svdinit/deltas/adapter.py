@@ -37,7 +37,7 @@ _BEYOND_THE_PRODUCT = (
     "layer_replication",
 )
 # Initialisations that moved the base weight: B @ A is then no delta of the original base.
-_MUTATES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+INITS_MOVING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class LoraAdapter(Mapping[str, LoraProduct]):
                 "scaling * B @ A; merge it and extract the delta of the merged checkpoint instead"
             )
         start = config.get("init_lora_weights", True)
-        if isinstance(start, str) and start.lower().startswith(_MUTATES_BASE):
+        if isinstance(start, str) and start.lower().startswith(INITS_MOVING_BASE):
             raise ValueError(
                 f"adapter: {self.folder} was initialised with {start!r}, which moves the base "
                 "weights, so B @ A is not its delta; convert it first by saving with "

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 @dataclass
 class RecipeArguments(TrainingArguments):
-    """How to train: all of transformers' TrainingArguments, with other defaults where it says so."""
+    """How to train: all of transformers' TrainingArguments, some with other defaults."""
 
     _argument_group_name = "training"
 

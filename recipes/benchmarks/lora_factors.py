@@ -2,11 +2,11 @@
 
     python recipes/benchmarks/lora_factors.py [--quick]
 
-An adapter of rank 16 on all 210 linear layers of SmolLM2-135M is given random weights and saved. Timed
-on one thread, in CPU seconds, medians over the repetitions:
+An adapter of rank 16 on all 210 linear layers of SmolLM2-135M is given random weights and saved.
+Timed on one thread, in CPU seconds, ours as the median of the repetitions:
 
 - ours: read the adapter, SVD of every layer, analysis at rank 8;
-- dense: torch.linalg.svd of the dense delta of every layer, what PEFT's `convert_to_lora` does inside;
+- dense: torch.linalg.svd of the dense delta of every layer;
 - peft: `convert_to_lora` itself, on the loaded model, to rank 8.
 
 `--quick` leaves PEFT's own out and takes the dense SVD of one transformer block in five. The extra
