@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import reference
@@ -52,7 +53,8 @@ def test_energy_and_error_are_those_of_the_dense_truncation(case):
 @given(factors=layer_factors())
 def test_energy_grows_with_the_rank_and_is_all_that_is_held_by_default(factors):
     shares = [factors.energy(rank) for rank in range(1, factors.rank + 1)]
-    assert shares == sorted(shares)
+    # Sums of different length round differently in the last place.
+    assert all(after >= before * (1 - 1e-12) for before, after in pairwise(shares))
     assert 0 <= shares[0] and shares[-1] <= 1
     assert factors.energy() == shares[-1]
     assert factors.truncated(1).energy() == shares[0]

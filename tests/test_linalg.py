@@ -109,7 +109,7 @@ def test_a_transposed_matrix_has_the_transposed_approximation(method, case):
     transposed = truncated_svd(matrix.mT, rank, method=method)
     within = reference.tolerance(matrix)
     if method == "randomized":
-        within["atol"] += 0.02 * reference.discarded(matrix, rank)
+        within["atol"] += 0.1 * reference.discarded(matrix, rank)
     assert error(matrix, found) == pytest.approx(error(matrix.mT, transposed), abs=within["atol"])
     spectrum = reference.singular_values(matrix)
     complete = rank == len(spectrum)
@@ -243,6 +243,15 @@ def test_svd_of_product_is_that_of_the_dense_product(product: Product):
     )
 
 
+def test_svd_of_product_resolves_singular_values_far_below_float32_rounding():
+    # Both sides hold their small column to full precision, and a float64 core keeps it.
+    left = matrix_of_spectrum((30, 2), [1.0, 1.0], seed=0)
+    right = matrix_of_spectrum((2, 40), [1.0, 1.0], seed=1)
+    scales = torch.tensor([1.0, 1e-4], dtype=torch.float64)
+    svd = svd_of_product((left * scales).float(), (scales[:, None] * right).float())
+    assert svd.S[1].item() == pytest.approx(1e-8, rel=1e-3)
+
+
 def test_svd_of_product_never_forms_the_product():
     lora_B, lora_A = torch.randn(300, 4), torch.randn(4, 500)
     with LargestResult() as largest:
@@ -316,9 +325,10 @@ def test_rank_for_energy_is_none_if_too_few_triplets_are_held():
 
 
 def test_all_energy_is_reached_by_all_triplets_in_float32():
-    matrix = torch.randn(200, 150, generator=torch.Generator().manual_seed(0))
-    S = truncated_svd(matrix, 150).S
-    assert rank_for_energy(S, frobenius_norm(matrix), 1.0) == 150
+    for seed in range(8):
+        matrix = torch.randn(60, 50, generator=torch.Generator().manual_seed(seed))
+        S = truncated_svd(matrix, 50).S
+        assert rank_for_energy(S, frobenius_norm(matrix), 1.0) == 50
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.01, math.nan])
