@@ -25,6 +25,7 @@ from torch import Tensor
 from .atomic import replacing
 from .factors import LowRankFactors
 from .linalg import frobenius_norm
+from .module_names import natural_order
 from .sources import resolve_file
 
 FACTORS_FILE_NAME = "factors.safetensors"
@@ -128,8 +129,9 @@ class FactorsFile(Mapping[str, LowRankFactors]):
             fields = json.loads(header)
             version = fields.pop("format_version", None)
             if version == FORMAT_VERSION:
-                norms = {name: float(norm) for name, norm in fields.pop("norms").items()}
-                return FactorsMetadata(**fields), norms
+                norms = fields.pop("norms")
+                ordered = {name: float(norms[name]) for name in sorted(norms, key=natural_order)}
+                return FactorsMetadata(**fields), ordered
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self.path} has a damaged factors header ({error}); write the file again"

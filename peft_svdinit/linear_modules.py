@@ -27,9 +27,14 @@ def model_skeleton(folder: str | os.PathLike) -> nn.Module:
     """The model of a checkpoint folder on the meta device: names and shapes, no memory.
 
     Raises:
-        ValueError: if its configuration names no architecture of transformers.
+        ValueError: if it has no configuration, or that names no architecture of transformers.
     """
-    config = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(
+            f"{os.fspath(folder)} has no config.json that can be read: {error}"
+        ) from error
     names = config.architectures or ()
     architecture = getattr(transformers, names[0], None) if names else None
     if architecture is None:

@@ -151,6 +151,17 @@ def test_extracting_twice_gives_equal_bits_and_leaves_the_global_random_state(tm
     assert_equal_bits(first, second)
 
 
+def test_the_seed_decides_the_sketch(tmp_path):
+    saved = save_pair(tmp_path)
+    pair = CheckpointPair(saved.base_folder, saved.tuned_folder)
+    first, second = (
+        factors_of_checkpoints(pair, 2, base_model_name_or_path="tiny", seed=seed).factors
+        for seed in (0, 1)
+    )
+    name = "model.layers.0.mlp.up_proj"
+    assert not torch.equal(first[name].U, second[name].U)
+
+
 def test_the_rank_is_capped_layer_by_layer(tmp_path):
     saved = save_pair(tmp_path)
     pair = CheckpointPair(saved.base_folder, saved.tuned_folder)

@@ -70,10 +70,17 @@ def leaving_the_base_alone(scene: Scene, error: type[Exception], names: str) -> 
 # Files that must not be used
 
 
-def test_a_missing_factors_file_raises_before_the_model_is_touched(scene, tmp_path):
+def test_a_missing_factors_file_raises_and_leaves_the_base_alone(scene, tmp_path):
     missing = tmp_path / "missing.safetensors"
     with leaving_the_base_alone(scene, FileNotFoundError, "svd_factors") as base:
         get_peft_model(base, scene.config(svd_factors=str(missing)))
+
+
+def test_a_missing_factors_file_is_noticed_before_peft_begins(scene, tmp_path, monkeypatch):
+    monkeypatch.setattr(LoraModel, "inject_adapter", lambda *args: pytest.fail("PEFT has begun"))
+    config = scene.config(svd_factors=str(tmp_path / "missing.safetensors"))
+    with pytest.raises(FileNotFoundError):
+        get_peft_model(scene.model(), config)
 
 
 def test_an_unreachable_repository_raises_before_the_model_is_touched(scene):
@@ -191,7 +198,7 @@ def test_a_failing_second_adapter_leaves_the_first_as_it_was(scene, first):
     with pytest.raises(ValueError, match="k_proj"):
         model.add_adapter("second", scene.config(target_modules=[*scene.targets, "k_proj"]))
     assert list(model.peft_config) == ["default"]
-    assert model.active_adapters == ["default"]
+    assert model.base_model.active_adapters == ["default"]
     assert torch.equal(logits(model), expected)
     found = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert found == trainable

@@ -190,6 +190,9 @@ def test_the_tail_of_a_rank_deficient_adapter_starts_at_what_it_learned(rank):
     assert teacher.S[rank].item() == pytest.approx(last * math.exp(-0.1), rel=1e-5)
     assert (teacher.S.diff() <= 0).all()
     assert teacher.rank == 9
+    # What is rounding sorts behind the five appended triplets, vectors and all.
+    assert torch.equal(teacher.U[:, rank + 5 :], factors.U[:, rank:])
+    assert torch.equal(teacher.Vh[rank + 5 :], factors.Vh[rank:])
     assert_close(teacher.U.mT @ teacher.U, torch.eye(9), rtol=0, atol=1e-5)
     assert_close(teacher.truncated(rank).dense(), factors.truncated(rank).dense(), rtol=0, atol=0)
     assert teacher.norm == pytest.approx(reference.frobenius(teacher.dense()), rel=1e-5)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..factors import LowRankFactors
+from ..module_names import natural_order
 from ..sources import read_json, refuse_pickle, resolve_folder
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -170,8 +171,3 @@ class LoraAdapter(Mapping[str, LoraProduct]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """Sort key under which `layers.2` comes before `layers.10`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
