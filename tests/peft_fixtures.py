@@ -69,7 +69,9 @@ def teacher_factors(
         right = torch.randn(rank, module.in_features, generator=generator, dtype=torch.float64)
         delta = left @ right
         delta *= size / torch.linalg.matrix_norm(delta, ord=2)
-        factors[name] = LowRankFactors.from_delta(delta.float(), held)
+        layer = LowRankFactors.from_delta(delta.float(), held)
+        layer.S[rank:] = 0
+        factors[name] = layer
     return factors
 
 
