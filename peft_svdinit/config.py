@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +17,8 @@ from .atomic import write_json
 from .initializers import SvdGuided
 
 SIDECAR_NAME = "svdinit_config.json"
-ALIAS_PREFIX = "svd_guided:"
+INIT_MARKER = "svd_guided"
+ALIAS_PREFIX = f"{INIT_MARKER}:"
 
 Coverage = Literal["strict", "partial"]
 
@@ -71,7 +74,7 @@ class SvdLoraConfig(LoraConfig):
             )
         if not self.svd_factors:
             raise ValueError("svd_factors must name a factors file, folder or Hub id; it is empty")
-        if self.init_lora_weights is not True:
+        if self.init_lora_weights not in (True, INIT_MARKER):
             raise ValueError(
                 "init_lora_weights must stay True with svd_factors, which initialises the adapter, "
                 f"got {self.init_lora_weights!r}"
@@ -91,11 +94,23 @@ class SvdLoraConfig(LoraConfig):
                 f"{others} cannot be combined with svd_factors: the update of the layers would not "
                 "be B A; leave one of the two out"
             )
+        # Stock PEFT refuses this value by name, where it would silently start at random from True:
+        # in a mixed model, say, or after unregister().
+        self.init_lora_weights = INIT_MARKER  # pyright: ignore[reportAttributeAccessIssue]
         self.initializer()
 
     def initializer(self) -> SvdGuided:
         """The initialiser these options describe."""
         return SvdGuided(self.svd_start, self.svd_split)
+
+    @contextmanager
+    def as_stock_start(self) -> Iterator[None]:
+        """While PEFT creates the layers, let it give them its default start."""
+        self.init_lora_weights = True
+        try:
+            yield
+        finally:
+            self.init_lora_weights = INIT_MARKER  # pyright: ignore[reportAttributeAccessIssue]
 
     def stock(self) -> LoraConfig:
         """The LoraConfig of the saved adapter.
@@ -103,7 +118,7 @@ class SvdLoraConfig(LoraConfig):
         A "reference" adapter is saved with its initial factors stacked below the trained ones, at
         twice the rank; alpha grows so that the scaling stays.
         """
-        options = lora_options(self)
+        options = {**lora_options(self), "init_lora_weights": True}
         if self.svd_start == "reference":
             growth = math.sqrt(2) if self.use_rslora else 2
             options["r"] = 2 * self.r

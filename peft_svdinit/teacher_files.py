@@ -14,6 +14,12 @@ from .extraction import Extraction
 from .factors import LowRankFactors
 from .factors_file import save_factors
 
+_TITLES = {
+    "adapter": "SVD analysis of an adapter",
+    "synthesised": "SVD analysis of a synthesised teacher",
+    "checkpoints": "SVD analysis of a fine-tune",
+}
+
 
 def write_teacher(
     extraction: Extraction,
@@ -74,7 +80,7 @@ def write_factors_analysis(
     write_analysis(
         analysis,
         output_dir,
-        title=f"SVD analysis at rank {rank}",
+        title=_TITLES.get(source.get("source", {}).get("kind"), "SVD analysis of deltas"),
         source=flat,
         recommendation=recommendation,
         plots=plots,

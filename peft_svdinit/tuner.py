@@ -64,7 +64,8 @@ class SvdLoraModel(LoraModel):
         active = self.active_adapter
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
-            super().inject_adapter(model, adapter_name, *options)
+            with config.as_stock_start():
+                super().inject_adapter(model, adapter_name, *options)
             self._initialize(adapter_name, config)
         except Exception:
             self._remove(adapter_name)

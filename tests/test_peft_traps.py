@@ -515,3 +515,15 @@ def test_the_factors_file_is_read_and_never_written(scene):
     train(scene.peft_model())
     assert scene.file.read_bytes() == before
     assert len(FactorsFile(scene.file)) == len(scene.factors)
+
+
+def test_a_tuner_that_is_not_ours_refuses_the_config_instead_of_starting_at_random(scene):
+    config = scene.config()
+    with pytest.raises(ValueError, match="svd_guided"):
+        get_peft_model(scene.model(), config, mixed=True)
+    peft_svdinit.unregister()
+    try:
+        with pytest.raises(ValueError, match="svd_guided"):
+            get_peft_model(scene.model(), config)
+    finally:
+        peft_svdinit.register()
