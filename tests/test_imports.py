@@ -17,7 +17,7 @@ PACKAGES = ("peft_svdinit", "trainer_callbacks", "recipes")
 # The core from the bottom up; a part imports from lower rows only. Whatever is not listed stands
 # above all of it.
 LAYERS = [
-    {"linalg", "atomic", "sources", "linear_modules"},
+    {"linalg", "atomic", "sources", "linear_modules", "module_names"},
     {"factors", "checkpoints", "layers"},
     {"factors_file", "deltas", "initializers"},
     {"extraction", "config"},
@@ -30,6 +30,7 @@ ONLY = {
     "atomic": set(),
     "sources": set(),
     "linear_modules": set(),
+    "module_names": set(),
     "layers": set(),
     "factors": {"linalg"},
     "initializers": {"factors"},
