@@ -121,7 +121,9 @@ def load_moments(path: str | os.PathLike) -> dict[str, AdamMoments]:
     keys = [key.removesuffix(".step") for key in tensors if key.endswith(".step")]
     return {
         key: AdamMoments(
-            *(tensors[f"{key}.{part}"] for part in _PARTS), tensors[f"{key}.step"].item()
+            exp_avg=tensors[f"{key}.exp_avg"],
+            exp_avg_sq=tensors[f"{key}.exp_avg_sq"],
+            step=tensors[f"{key}.step"].item(),
         )
         for key in keys
     }

@@ -69,7 +69,7 @@ class CompareDataOptions(DataOptions):
     """The data set, its columns and its split."""
 
     max_eval_samples: int | None = field(
-        default=24, metadata={"help": "evaluate on at most so many examples, drawn at random"}
+        default=16, metadata={"help": "evaluate on at most so many examples, drawn at random"}
     )
 
 

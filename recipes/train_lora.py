@@ -91,7 +91,7 @@ class LoraOptions:
 
     def config(self) -> LoraConfig:
         """The PEFT configuration these options describe."""
-        common: dict[str, Any] = {
+        options: dict[str, Any] = {
             "r": self.lora_r,
             "lora_alpha": self.lora_alpha,
             "lora_dropout": self.lora_dropout,
@@ -101,11 +101,12 @@ class LoraOptions:
             "task_type": "CAUSAL_LM",
         }
         if self.init == "svd":
-            start = {"svd_start": self.svd_start, "svd_split": self.svd_split}
-            return SvdLoraConfig(**common, svd_factors=self.svd_factors, **start)
+            names = ("svd_factors", "svd_start", "svd_split")
+            return SvdLoraConfig(**options, **{name: getattr(self, name) for name in names})
         if self.init == "eva":
-            return LoraConfig(**common, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
-        return LoraConfig(**common, init_lora_weights=True if self.init == "random" else self.init)
+            options["eva_config"] = EvaConfig(rho=1.0)
+        options["init_lora_weights"] = True if self.init == "random" else self.init
+        return LoraConfig(**options)
 
 
 def adapted(model: Any, options: LoraOptions, materials: Materials, seed: int) -> PeftModel:

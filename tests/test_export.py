@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -25,11 +27,12 @@ def test_small_layers_get_all_their_rank_and_the_rest_the_rank_asked_for(
         method="exact",
     )
     folder = export_adapter(extraction.factors, 12, tmp_path / "adapter", split=split)
-    config = LoraConfig.from_pretrained(folder)
+    config: Any = LoraConfig.from_pretrained(str(folder))
     small = {name for name, layer in extraction.factors.items() if min(layer.shape) < 12}
     assert bool(config.rank_pattern) == bool(small)
     loaded = PeftModel.from_pretrained(pair.base, str(folder))
-    for name, module in loaded.get_base_model().named_modules():
+    modules: dict[str, Any] = dict(loaded.get_base_model().named_modules())
+    for name, module in modules.items():
         if name in extraction.factors:
             layer = extraction.factors[name]
             rank = min(12, *layer.shape)

@@ -45,7 +45,7 @@ def make_adapter(folder: Path) -> None:
     for name, parameter in adapted.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.01)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
 
 
 def ours(folder: Path) -> None:
