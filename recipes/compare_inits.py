@@ -23,13 +23,8 @@ from typing import Any
 import datasets
 import transformers
 from accelerate import PartialState
-from comparison_plan import (
-    ComparisonOptions,
-    Plan,
-    Setting,
-    examples_per_step,
-    make_plan,
-)
+from comparison_options import ComparisonOptions, Setting, examples_per_step
+from comparison_plan import Plan, make_plan
 from fit import Materials
 from train_lora import LoraOptions
 
@@ -116,6 +111,8 @@ def check_inputs(setting: Setting) -> None:
         ValueError, TypeError, OSError, ModuleNotFoundError: naming the option.
     """
     options, lora = setting.comparison, setting.lora
+    if setting.arguments.seed != RecipeArguments.seed:
+        raise ValueError("seed is set by the comparison; use seeds")
     if lora.init != "random" or lora.svd_factors:
         raise ValueError("init and svd_factors are set by the comparison; leave them out")
     if lora.lora_r > options.teacher_rank:
