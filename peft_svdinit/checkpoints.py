@@ -158,6 +158,9 @@ class LinearWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._oriented(name, self.checkpoint.tensor(self.keys_of[name]))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.modules  # Mapping's own would read the layer
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.modules)
 

@@ -122,6 +122,9 @@ class FactorsFile(Mapping[str, LowRankFactors]):
                 "holds tensors; write the file again"
             )
         self._ranks = {name: self._checked_rank(name, shapes) for name in self._norms}
+        self._shapes = {
+            name: (shapes[f"{name}.U"][0], shapes[f"{name}.Vh"][1]) for name in self._norms
+        }
         self._with_base = {name for name in self._norms if f"{name}.base" in shapes}
 
     def _parsed(self, header: str) -> tuple[FactorsMetadata, dict[str, float]]:
@@ -169,6 +172,9 @@ class FactorsFile(Mapping[str, LowRankFactors]):
             raise ValueError(f"{self.path}: layer {name} has {defect}; write the file again")
         return layer
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._norms  # Mapping's own would read the layer
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._norms)
 
@@ -178,6 +184,10 @@ class FactorsFile(Mapping[str, LowRankFactors]):
     def rank_of(self, name: str) -> int:
         """Triplets held for a layer, without reading it."""
         return self._ranks[name]
+
+    def shape_of(self, name: str) -> tuple[int, int]:
+        """(out, in) of a layer's delta, without reading it."""
+        return self._shapes[name]
 
     def base_sample(self, name: str) -> Tensor | None:
         """The stored entries of the layer's base weight, if the file has them."""

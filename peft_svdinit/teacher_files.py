@@ -76,11 +76,16 @@ def write_factors_analysis(
     analysis = analyze(factors, rank)
     budget = max_parameters or sum(layer.parameters for layer in analysis.layers)
     recommendation = recommend_ranks(factors, energy=energy, max_parameters=budget)
-    flat = {key: value for key, value in source.items() if value not in (None, {})}
+    about: Mapping[str, Any] = source.get("source", {})
+    flat = {
+        key: value
+        for key, value in {**source, **about, "source": None}.items()
+        if value not in (None, {})
+    }
     write_analysis(
         analysis,
         output_dir,
-        title=_TITLES.get(source.get("source", {}).get("kind"), "SVD analysis of deltas"),
+        title=_TITLES.get(str(about.get("kind")), "SVD analysis of deltas"),
         source=flat,
         recommendation=recommendation,
         plots=plots,

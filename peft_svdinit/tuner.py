@@ -320,16 +320,19 @@ def _check_layer(
             "unmerge_adapter() before initialising it"
         )
     rank = layer.r[adapter_name]
-    held = factors.rank_of(name) if isinstance(factors, FactorsFile) else factors[name].rank
+    if isinstance(factors, FactorsFile):
+        held, shape = factors.rank_of(name), factors.shape_of(name)
+    else:
+        held, shape = factors[name].rank, factors[name].shape
     if rank > held:
         raise ValueError(
             f"layer {name}: r={rank} is above the {held} triplets that svd_factors holds; lower r "
             "(or set rank_pattern for this layer), or make factors of a higher rank"
         )
     expected = (layer.out_features, layer.in_features)
-    if factors[name].shape != expected:
+    if shape != expected:
         raise ValueError(
-            f"layer {name}: svd_factors are of a delta of shape {factors[name].shape}, the layer's "
+            f"layer {name}: svd_factors are of a delta of shape {shape}, the layer's "
             f"weight is {expected} (out, in): factors of another model?"
         )
 

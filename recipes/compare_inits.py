@@ -45,9 +45,9 @@ class CompareArguments(RecipeArguments):
     output_dir: str | None = field(
         default="comparison", metadata={"help": "Folder of all runs and of the report."}
     )
-    max_steps: int = field(default=8, metadata={"help": "Optimizer steps of each student."})
+    max_steps: int = field(default=6, metadata={"help": "Optimizer steps of each student."})
     eval_steps: float | None = field(
-        default=4, metadata={"help": "Evaluate every so many steps (below 1: share of them)."}
+        default=3, metadata={"help": "Evaluate every so many steps (below 1: share of them)."}
     )
     disable_tqdm: bool | None = field(
         default=None, metadata={"help": "No progress bars; by default where there is no terminal."}
@@ -64,7 +64,7 @@ class CompareDataOptions(DataOptions):
     """The data set, its columns and its split."""
 
     max_eval_samples: int | None = field(
-        default=16, metadata={"help": "evaluate on at most so many examples, drawn at random"}
+        default=32, metadata={"help": "evaluate on at most so many examples, drawn at random"}
     )
 
 

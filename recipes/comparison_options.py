@@ -43,7 +43,7 @@ class ComparisonOptions:
         default=None,
         metadata={"help": "An existing full fine-tune as the teacher; its cost counts as sunk."},
     )
-    teacher_steps: int = field(default=8, metadata={"help": "Optimizer steps of the teacher."})
+    teacher_steps: int = field(default=6, metadata={"help": "Optimizer steps of the teacher."})
     teacher_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the teacher: learning_rate for lora, 5e-5 for full."}
     )

@@ -107,6 +107,7 @@ class _Planner:
                 rate=lambda: rate,
                 seed=seed,
                 first_step=0,
+                evaluate=False,
             ),
             cost=steps * (2.0 if full else 1.0),
             collective=True,
@@ -230,6 +231,7 @@ class _Planner:
         rate: Callable[[], float],
         seed: int,
         first_step: int,
+        evaluate: bool = True,
         about: Callable[[float], Mapping[str, Any]] | None = None,
     ) -> None:
         """Train on the examples of steps `first_step` and on, in the seed's order.
@@ -249,6 +251,8 @@ class _Planner:
             train_sampling_strategy="sequential",
             resume_from_checkpoint="last",
         )
+        if not evaluate:
+            arguments = dataclasses.replace(arguments, eval_strategy="no", eval_on_start=False)
         extra = {"comparison": dict(about(chosen))} if about else None
         adapter = lora()
         if adapter is None:

@@ -166,6 +166,9 @@ class LoraAdapter(Mapping[str, LoraProduct]):
                 raise ValueError(f"adapter: {part} of layer {name} has NaN or infinite entries")
         return LoraProduct(lora_A, lora_B, self.scaling_of(name))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the layer
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

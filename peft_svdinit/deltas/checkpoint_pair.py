@@ -75,6 +75,9 @@ class CheckpointPair(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Float[Tensor, "out in"]:
         return self.tuned[name] - self.base[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.base
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.base)
 
