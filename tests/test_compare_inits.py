@@ -66,7 +66,7 @@ def test_the_delta_student_begins_at_its_teacher_and_the_subspace_one_at_the_bas
         for path in (compared[0] / "out" / "runs").iterdir()
         if (path / "run.json").is_file()
     }
-    first = {name: run.log[0]["eval_loss"] for name, run in runs.items()}
+    first = {name: run.log[0].get("eval_loss") for name, run in runs.items()}
     # The first steps of the random run of the total budget are those of the teacher.
     (taught,) = (
         row["eval_loss"]

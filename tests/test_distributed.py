@@ -27,7 +27,7 @@ def launched(launcher: list[str], options: list[str]) -> subprocess.CompletedPro
 def test_two_processes_share_the_batches_of_one_run(tmp_path):
     options = [*shared_options(tmp_path), "--max_steps", "3", "--expected_processes", "2"]
     options += ["--output_dir", str(tmp_path / "run")]
-    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = launched(torchrun, options)
     assert done.returncode == 0, done.stderr[-2000:]
     run = read_run(tmp_path / "run")
