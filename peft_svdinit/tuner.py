@@ -59,14 +59,13 @@ class SvdLoraModel(LoraModel):
         if not isinstance(config, SvdLoraConfig):
             super().inject_adapter(model, adapter_name, *options)
             return
-        # Refuses a bad file before the model is touched.
-        FactorsFile(config.svd_factors, revision=config.svd_factors_revision)
+        factors = _opened(config)  # Refuses a bad file before the model is touched.
         active = self.active_adapter
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             with config.as_stock_start():
                 super().inject_adapter(model, adapter_name, *options)
-            self._initialize(adapter_name, config)
+            self._initialize(adapter_name, config, factors)
         except Exception:
             self._remove(adapter_name)
             self.active_adapter = active
@@ -75,10 +74,10 @@ class SvdLoraModel(LoraModel):
             raise
         self._just_started = adapter_name
 
-    def _initialize(self, adapter_name: str, config: SvdLoraConfig) -> None:
+    def _initialize(self, adapter_name: str, config: SvdLoraConfig, factors: FactorsFile) -> None:
         initialize_layers(
             self.model,
-            FactorsFile(config.svd_factors, revision=config.svd_factors_revision),
+            factors,
             adapter_name,
             config.initializer(),
             coverage=config.svd_coverage,
@@ -101,7 +100,7 @@ class SvdLoraModel(LoraModel):
         # PEFT creates adapters in the base's half precision and widens them here: initialise
         # again, or the start keeps the rounding.
         if before != _adapter_dtypes(self.model, adapter_name):
-            self._initialize(adapter_name, config)
+            self._initialize(adapter_name, config, _opened(config))
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         for name in adapters:
@@ -168,6 +167,10 @@ class SvdLoraModel(LoraModel):
         for name, layer in _references(model, adapter_name).items():
             _unstack(tensors, name, layer, adapter_name)
         return tensors
+
+
+def _opened(config: SvdLoraConfig) -> FactorsFile:
+    return FactorsFile(config.svd_factors, revision=config.svd_factors_revision)
 
 
 def initialize_layers(
