@@ -77,7 +77,7 @@ def factors_of_checkpoints(
     rank: int,
     *,
     base_model_name_or_path: str,
-    method: Method = "randomized",
+    method: Method = "auto",
     seed: int = 0,
 ) -> Extraction:
     """Leading `rank` triplets of tuned − base for every linear layer, the pair streamed.

@@ -34,12 +34,21 @@ class LowRankFactors:
         rank: int,
         *,
         method: Method = "exact",
+        tolerance: float = 1.003,
         generator: torch.Generator | None = None,
     ) -> LowRankFactors:
-        """Leading `rank` triplets of a dense delta, at most min(out, in) of them."""
-        rank = min(rank, *delta.shape)
-        svd = truncated_svd(delta, rank, method=method, generator=generator)
-        return cls(*svd, norm=frobenius_norm(delta))
+        """Leading `rank` triplets of a dense delta, at most min(out, in) of them.
+
+        `method` and `tolerance` are those of `truncated_svd`.
+        """
+        svd = truncated_svd(
+            delta,
+            min(rank, *delta.shape),
+            method=method,
+            tolerance=tolerance,
+            generator=generator,
+        )
+        return cls(*svd, norm=svd.norm)
 
     @classmethod
     def from_product(

@@ -155,7 +155,9 @@ def test_the_seed_decides_the_sketch(tmp_path):
     saved = save_pair(tmp_path)
     pair = CheckpointPair(saved.base_folder, saved.tuned_folder)
     first, second = (
-        factors_of_checkpoints(pair, 2, base_model_name_or_path="tiny", seed=seed).factors
+        factors_of_checkpoints(
+            pair, 2, base_model_name_or_path="tiny", method="randomized", seed=seed
+        ).factors
         for seed in (0, 1)
     )
     name = "model.layers.0.mlp.up_proj"

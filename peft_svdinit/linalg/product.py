@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .spectrum import frobenius_norm
 from .triplets import TruncatedSVD, widened
 
 
@@ -25,5 +26,9 @@ def svd_of_product(
     )
     dtype = left_basis.dtype
     return TruncatedSVD(
-        left_basis @ core_U.to(dtype), S.to(dtype), core_Vh.to(dtype) @ right_basis.mT
+        left_basis @ core_U.to(dtype),
+        S.to(dtype),
+        core_Vh.to(dtype) @ right_basis.mT,
+        norm=frobenius_norm(S),
+        optimal=True,
     ).with_canonical_signs()

@@ -1,30 +1,62 @@
-"""Singular triplets and the convention for their signs."""
+"""Singular triplets, what they are certified to hold, and the convention for their signs."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .spectrum import energy, relative_error
 
-class TruncatedSVD(NamedTuple):
-    """`matrix ≈ U @ diag(S) @ Vh`: orthonormal columns of `U` and rows of `Vh`, `S` descending."""
+
+@dataclass(frozen=True)
+class TruncatedSVD:
+    """`matrix ≈ U @ diag(S) @ Vh`, with the exact Frobenius norm of the whole matrix.
+
+    Unpacks as `U, S, Vh`: orthonormal columns of `U` and rows of `Vh`, `S` descending. Every method
+    here projects the matrix, so that ‖matrix − U S Vh‖_F² = norm² − Σ S² holds exactly: the norm
+    certifies the error of the triplets at hand, whichever method found them. Float32 rounding of
+    `S` limits the relative error that can be told from zero to about 3e-4.
+
+    Attributes:
+        norm: ‖matrix‖_F, summed in float64.
+        optimal: whether no other triplets of this number capture more, which makes the ratio of
+            captured over optimal energy 1; randomised methods do not know it of their own.
+    """
 
     U: Float[Tensor, "rows rank"]
     S: Float[Tensor, " rank"]
     Vh: Float[Tensor, "rank cols"]
+    norm: float
+    optimal: bool = False
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.U, self.S, self.Vh))
+
+    @property
+    def energy(self) -> float:
+        """Share of ‖matrix‖_F² captured; 1 for a zero matrix."""
+        return energy(self.S, self.norm)
+
+    @property
+    def relative_error(self) -> float:
+        """‖matrix − U S Vh‖_F / ‖matrix‖_F."""
+        return relative_error(self.S, self.norm)
 
     def truncated(self, rank: int) -> TruncatedSVD:
         """The first `rank` triplets."""
-        return TruncatedSVD(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
+        return TruncatedSVD(
+            self.U[:, :rank], self.S[:rank], self.Vh[:rank], self.norm, self.optimal
+        )
 
     def with_canonical_signs(self) -> TruncatedSVD:
         """Flip pairs of vectors: the largest-magnitude entry of each column of `U` is positive."""
         peaks = self.U.gather(0, self.U.abs().argmax(dim=0, keepdim=True))
         signs = torch.where(peaks < 0, -1.0, 1.0).to(self.U.dtype)
-        return TruncatedSVD(self.U * signs, self.S, self.Vh * signs.T)
+        return TruncatedSVD(self.U * signs, self.S, self.Vh * signs.mT, self.norm, self.optimal)
 
 
 def widened(matrix: Tensor) -> Tensor:
@@ -33,6 +65,7 @@ def widened(matrix: Tensor) -> Tensor:
 
 
 def check_rank(rank: int, shape: torch.Size | tuple[int, ...]) -> None:
+    """Raise ValueError unless a matrix of this shape has `rank` triplets."""
     largest = min(shape)
     if not 1 <= rank <= largest:
         raise ValueError(
