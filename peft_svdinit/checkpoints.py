@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,14 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .linear_modules import LinearModule, linear_modules, model_skeleton
+from .linear_modules import LinearModule, is_chosen, linear_modules, model_skeleton
 from .sources import inside, read_json, resolve_folder
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 SAMPLE_SIZE = 8
+BLOCK_ENTRIES = 1 << 19
+_ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
+_WEIGHT_DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
 class Checkpoint:
@@ -38,12 +42,15 @@ class Checkpoint:
         self.argument = argument
         self._file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         for path in self._shards():
             try:
                 with safe_open(path, framework="pt") as file:
                     for key in file.keys():
                         self._file_of[key] = path
-                        self.shapes[key] = tuple(file.get_slice(key).get_shape())
+                        tensor = file.get_slice(key)
+                        self.shapes[key] = tuple(tensor.get_shape())
+                        self.dtypes[key] = tensor.get_dtype()
             except SafetensorError as error:
                 raise ValueError(
                     f"{argument}: {path} is not a readable safetensors file ({error}): truncated "
@@ -80,6 +87,27 @@ class Checkpoint:
         with safe_open(self._file_of[key], framework="pt") as file:
             return file.get_tensor(key)
 
+    def blocks(self, key: str, rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """The tensor in blocks of whole rows: the first row's index and the block.
+
+        `rows` stops after that many of them. Blocks have about `BLOCK_ENTRIES` entries, so that a
+        tensor of any size is read in bounded memory.
+        """
+        shape = self.shapes[key]
+        with safe_open(self._file_of[key], framework="pt") as file:
+            if len(shape) < 2:
+                yield 0, file.get_tensor(key)
+                return
+            tensor = file.get_slice(key)
+            step = max(1, BLOCK_ENTRIES // max(1, math.prod(shape[1:])))
+            last = shape[0] if rows is None else min(rows, shape[0])
+            for start in range(0, last, step):
+                yield start, tensor[start : min(start + step, last)]
+
+    def stored_bytes(self, key: str) -> int:
+        """Size of a tensor in its file."""
+        return math.prod(self.shapes[key]) * _ITEM_SIZES.get(self.dtypes[key], 8)
+
     def stored_key(self, key: str, prefix: str) -> str | None:
         """`key` as this file spells it: unchanged, or without or with the model's prefix."""
         for candidate in _spellings(key, prefix):
@@ -102,12 +130,15 @@ class LinearWeights(Mapping[str, Tensor]):
     Args:
         checkpoint: the tensors.
         architecture: folder whose config.json names the architecture; the checkpoint's own if None.
-        target_modules: as in LoraConfig.
+        target_modules, exclude_modules: as in LoraConfig.
+        longer_modules: layers, by their names or endings, that may have more rows than the
+            architecture says, as an output head does after its vocabulary grew; rows beyond are
+            not read.
 
     Raises:
         ValueError: if a layer is missing or has another shape than the architecture's; on reading
             one with NaN or infinite entries.
-        TypeError: on reading a quantised layer.
+        TypeError: if a layer is quantised.
     """
 
     def __init__(
@@ -116,14 +147,22 @@ class LinearWeights(Mapping[str, Tensor]):
         *,
         architecture: Path | None = None,
         target_modules: str | Sequence[str] = "all-linear",
+        exclude_modules: str | Sequence[str] = (),
+        longer_modules: str | Sequence[str] = (),
     ) -> None:
         self.checkpoint = checkpoint
-        skeleton = model_skeleton(architecture or checkpoint.folder)
-        self.prefix = getattr(skeleton, "base_model_prefix", "")
-        self.modules = linear_modules(skeleton, target_modules)
+        self.skeleton = model_skeleton(architecture or checkpoint.folder)
+        self.prefix = getattr(self.skeleton, "base_model_prefix", "")
+        self.modules = {
+            name: module
+            for name, module in linear_modules(self.skeleton, target_modules).items()
+            if not is_chosen(name, exclude_modules)
+        }
+        if not self.modules:
+            raise ValueError(f"exclude_modules={exclude_modules!r} leaves no linear layer")
         self.keys_of = {name: self._key(name) for name in self.modules}
         for module in self.modules.values():
-            self._check_shape(module)
+            self._check(module, may_be_longer=is_chosen(module.name, longer_modules))
 
     def _key(self, name: str) -> str:
         stored = self.checkpoint.stored_key(f"{name}.weight", self.prefix)
@@ -135,28 +174,54 @@ class LinearWeights(Mapping[str, Tensor]):
             )
         return stored
 
-    def _check_shape(self, module: LinearModule) -> None:
-        shape = self.checkpoint.shapes[self.keys_of[module.name]]
+    def _check(self, module: LinearModule, *, may_be_longer: bool) -> None:
+        argument, key = self.checkpoint.argument, self.keys_of[module.name]
+        if self.checkpoint.dtypes[key] not in _WEIGHT_DTYPES:
+            raise TypeError(
+                f"{argument}: the weight of layer {module.name} is stored as "
+                f"{self.checkpoint.dtypes[key]}: quantised checkpoints have no delta; dequantise "
+                "the model first"
+            )
+        shape = self.checkpoint.shapes[key]
         expected = (module.out_features, module.in_features)
-        if (shape[::-1] if module.transposed else shape) != expected:
+        oriented = shape[::-1] if module.transposed else shape
+        longer = oriented[1:] == expected[1:] and oriented[0] > expected[0]
+        if oriented != expected and not (longer and may_be_longer and not module.transposed):
             raise ValueError(
-                f"{self.checkpoint.argument}: the weight of layer {module.name} has shape {shape}, "
-                f"but (out, in) = {expected} was expected: another architecture?"
+                f"{argument}: the weight of layer {module.name} has shape {shape}, but (out, in) = "
+                f"{expected} was expected: another architecture? Of a longer vocabulary, "
+                "slice_modules compares the rows that both have"
             )
 
-    def _oriented(self, name: str, weight: Tensor) -> Float[Tensor, "out in"]:
-        argument = self.checkpoint.argument
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise TypeError(
-                f"{argument}: the weight of layer {name} is {weight.dtype}: quantised checkpoints "
-                "have no delta; dequantise the model first"
-            )
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{argument}: the weight of layer {name} has NaN or infinite entries")
-        return weight.float().mT if self.modules[name].transposed else weight.float()
+    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """The stored weight in blocks of rows of float32, those of Conv1D being its inputs."""
+        module, key = self.modules[name], self.keys_of[name]
+        rows = module.in_features if module.transposed else module.out_features
+        for start, block in self.checkpoint.blocks(key, rows):
+            wide = block.float()
+            # The norm is cheaper to look at than every entry; it may overflow without a defect.
+            if not (torch.linalg.vector_norm(wide).isfinite() or torch.isfinite(wide).all()):
+                raise ValueError(
+                    f"{self.checkpoint.argument}: the weight of layer {name} has NaN or infinite "
+                    "entries"
+                )
+            yield start, wide
+
+    def stored_shape(self, name: str) -> tuple[int, int]:
+        """(out, in), or (in, out) of a Conv1D."""
+        module = self.modules[name]
+        shape = (module.out_features, module.in_features)
+        return shape[::-1] if module.transposed else shape
+
+    def oriented(self, name: str, stored: Tensor) -> Float[Tensor, "out in"]:
+        """What is stored in the checkpoint's orientation, as (out, in)."""
+        return stored.mT if self.modules[name].transposed else stored
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._oriented(name, self.checkpoint.tensor(self.keys_of[name]))
+        weight = torch.empty(self.stored_shape(name))
+        for start, block in self.blocks(name):
+            weight[start : start + len(block)] = block
+        return self.oriented(name, weight)
 
     def __contains__(self, name: object) -> bool:
         return name in self.modules  # Mapping's own would read the layer
@@ -170,7 +235,7 @@ class LinearWeights(Mapping[str, Tensor]):
     def sample(self, name: str) -> Tensor:
         """A few entries by which the weight is recognised, see `recognition_sample`."""
         corner = self.checkpoint.corner(self.keys_of[name], SAMPLE_SIZE)
-        return recognition_sample(self._oriented(name, corner))
+        return recognition_sample(self.oriented(name, corner))
 
 
 def _spellings(key: str, prefix: str) -> tuple[str, str, str]:

@@ -80,6 +80,11 @@ def linear_modules(
 def _matches(name: str, target_modules: str | Sequence[str], *, is_head: bool) -> bool:
     if target_modules == "all-linear":
         return not is_head
-    if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in target_modules)
+    return is_chosen(name, target_modules)
+
+
+def is_chosen(name: str, choice: str | Sequence[str]) -> bool:
+    """Whether a module is meant by a regular expression for whole names, or a list of endings."""
+    if isinstance(choice, str):
+        return re.fullmatch(choice, name) is not None
+    return any(name == ending or name.endswith(f".{ending}") for ending in choice)

@@ -24,6 +24,7 @@ from tiny_models import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_svdinit import checkpoints
 from peft_svdinit.checkpoints import SAMPLE_SIZE, Checkpoint, LinearWeights
 from peft_svdinit.deltas import CheckpointPair
 from peft_svdinit.linear_modules import linear_modules, model_skeleton
@@ -230,9 +231,116 @@ def test_values_that_are_not_finite_are_refused_by_side_and_layer(tmp_path, side
 def test_a_quantised_weight_is_a_type_error_that_names_the_layer(tmp_path, dtype):
     pair = save_pair(tmp_path)
     edited(lambda tensors: tensors.update({KEY: tensors[KEY].to(dtype)}))(pair.tuned_folder)
+    with pytest.raises(TypeError, match=f"tuned: the weight of layer {LAYER} is stored as .*quant"):
+        CheckpointPair(pair.base_folder, pair.tuned_folder)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("entries", [1, 40, 1000])
+def test_deltas_read_in_blocks_of_any_size_are_the_same(
+    tmp_path, monkeypatch, architecture, entries
+):
+    pair = save_pair(tmp_path, architecture, sharded=True, change=lambda name: True)
+    whole = CheckpointPair(pair.base_folder, pair.tuned_folder).uncovered()
+    monkeypatch.setattr(checkpoints, "BLOCK_ENTRIES", entries)
     found = CheckpointPair(pair.base_folder, pair.tuned_folder)
-    with pytest.raises(TypeError, match=f"tuned: the weight of layer {LAYER} is {dtype}"):
-        found[LAYER]
+    assert_deltas(found, pair)
+    for one, other in zip(found.uncovered(), whole, strict=True):
+        assert one.key == other.key
+        assert one.relative_change == pytest.approx(other.relative_change, rel=1e-6)
+
+
+def test_excluded_layers_are_not_compared_at_all(tmp_path):
+    pair = save_pair(tmp_path, change=lambda name: True)
+    edited(lambda tensors: tensors.update({KEY: torch.ones(3, 3)}))(pair.tuned_folder)
+    folders = (pair.base_folder, pair.tuned_folder)
+    found = CheckpointPair(*folders, exclude_modules=["layers.0.self_attn.q_proj", "norm"])
+    assert set(found) == linear_names(pair) - {LAYER}
+    keys = {tensor.key for tensor in found.uncovered()}
+    assert KEY not in keys and "model.norm.weight" not in keys
+    assert "model.embed_tokens.weight" in keys
+    assert set(CheckpointPair(*folders, exclude_modules=r".*self_attn.*")) == {
+        name for name in linear_names(pair) if "self_attn" not in name
+    }
+    with pytest.raises(ValueError, match=r"exclude_modules=.* leaves no linear layer"):
+        CheckpointPair(*folders, exclude_modules=r".*")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_of_a_longer_vocabulary_the_rows_of_both_are_compared_on_demand(tmp_path, tied):
+    pair = save_pair(tmp_path, change=lambda name: True, tie_word_embeddings=tied)
+    before = CheckpointPair(pair.base_folder, pair.tuned_folder)
+    pair.tuned.resize_token_embeddings(70, mean_resizing=False)
+    pair.tuned.save_pretrained(str(pair.tuned_folder))
+    folders = (pair.base_folder, pair.tuned_folder)
+    with pytest.raises(ValueError, match=r"\(70, 16\).*exclude_modules.*slice_modules"):
+        CheckpointPair(*folders)
+    named = ["embed_tokens", "lm_head"]
+    sliced = CheckpointPair(*folders, slice_modules=named)
+    assert sliced.uncovered() == before.uncovered()
+    whole = sliced.whole_tensors(["embed_tokens"])["model.embed_tokens.weight"]
+    assert torch.equal(whole, pair.tuned.get_input_embeddings().weight[:64])
+    left_out = CheckpointPair(*folders, exclude_modules=named).uncovered()
+    assert not any("embed" in tensor.key or "head" in tensor.key for tensor in left_out)
+    if not tied:
+        head = CheckpointPair(*folders, slice_modules=named, target_modules=["lm_head"])
+        assert torch.equal(head["lm_head"], before_head(pair))
+
+
+def before_head(pair: SavedPair) -> Tensor:
+    return (weight_of(pair.tuned, "lm_head")[:64] - weight_of(pair.base, "lm_head")).float()
+
+
+def test_a_shorter_vocabulary_cannot_be_sliced(tmp_path):
+    pair = save_pair(tmp_path)
+    pair.tuned.resize_token_embeddings(60, mean_resizing=False)
+    pair.tuned.save_pretrained(str(pair.tuned_folder))
+    with pytest.raises(ValueError, match=r"\(60, 16\).*\(64, 16\)"):
+        CheckpointPair(pair.base_folder, pair.tuned_folder, slice_modules=["embed_tokens"])
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+def test_a_tensor_that_one_side_lacks_is_refused_by_name(tmp_path, side):
+    pair = save_pair(tmp_path)
+    edited(lambda tensors: tensors.pop("model.norm.weight"))(getattr(pair, f"{side}_folder"))
+    folders = (pair.base_folder, pair.tuned_folder)
+    with pytest.raises(ValueError, match=f"{side}: it has no tensor model.norm.weight, which"):
+        CheckpointPair(*folders)
+    assert set(CheckpointPair(*folders, exclude_modules=["model.norm"])) == linear_names(pair)
+
+
+def test_a_tensor_that_only_tuned_has_is_refused_by_name(tmp_path):
+    pair = save_pair(tmp_path)
+    extra = KEY.replace("weight", "bias")
+    edited(lambda tensors: tensors.update({extra: torch.ones(16)}))(pair.tuned_folder)
+    folders = (pair.base_folder, pair.tuned_folder)
+    with pytest.raises(ValueError, match=f"tuned: it has a tensor {extra} that the base's arch"):
+        CheckpointPair(*folders)
+    CheckpointPair(*folders, exclude_modules=[LAYER])
+
+
+def test_a_head_that_fine_tuning_untied_is_a_change_of_its_own(tmp_path):
+    pair = save_pair(tmp_path, tie_word_embeddings=True)
+
+    def untie(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    rewrite_tensors(pair.tuned_folder / WEIGHTS, untie)
+    found = CheckpointPair(pair.base_folder, pair.tuned_folder).uncovered()
+    assert [tensor.key for tensor in found] == ["lm_head.weight"]
+
+
+def test_whole_tensors_are_those_of_the_modules_named_or_of_all_that_changed(tmp_path):
+    changed = {"model.embed_tokens.weight", "model.norm.weight"}
+    pair = save_pair(tmp_path, change=lambda name: name in changed, dtype=torch.bfloat16)
+    found = CheckpointPair(pair.base_folder, pair.tuned_folder)
+    assert set(found.whole_tensors(["changed"])) == changed
+    named = found.whole_tensors(["norm", "lm_head"])
+    assert set(named) == {"model.norm.weight", "lm_head.weight"}
+    for name, tensor in named.items():
+        assert torch.equal(tensor, pair.tuned.get_parameter(name))
+    with pytest.raises(ValueError, match="modules_to_save: q_proj is no module outside"):
+        found.whole_tensors(["q_proj"])
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors"])
