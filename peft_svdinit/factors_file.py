@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import replacing
@@ -27,6 +26,7 @@ from .factors import LowRankFactors
 from .linalg import frobenius_norm
 from .module_names import natural_order
 from .sources import resolve_file
+from .tensor_writer import TensorWriter
 
 FACTORS_FILE_NAME = "factors.safetensors"
 FORMAT_VERSION = 1
@@ -53,32 +53,45 @@ def save_factors(
 ) -> Path:
     """Write `factors` to `path` (a folder gets `factors.safetensors` inside), atomically.
 
+    Each layer is read twice, to check it and to write it, and one is in memory at a time: `factors`
+    may read from a disk.
+
     Raises:
         ValueError: if there are no factors, or the reader would refuse those of a layer.
     """
     if not factors:
         raise ValueError("factors is empty: a factors file needs at least one layer")
-    tensors: dict[str, Tensor] = {}
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     norms: dict[str, float] = {}
     for name, layer in factors.items():
         defect = _defect(layer)
         if defect:
             raise ValueError(f"factors: layer {name} has {defect}")
-        for part, tensor in (("U", layer.U), ("S", layer.S), ("Vh", layer.Vh)):
-            tensors[f"{name}.{part}"] = tensor.detach().float().cpu().contiguous()
+        for part, tensor in _parts(layer):
+            layout[f"{name}.{part}"] = (torch.float32, tuple(tensor.shape))
         norms[name] = layer.norm
-    for name, sample in (base_samples or {}).items():
-        if name in factors:
-            tensors[f"{name}.base"] = sample
+    samples = {name: sample for name, sample in (base_samples or {}).items() if name in norms}
+    for name, sample in samples.items():
+        layout[f"{name}.base"] = (sample.dtype, tuple(sample.shape))
     header = {"format_version": FORMAT_VERSION, **asdict(metadata), "norms": norms}
-    target = Path(path)
+    entry = json.dumps(header, sort_keys=True, allow_nan=False)
+    target = Path(path).expanduser()
     if target.suffix != ".safetensors":
         target = target / FACTORS_FILE_NAME
-    with replacing(target) as temporary:
-        save_file(
-            tensors, temporary, {_HEADER_KEY: json.dumps(header, sort_keys=True, allow_nan=False)}
-        )
+    with (
+        replacing(target) as temporary,
+        TensorWriter(temporary, layout, {_HEADER_KEY: entry}) as writer,
+    ):
+        for name in norms:
+            for part, tensor in _parts(factors[name]):
+                writer.write(f"{name}.{part}", tensor.float())
+        for name, sample in samples.items():
+            writer.write(f"{name}.base", sample)
     return target
+
+
+def _parts(layer: LowRankFactors) -> tuple[tuple[str, Tensor], ...]:
+    return ("U", layer.U), ("S", layer.S), ("Vh", layer.Vh)
 
 
 class FactorsFile(Mapping[str, LowRankFactors]):

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .analysis import Analysis, analyze, recommend_ranks, write_analysis
-from .analysis.plots import plot_synthesis
+from .analysis import (
+    Analysis,
+    HasSpectrum,
+    LayerIntruders,
+    analyze,
+    plot_synthesis,
+    recommend_ranks,
+    write_analysis,
+)
 from .extraction import Extraction
 from .factors import LowRankFactors
 from .factors_file import save_factors
@@ -59,23 +66,44 @@ def write_teacher(
 
 
 def write_factors_analysis(
-    factors: Mapping[str, LowRankFactors],
+    factors: Mapping[str, HasSpectrum],
     output_dir: str | os.PathLike,
     *,
     rank: int,
     source: Mapping[str, Any],
-    energy: float = 0.9,
+    energy: float | None = None,
+    error: float | None = None,
     max_parameters: int | None = None,
+    base_norms: Mapping[str, float] | None = None,
+    intruders: Sequence[LayerIntruders] | None = None,
     plots: bool = True,
 ) -> Analysis:
-    """Analyse factors at `rank` and write JSON, report and figure into `output_dir`.
+    """Analyse factors at `rank` and write JSON, report and figures into `output_dir`.
 
-    Recommended ranks aim at the share `energy` of all layers' energy, within `max_parameters`
-    (that of the uniform rank if None).
+    Recommended ranks aim at the share `energy` of all layers' energy or at the relative `error` of
+    all layers together, within `max_parameters`. With none of the three they aim at 90 % of the
+    energy with no more parameters than the uniform rank has.
+
+    Args:
+        factors: of the deltas, or their `Spectrum`s, by full module name.
+        rank: at which energy and error are reported.
+        source: what the deltas are and where they come from, as JSON values.
+        base_norms: ‖weight‖_F of each layer before fine-tuning, if the base model is at hand.
+        intruders: of each layer, if they were looked for.
+        plots: draw the figures (needs the extra `report`).
+
+    Raises:
+        ValueError: if both `energy` and `error` are given, or as `analyze` and `recommend_ranks`.
     """
-    analysis = analyze(factors, rank)
-    budget = max_parameters or sum(layer.parameters for layer in analysis.layers)
-    recommendation = recommend_ranks(factors, energy=energy, max_parameters=budget)
+    if energy is not None and error is not None:
+        raise ValueError("energy and error say the same in two ways; give one of them")
+    if error is not None and not 0 < error < 1:
+        raise ValueError(f"error must be in (0, 1), got {error}; write 5 % as 0.05")
+    analysis = analyze(factors, rank, base_norms=base_norms)
+    if energy is None and error is None and max_parameters is None:
+        energy, max_parameters = 0.9, sum(layer.parameters for layer in analysis.layers)
+    target = energy if error is None else 1 - error**2
+    recommendation = recommend_ranks(factors, energy=target, max_parameters=max_parameters)
     about: Mapping[str, Any] = source.get("source", {})
     flat = {
         key: value
@@ -88,6 +116,7 @@ def write_factors_analysis(
         title=_TITLES.get(str(about.get("kind")), "SVD analysis of deltas"),
         source=flat,
         recommendation=recommendation,
+        intruders=intruders,
         plots=plots,
     )
     return analysis

@@ -17,10 +17,13 @@ from strategies import layer_factors, matrices_with_rank, seeds
 
 from peft_svdinit import LowRankFactors
 from peft_svdinit.analysis import (
+    Spectrum,
     analyze,
     analyze_layer,
+    find_intruders,
     plot_analysis,
     plot_synthesis,
+    rank_table,
     recommend_ranks,
     write_analysis,
 )
@@ -230,6 +233,8 @@ def test_the_files_written_hold_the_analysis_and_the_recommendation(tmp_path):
         "json": "svd_analysis_rank4.json",
         "report": "svd_analysis_rank4.md",
         "figure": "svd_analysis_rank4.png",
+        "heat_maps": "svd_analysis_rank4_heat_maps.png",
+        "spectra": "svd_analysis_rank4_spectra.png",
     }
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         path.name for path in paths.values()
@@ -246,7 +251,8 @@ def test_the_files_written_hold_the_analysis_and_the_recommendation(tmp_path):
     report = paths["report"].read_text()
     assert f"{analysis.energy_ratio:.2%}" in report
     assert "tiny\\|model" in report
-    assert "svd_analysis_rank4.png" in report
+    for figure in ("figure", "heat_maps", "spectra"):
+        assert f"]({paths[figure].name})" in report
     assert "Recommended ranks" in report
     assert "model.layers.2.self_attn.k_proj" in report  # the zero delta
 
@@ -272,6 +278,122 @@ def test_a_source_that_json_cannot_hold_is_refused_and_nothing_is_written(tmp_pa
     with pytest.raises(ValueError):
         write_analysis(analyze(small_model(), 4), tmp_path, title="t", source={"x": math.nan})
     assert not list(tmp_path.iterdir())
+
+
+def test_the_relative_norm_is_against_the_base_weight():
+    factors = small_model()
+    norms = dict.fromkeys(factors, 8.0)
+    for layer in analyze(factors, 2, base_norms=norms).layers:
+        assert layer.relative_norm == pytest.approx(layer.norm / 8)
+    assert analyze(factors, 2).layers[0].relative_norm is None
+    assert analyze(factors, 2, base_norms=dict.fromkeys(factors, 0.0)).layers[0].base_norm == 0
+    with pytest.raises(ValueError, match=r"base_norms must name every layer.*layers\.0"):
+        analyze(factors, 2, base_norms={})
+
+
+def test_a_gaussian_delta_is_as_concentrated_as_a_random_one_and_a_low_rank_one_more():
+    gaussian = random_factors((80, 60), 60)
+    assert analyze_layer("layer", gaussian, 6).concentration == pytest.approx(1, abs=0.05)
+    strong = LowRankFactors(gaussian.U, gaussian.S**4, gaussian.Vh, float((gaussian.S**4).norm()))
+    assert analyze_layer("layer", strong, 6).concentration > 2
+    assert analyze_layer("layer", zero_factors(), 1).concentration == 1
+
+
+def test_an_analysis_needs_spectra_only():
+    factors = small_model()
+    spectra = {name: Spectrum(f.S, f.norm, f.shape) for name, f in factors.items()}
+    assert analyze(spectra, 4) == analyze(factors, 4)
+    assert recommend_ranks(spectra, energy=0.5) == recommend_ranks(factors, energy=0.5)
+
+
+def test_the_table_of_ranks_is_the_analysis_at_each_of_them():
+    factors = small_model(6)
+    rows = rank_table(analyze(factors, 3))
+    assert [row.rank for row in rows] == [1, 2, 4, 6]
+    for row in rows:
+        analysis = analyze(factors, row.rank)
+        assert row.error == pytest.approx(analysis.reconstruction_error)
+        assert row.energy == pytest.approx(analysis.energy_ratio)
+        assert row.parameters == analysis.parameters
+        assert row.bytes == 2 * row.parameters
+
+
+def test_in_the_table_of_ranks_a_layer_keeps_no_more_than_it_holds():
+    factors = {"a": random_factors((9, 8), 2), "b": random_factors((9, 8), 5, 1)}
+    last = rank_table(analyze(factors, 2))[-1]
+    assert (last.rank, last.parameters) == (5, 7 * 17)
+    lost = math.hypot(*(f.relative_error() * f.norm for f in factors.values()))
+    assert last.error == pytest.approx(lost / math.hypot(*(f.norm for f in factors.values())))
+    unchanged = rank_table(analyze({"a": zero_factors()}, 1))
+    assert [(row.rank, row.error, row.energy) for row in unchanged] == [
+        (1, 0.0, 1.0),
+        (2, 0.0, 1.0),
+        (3, 0.0, 1.0),
+    ]
+
+
+def test_report_and_json_tell_of_ranks_spikes_intruders_and_the_predicted_error(tmp_path):
+    strong = {
+        f"layers.{i}.q": LowRankFactors.from_delta(
+            random_factors((40, 30), 30, i).dense() + 40 * torch.eye(40, 1) @ torch.eye(1, 30), 12
+        )
+        for i in range(2)
+    }
+    analysis = analyze(strong, 4, base_norms=dict.fromkeys(strong, 100.0))
+    recommendation = recommend_ranks(strong, energy=0.7)
+    weight = torch.diag(torch.arange(12.0, 0, -1))
+    intruders = [
+        find_intruders("layers.0.q", weight, weight),
+        find_intruders("layers.1.q", weight, 100 * torch.ones(12, 12), top_k=1),
+    ]
+    paths = write_analysis(
+        analysis,
+        tmp_path,
+        title="t",
+        source={},
+        recommendation=recommendation,
+        intruders=intruders,
+        plots=False,
+    )
+    content = strict(paths["json"].read_text())
+    assert [row["rank"] for row in content["ranks"]] == [1, 2, 4, 8, 12]
+    for layer in content["layers"]:
+        assert layer["spikes"]["count"] == 1
+        assert 0 < layer["random_energy"] < layer["energy_ratio"]
+        assert layer["relative_norm"] == pytest.approx(layer["norm"] / 100)
+    assert content["recommendation"]["errors"] == recommendation.errors
+    assert content["recommendation"]["error"] == pytest.approx(math.sqrt(1 - recommendation.energy))
+    assert content["intruders"]["total"] == 1
+    assert content["intruders"]["layers"]["layers.1.q"]["intruders"] == [1]
+
+    report = paths["report"].read_text()
+    for words in (
+        "## Other ranks",
+        "## Against random deltas",
+        "| q | 2 |",
+        "## Intruder dimensions",
+        "| `layers.1.q` | 1 | 1 |",
+        f"predicted relative error is {recommendation.error:.2%}",
+    ):
+        assert words in report
+
+
+def test_without_intruders_the_report_is_silent_about_them(tmp_path):
+    paths = write_analysis(analyze(small_model(), 4), tmp_path, title="t", source={}, plots=False)
+    assert "ntruder" not in paths["report"].read_text()
+    assert strict(paths["json"].read_text())["intruders"] is None
+
+
+def test_a_model_that_did_not_change_has_a_report(tmp_path):
+    factors = {"h.0.q": zero_factors()}
+    paths = write_analysis(
+        analyze(factors, 1, base_norms={"h.0.q": 2.0}),
+        tmp_path,
+        title="t",
+        source={},
+        recommendation=recommend_ranks(factors, energy=0.9),
+    )
+    assert "Every delta is zero" in paths["report"].read_text()
 
 
 def is_png(path) -> bool:

@@ -67,7 +67,7 @@ def test_extract_and_export_a_pair_give_the_tuned_model_back(tmp_path):
     pair = save_pair(tmp_path)
     factors, exported = tmp_path / "factors", tmp_path / "exported"
     source = f"--base {pair.base_folder} --tuned {pair.tuned_folder}"
-    exactly = "--rank 16 --lora_r 16 --method exact --plots false"
+    exactly = "--save_as factors --rank 16 --lora_r 16 --plots false"
     main(f"extract {source} {exactly} --output_dir {factors}".split())
     base = f"--base {pair.base_folder}"
     main(f"export --factors {factors} --lora_r 16 {base} --output_dir {exported}".split())

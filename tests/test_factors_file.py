@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from strategies import layer_factors, layer_names
 from tiny_models import truncate
 from torch import Tensor
 
-import peft_svdinit.factors_file
 from peft_svdinit import FactorsFile, FactorsMetadata, LowRankFactors, save_factors
 from peft_svdinit.factors_file import FACTORS_FILE_NAME, FORMAT_VERSION
 from peft_svdinit.sources import inside, is_local, resolve_file
+from peft_svdinit.tensor_writer import TensorWriter
 
 HEADER_KEY = "peft_svdinit.factors"
 METADATA = FactorsMetadata("org/base", "abc", {"kind": "adapter"}, "randomized", 3)
@@ -162,15 +163,53 @@ def test_metadata_that_json_cannot_hold_leaves_no_file(tmp_path):
 def test_a_write_that_dies_midway_leaves_the_old_file_and_nothing_else(file, tmp_path, monkeypatch):
     before = file.read_bytes()
 
-    def half(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        Path(path).write_bytes(b"half of it")
+    def half(writer: TensorWriter, name: str, tensor: Tensor) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(peft_svdinit.factors_file, "save_file", half)
+    monkeypatch.setattr(TensorWriter, "write", half)
     with pytest.raises(OSError, match="no space left"):
         save_factors(file, some_factors(rank=1), METADATA)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_one_layer_of_factors_that_are_read_lazily_is_in_memory_at_a_time(tmp_path):
+    layers = some_factors(layers=4)
+    alive: list[weakref.ref] = []
+
+    class Lazy(Mapping[str, LowRankFactors]):
+        def __getitem__(self, name: str) -> LowRankFactors:
+            assert sum(tensor() is not None for tensor in alive) <= 1  # that of the layer before
+            stored = layers[name]
+            layer = LowRankFactors(stored.U.clone(), stored.S, stored.Vh, stored.norm)
+            alive.append(weakref.ref(layer.U))
+            return layer
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(layers)
+
+        def __len__(self) -> int:
+            return len(layers)
+
+    lazily = save_factors(tmp_path / "lazily.safetensors", Lazy(), METADATA)
+    at_once = save_factors(tmp_path / "at_once.safetensors", layers, METADATA)
+    assert len(alive) >= 2 * len(layers)
+    assert lazily.read_bytes() == at_once.read_bytes()
+
+
+def test_one_layer_of_factors_may_stand_under_two_names(tmp_path):
+    (layer,) = some_factors(layers=1).values()
+    file = FactorsFile(save_factors(tmp_path, {"first": layer, "second": layer}, METADATA))
+    assert_equal(file["first"], layer)
+    assert_equal(file["second"], layer)
+
+
+def test_a_tilde_means_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (
+        save_factors("~/made/", some_factors(), METADATA) == tmp_path / "made" / FACTORS_FILE_NAME
+    )
+    assert (tmp_path / "made" / FACTORS_FILE_NAME).is_file()
 
 
 def test_writing_again_replaces_the_file(file):

@@ -17,7 +17,7 @@ PACKAGES = ("peft_svdinit", "trainer_callbacks", "recipes")
 # The core from the bottom up; a part imports from lower rows only. Whatever is not listed stands
 # above all of it.
 LAYERS = [
-    {"linalg", "atomic", "sources", "linear_modules", "module_names"},
+    {"linalg", "atomic", "sources", "linear_modules", "module_names", "tensor_writer"},
     {"factors", "checkpoints", "layers"},
     {"factors_file", "deltas", "initializers"},
     {"extraction", "config"},
@@ -31,6 +31,7 @@ ONLY = {
     "sources": set(),
     "linear_modules": set(),
     "module_names": set(),
+    "tensor_writer": set(),
     "layers": set(),
     "factors": {"linalg"},
     "initializers": {"factors"},

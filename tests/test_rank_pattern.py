@@ -15,7 +15,14 @@ from peft.utils.other import get_pattern_key
 from strategies import layer_factors, spectra
 
 from peft_svdinit import LowRankFactors
-from peft_svdinit.analysis import RankRecommendation, recommend_ranks
+from peft_svdinit.analysis import (
+    RankRecommendation,
+    Spectrum,
+    analyze_layer,
+    ranks_for_energy,
+    ranks_for_error,
+    recommend_ranks,
+)
 
 
 def of_spectrum(
@@ -192,13 +199,92 @@ def test_options_out_of_range_are_refused(options, message):
         recommend_ranks({"a": of_spectrum([1.0])}, **options)
 
 
+@given(factors=models, extra=st.integers(0, 300))
+def test_predicted_errors_are_those_of_the_truncations(factors, extra):
+    found = recommend_ranks(factors, max_parameters=lowest_price(factors) + extra)
+    for name, layer in factors.items():
+        exact = analyze_layer(name, layer, found.ranks[name]).reconstruction_error
+        assert found.errors[name] == pytest.approx(exact, abs=1e-9)
+    assert found.error**2 == pytest.approx(1 - found.energy, abs=1e-9)
+
+
+@given(factors=layer_factors(), share=st.floats(0.01, 1), most=st.integers(1, 20) | st.none())
+def test_the_rank_for_an_energy_is_the_smallest_that_keeps_it(factors, share, most):
+    ranks, short = ranks_for_energy({"a": factors}, share, most)
+    rank = ranks["a"]
+    assert rank <= min(factors.rank, most or factors.rank)
+    if not short:
+        assert captured({"a": factors}, ranks) >= share - 3e-6
+    if rank and not short:
+        assert captured({"a": factors}, {"a": rank - 1}) < share
+    if short:
+        assert rank == min(factors.rank, most or factors.rank)
+        assert captured({"a": factors}, ranks) < share
+
+
+@given(factors=layer_factors(), error=st.floats(0.01, 0.99), most=st.integers(1, 20) | st.none())
+def test_the_rank_for_an_error_is_the_smallest_that_keeps_within_it(factors, error, most):
+    ranks, short = ranks_for_error({"a": factors}, error, most)
+    rank = ranks["a"]
+
+    def truncation_error(rank: int) -> float:
+        return analyze_layer("a", factors, rank).reconstruction_error if rank else 1.0
+
+    if short:
+        assert rank == min(factors.rank, most or factors.rank)
+        assert truncation_error(rank) > error
+    else:
+        assert not rank or truncation_error(rank) <= error * (1 + 1e-12)
+        assert not rank or truncation_error(rank - 1) > error
+    assert rank > 0 or not factors.norm
+
+
+def test_layers_choose_their_ranks_on_their_own_and_zero_deltas_get_none():
+    factors = {
+        "sharp": of_spectrum([10.0, 0.1, 0.1]),
+        "flat": of_spectrum([1.0, 1.0, 1.0, 1.0]),
+        "partial": of_spectrum([1.0], norm=2.0),
+        "zero": of_spectrum([0.0, 0.0]),
+    }
+    assert ranks_for_energy(factors, 0.75) == (
+        {"sharp": 1, "flat": 3, "partial": 1, "zero": 0},
+        ["partial"],
+    )
+    assert ranks_for_energy(factors, 1.0).ranks == {"sharp": 3, "flat": 4, "partial": 1, "zero": 0}
+    assert ranks_for_error(factors, 0.5) == ranks_for_energy(factors, 0.75)
+    assert ranks_for_error(factors, 0.1, max_rank=2) == (
+        {"sharp": 1, "flat": 2, "partial": 1, "zero": 0},
+        ["flat", "partial"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (lambda f: ranks_for_energy(f, 95), "share must be in .* 0.95"),
+        (lambda f: ranks_for_energy(f, 0.0), "share must be in"),
+        (lambda f: ranks_for_error(f, 1.0), "error must be in"),
+        (lambda f: ranks_for_error(f, math.nan), "error must be in"),
+        (lambda f: ranks_for_error(f, 0.5, max_rank=0), "max_rank must be at least 1"),
+        (lambda f: ranks_for_energy({}, 0.5), "at least one layer"),
+        (lambda f: recommend_ranks({"h.0": Spectrum(torch.tensor([math.nan]), 1.0, (2, 2))},
+                                   energy=0.5), r"h\.0.*finite"),
+    ],
+)  # fmt: skip
+def test_choices_out_of_range_are_refused(choose, message):
+    with pytest.raises(ValueError, match=message):
+        choose({"a": of_spectrum([1.0])})
+
+
 def test_no_layer_is_refused():
     with pytest.raises(ValueError, match="at least one layer"):
         recommend_ranks({}, energy=0.9)
 
 
 def recommendation(ranks: dict[str, int]) -> RankRecommendation:
-    return RankRecommendation(ranks, 1.0, 1, None, None, "held", 1.0, 1.0)
+    return RankRecommendation(
+        ranks, 1.0, 1, None, None, "held", 1.0, 1.0, dict.fromkeys(ranks, 0.0), 0.0
+    )
 
 
 names = st.from_regex(r"(enc\.|dec\.)?layers?[.X][0-9]{1,2}\.(q|k|q-x|\(q\)|a\|b)", fullmatch=True)

@@ -16,7 +16,8 @@ from torch.testing import assert_close
 
 from peft_svdinit import LowRankFactors
 from peft_svdinit.deltas import Synthesis
-from peft_svdinit.deltas.synthesis import _complement, _layer_seed
+from peft_svdinit.deltas.synthesis import _complement
+from peft_svdinit.module_names import layer_seed
 
 syntheses = st.builds(
     Synthesis,
@@ -38,7 +39,7 @@ def decay_directions(teacher: LowRankFactors, factors: LowRankFactors, synthesis
 
     They are redrawn as the synthesis draws them, since its result shows the core's SVD only.
     """
-    generator = torch.Generator().manual_seed(_layer_seed(synthesis.seed, "layer"))
+    generator = torch.Generator().manual_seed(layer_seed(synthesis.seed, "layer"))
     count = teacher.rank - factors.rank
     left = _complement(factors.U, count, generator)
     right = _complement(factors.Vh.mT, count, generator)

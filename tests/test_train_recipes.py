@@ -104,8 +104,8 @@ def test_a_full_teacher_is_extracted_and_starts_a_student(teacher, tmp_path):
     lora = options.index("--lora_r")
     train_full_teacher.main([*options[:lora], "--max_steps", "3", "--output_dir", f"{tmp_path}/t"])
     svdinit(
-        f"extract --base {folder}/model --tuned {tmp_path}/t --rank 8 --lora_r 8 --plots false "
-        f"--output_dir {tmp_path}/factors".split()
+        f"extract --base {folder}/model --tuned {tmp_path}/t --save_as factors --rank 8 "
+        f"--lora_r 8 --plots false --output_dir {tmp_path}/factors".split()
     )
     report = json.loads((tmp_path / "factors" / "svd_analysis_rank8.json").read_text())
     assert "model.embed_tokens.weight" in report["source"]["uncovered"]
@@ -114,10 +114,58 @@ def test_a_full_teacher_is_extracted_and_starts_a_student(teacher, tmp_path):
     assert read_run(tmp_path / "s").completed
 
 
+@pytest.mark.parametrize("start", ["delta", "reference"])
+def test_a_start_from_gradients_is_resumed_from_its_saved_factors(teacher, tmp_path, start):
+    _, options = teacher
+    out = tmp_path / "run"
+    run = [*options, "--init", "svd", "--svd_source", "gradient", "--svd_start", start]
+    run += ["--output_dir", str(out), "--save_steps", "2", "--resume_from_checkpoint", "last"]
+    train_lora.main([*run, "--max_steps", "2"])
+    file = out / "start" / "factors.safetensors"
+    made = file.stat().st_mtime_ns
+    cost = read_run(out).info["extra"]["start"]
+    train_lora.main([*run, "--max_steps", "4"])
+    assert file.stat().st_mtime_ns == made
+    assert read_run(out).info["extra"]["start"] == cost and cost["tokens"] > 0
+    assert read_run(out).info["steps"] == 4
+    sidecar = json.loads((out / "svdinit_config.json").read_text())
+    assert sidecar["svd_factors"] == str(out / "start")
+
+
+def test_factors_of_other_options_in_the_folder_are_made_again(teacher, tmp_path):
+    _, options = teacher
+    run = [*options, "--init", "svd", "--svd_source", "activation", "--svd_start", "subspace"]
+    run += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    train_lora.main(run)
+    first = (tmp_path / "run" / "start" / "factors.safetensors").read_bytes()
+    train_lora.main([*run, "--init_batches", "1"])
+    assert (tmp_path / "run" / "start" / "factors.safetensors").read_bytes() != first
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--init", "svd"], "needs svd_factors"),
+        (["--svd_source", "weight"], "need init=svd"),
+        (["--init", "svd", "--svd_source", "noise"], "svd_source must be one of teacher"),
+        (["--init", "svd", "--svd_source", "weight"], "would add a part of each weight"),
+        (
+            ["--init", "svd", "--svd_source", "weight", "--svd_factors", "x"],
+            "need svd_source=teach",
+        ),
+        (["--init", "svd", "--svd_source", "activation"], "svd_start=delta has no meaning"),
+        (
+            ["--init", "svd", "--svd_source", "gradient", "--svd_part", "minor"],
+            "svd_part=minor needs",
+        ),
+        (
+            ["--init", "svd", "--svd_source", "gradient", "--gradient_form", "odd"],
+            "gradient_form must be one of orthogonalised, plain",
+        ),
+        (
+            ["--init", "svd", "--svd_source", "gradient", "--init_batches", "0"],
+            "init_batches must be at least 1",
+        ),
         (["--svd_factors", "x"], "need init=svd"),
         (["--lora_r", "0"], "must be positive"),
         (["--lora_rank", "4"], "unknown option --lora_rank"),

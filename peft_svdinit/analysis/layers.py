@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..factors import LowRankFactors
 from ..linalg import rank_for_energy, stable_rank
+from .random_spectrum import random_reference
+from .spectra import HasSpectrum, energy_not_held, singular_values
+from .spikes import Spikes, find_spikes
 
 ENERGY_SHARES = (0.90, 0.95, 0.99)
-
-# Float32 singular values give Σσ² to about this relative accuracy; less is not told from zero.
-ENERGY_RESOLUTION = 1e-6
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,10 @@ class LayerAnalysis:
         rank_for_energy: triplets that hold 90, 95 and 99 % of the energy, keyed "0.90", "0.95",
             "0.99"; None if the held ones do not.
         parameters: of a LoRA of this rank on this layer, rank * (out + in).
+        random_energy: what `energy_ratio` would be if the delta were random, see
+            `random_spectrum.random_reference`.
+        spikes: the singular values above what the delta's random part shows.
+        base_norm: ‖weight‖_F before fine-tuning; None if the base model is not at hand.
     """
 
     name: str
@@ -57,11 +60,29 @@ class LayerAnalysis:
     stable_rank: float
     rank_for_energy: dict[str, int | None]
     parameters: int
+    random_energy: float
+    spikes: Spikes
+    base_norm: float | None = None
 
     @property
     def held(self) -> int:
         """Number of triplets held."""
         return len(self.singular_values)
+
+    @property
+    def relative_norm(self) -> float | None:
+        """‖delta‖_F / ‖weight‖_F; None if the base model is not at hand or its weight is zero."""
+        return self.norm / self.base_norm if self.base_norm else None
+
+    @property
+    def concentration(self) -> float:
+        """Energy of the first `rank` triplets over that of a random delta; 1 for a zero delta."""
+        return self.energy_ratio / self.random_energy if self.norm else 1.0
+
+    def truncation_error(self, rank: int) -> float:
+        """‖delta - truncation‖_F at another rank, or at the triplets held if these are fewer."""
+        squares = [value * value for value in self.singular_values]
+        return math.sqrt(energy_not_held(squares, self.norm) + math.fsum(squares[rank:]))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; nine digits give each float32 singular value back exactly."""
@@ -70,13 +91,17 @@ class LayerAnalysis:
             "shape": list(self.shape),
             "held": self.held,
             "norm": self.norm,
+            "base_norm": self.base_norm,
+            "relative_norm": self.relative_norm,
             "energy_ratio": self.energy_ratio,
+            "random_energy": self.random_energy,
             "reconstruction_error": self.reconstruction_error,
             "absolute_error": self.absolute_error,
             "spectral_error": self.spectral_error,
             "stable_rank": self.stable_rank,
             "rank_for_energy": dict(self.rank_for_energy),
             "parameters": self.parameters,
+            "spikes": self.spikes.as_dict(),
             "singular_values": [float(f"{value:.9g}") for value in self.singular_values],
         }
 
@@ -155,23 +180,24 @@ class Analysis:
         }
 
 
-def analyze_layer(name: str, factors: LowRankFactors, rank: int) -> LayerAnalysis:
+def analyze_layer(
+    name: str, factors: HasSpectrum, rank: int, *, base_norm: float | None = None
+) -> LayerAnalysis:
     """Numbers of one layer at `rank`; the dense delta is not formed.
 
     Args:
         name: the layer's full module name.
-        factors: of its delta.
+        factors: of its delta, or a `Spectrum` without the singular vectors.
         rank: may exceed the triplets held only where these are the whole delta, which is then
             kept exactly.
+        base_norm: ‖weight‖_F of the layer before fine-tuning, if known.
 
     Raises:
         ValueError: if `rank` is below 1 or above what is held, or a value is not finite.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    values = factors.S.double().tolist()
-    if not all(map(math.isfinite, (factors.norm, *values))):
-        raise ValueError(f"{name}: singular values and norm must be finite; extract it again")
+    values = singular_values(name, factors)
     squares = [value * value for value in values]
     missing = energy_not_held(squares, factors.norm)
     if rank > len(values) and missing > 0:
@@ -204,25 +230,39 @@ def analyze_layer(name: str, factors: LowRankFactors, rank: int) -> LayerAnalysi
             for share in ENERGY_SHARES
         },
         parameters=rank * (out_features + in_features),
+        random_energy=random_reference(name, factors).energy(rank),
+        spikes=find_spikes(name, factors),
+        base_norm=base_norm,
     )
 
 
-def analyze(factors: Mapping[str, LowRankFactors], rank: int) -> Analysis:
+def analyze(
+    factors: Mapping[str, HasSpectrum],
+    rank: int,
+    *,
+    base_norms: Mapping[str, float] | None = None,
+) -> Analysis:
     """Analysis of every layer at one rank, in the mapping's order.
 
+    Args:
+        factors: of the deltas, or `Spectrum`s, by full module name.
+        rank: as in `analyze_layer`.
+        base_norms: ‖weight‖_F before fine-tuning, of each layer, if the base model is at hand.
+
     Raises:
-        ValueError: if there is no layer, or as `analyze_layer` does.
+        ValueError: if there is no layer, `base_norms` lacks one, or as `analyze_layer` does.
     """
     if not factors:
         raise ValueError("factors must name at least one layer, got none")
-    layers = (analyze_layer(name, layer, rank) for name, layer in factors.items())
+    lacking = [name for name in factors if base_norms is not None and name not in base_norms]
+    if lacking:
+        raise ValueError(f"base_norms must name every layer; it lacks {', '.join(lacking[:5])}")
+    norms = base_norms or {}
+    layers = (
+        analyze_layer(name, layer, rank, base_norm=norms.get(name))
+        for name, layer in factors.items()
+    )
     return Analysis(rank=rank, layers=tuple(layers))
-
-
-def energy_not_held(squares: list[float], norm: float) -> float:
-    """norm² minus the squared singular values held; 0 where float32 cannot tell it from zero."""
-    missing = norm**2 - math.fsum(squares)
-    return missing if missing > ENERGY_RESOLUTION * norm**2 else 0.0
 
 
 def module_types(names: Iterable[str]) -> dict[str, str]:

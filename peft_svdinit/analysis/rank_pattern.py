@@ -20,8 +20,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from ..exact_pattern import exact_pattern
-from ..factors import LowRankFactors
-from .layers import ENERGY_RESOLUTION, energy_not_held
+from .spectra import ENERGY_RESOLUTION, HasSpectrum, energy_not_held, singular_values
 
 Limit = Literal["energy", "budget", "max_rank", "held"]
 
@@ -41,6 +40,8 @@ class RankRecommendation:
         uniform_rank: the one rank that spends as many parameters on all layers; fractional, since
             a whole rank would spend fewer.
         uniform_energy: share captured by it, interpolated between its two whole neighbours.
+        errors: predicted ‖delta - truncation‖_F / ‖delta‖_F of each layer at its rank, in [0, 1].
+        error: the same of all layers together.
     """
 
     ranks: dict[str, int]
@@ -51,6 +52,8 @@ class RankRecommendation:
     limit: Limit
     uniform_rank: float
     uniform_energy: float
+    errors: dict[str, float]
+    error: float
 
     @property
     def reached(self) -> bool | None:
@@ -94,16 +97,18 @@ class RankRecommendation:
             "reached": self.reached,
             "limit": self.limit,
             "energy": self.energy,
+            "error": self.error,
             "parameters": self.parameters,
             "uniform_rank": self.uniform_rank,
             "uniform_energy": self.uniform_energy,
             "ranks": dict(self.ranks),
+            "errors": dict(self.errors),
             "config": self.config_options(),
         }
 
 
 def recommend_ranks(
-    factors: Mapping[str, LowRankFactors],
+    factors: Mapping[str, HasSpectrum],
     *,
     energy: float | None = None,
     max_parameters: int | None = None,
@@ -117,7 +122,7 @@ def recommend_ranks(
     passed over for a cheaper one: more budget then never lowers any layer's rank.
 
     Args:
-        factors: of the deltas, by full module name.
+        factors: of the deltas, or `Spectrum`s without singular vectors, by full module name.
         energy: share of Σ‖delta‖_F² wanted, in (0, 1].
         max_parameters: the most that Σ rank * (out + in) may be.
         max_rank: upper bound for every layer; without it, the triplets held.
@@ -144,7 +149,7 @@ def recommend_ranks(
 
     cost = {name: sum(layer.shape) for name, layer in factors.items()}
     squares = {
-        name: [value * value for value in layer.S.double().tolist()]
+        name: [value * value for value in singular_values(name, layer)]
         for name, layer in factors.items()
     }
     total = math.fsum(layer.norm**2 for layer in factors.values())
@@ -189,9 +194,10 @@ def recommend_ranks(
             break
 
     uniform_rank, lost_uniformly = _uniform(squares, not_held, cost, parameters)
-    lost = math.fsum(not_held.values()) + math.fsum(
-        square for name, held in squares.items() for square in held[ranks[name] :]
-    )
+    lost_of = {
+        name: not_held[name] + math.fsum(held[ranks[name] :]) for name, held in squares.items()
+    }
+    lost = math.fsum(lost_of.values())
     return RankRecommendation(
         ranks=ranks,
         energy=_share_kept(lost, total),
@@ -201,7 +207,15 @@ def recommend_ranks(
         limit=limit,
         uniform_rank=uniform_rank,
         uniform_energy=_share_kept(lost_uniformly, total),
+        errors={
+            name: _relative_error(lost_of[name], layer.norm**2) for name, layer in factors.items()
+        },
+        error=_relative_error(lost, total),
     )
+
+
+def _relative_error(lost: float, total: float) -> float:
+    return min(1.0, math.sqrt(lost / total)) if total else 0.0
 
 
 def _share_kept(lost: float, total: float) -> float:

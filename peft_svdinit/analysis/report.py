@@ -1,4 +1,4 @@
-"""An analysis as files: JSON for programs, Markdown for people, one figure."""
+"""An analysis as files: JSON for programs, Markdown for people, figures."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import math
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..atomic import write_text
+from .heat_maps import plot_heat_maps
+from .intruders import LayerIntruders, intruder_total
 from .layers import ENERGY_SHARES, Analysis, LayerAnalysis, layer_depth
+from .markdown import markdown_table
 from .plots import plot_analysis
 from .rank_pattern import RankRecommendation
+from .rank_table import rank_table
+from .spectra_plot import plot_spectra
+from .structure_report import intruder_chapter, rank_chapter, spikes_chapter
 
 FORMAT_VERSION = 1
 WORST_LAYERS = 10
@@ -27,18 +33,21 @@ def write_analysis(
     title: str,
     source: Mapping[str, Any],
     recommendation: RankRecommendation | None = None,
+    intruders: Sequence[LayerIntruders] | None = None,
     plots: bool = True,
 ) -> dict[str, Path]:
-    """Write `svd_analysis_rank{r}.json`, `.md` and, with `plots`, `.png`.
+    """Write `svd_analysis_rank{r}.json`, `.md` and, with `plots`, three figures.
 
     Args:
         title: heading of the report and of the figure.
         source: what the deltas are and where they come from, as JSON values; shown as a table.
         recommendation: ranks to recommend; without it that chapter is left out.
+        intruders: of every layer, if they were looked for.
         plots: False needs no matplotlib.
 
     Returns:
-        The paths written, keyed "json", "report" and, with `plots`, "figure".
+        The paths written, keyed "json", "report" and, with `plots`, "figure", "heat_maps" and
+        "spectra".
 
     Raises:
         ImportError: if `plots` is asked for without matplotlib; nothing is written then.
@@ -51,16 +60,31 @@ def write_analysis(
         "title": title,
         "source": dict(source),
         **analysis.as_dict(),
+        "ranks": [row.as_dict() for row in rank_table(analysis)],
         "recommendation": recommendation.as_dict() if recommendation else None,
+        "intruders": None if intruders is None else _intruders(intruders),
     }
     # Before anything is written: this is where NaN is refused.
     text = json.dumps(content, indent=2, allow_nan=False)
     if plots:
         paths["figure"] = stem.with_suffix(".png")
         plot_analysis(analysis, paths["figure"], title=title)
+        paths["heat_maps"] = stem.with_name(f"{stem.name}_heat_maps.png")
+        ranks = recommendation.ranks if recommendation else None
+        plot_heat_maps(analysis, paths["heat_maps"], ranks=ranks, title=title)
+        paths["spectra"] = stem.with_name(f"{stem.name}_spectra.png")
+        plot_spectra(analysis, paths["spectra"], title=title)
     write_text(paths["json"], text + "\n")
-    write_text(paths["report"], _report(analysis, title, source, recommendation, paths))
+    write_text(paths["report"], _report(analysis, title, source, recommendation, intruders, paths))
     return paths
+
+
+def _intruders(layers: Sequence[LayerIntruders]) -> dict[str, Any]:
+    return {
+        "total": intruder_total(layers),
+        "threshold": layers[0].threshold if layers else None,
+        "layers": {layer.name: layer.as_dict() for layer in layers},
+    }
 
 
 def _report(
@@ -68,33 +92,33 @@ def _report(
     title: str,
     source: Mapping[str, Any],
     recommendation: RankRecommendation | None,
+    intruders: Sequence[LayerIntruders] | None,
     paths: Mapping[str, Path],
 ) -> str:
     blocks = [f"# {title}", _source_table(source), "## Summary", *_summary(analysis)]
     if "figure" in paths:
         blocks.append(f"![Errors, energies and spectra by module type]({paths['figure'].name})")
+    blocks += ["## Other ranks", *rank_chapter(rank_table(analysis))]
     blocks += ["## By module type", *_type_chapter(analysis)]
+    if "heat_maps" in paths:
+        blocks.append(f"![By block and module type]({paths['heat_maps'].name})")
     blocks += ["## Layers that lose the most", *_worst_chapter(analysis)]
+    blocks += ["## Against random deltas", *spikes_chapter(analysis)]
+    if "spectra" in paths:
+        blocks.append(f"![Spectra against random deltas]({paths['spectra'].name})")
+    if intruders:
+        blocks += ["## Intruder dimensions", *intruder_chapter(intruders)]
     if recommendation:
         blocks += ["## Recommended ranks", *_rank_chapter(analysis, recommendation, paths["json"])]
     blocks += ["## What this does not say", _limits(analysis)]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Markdown table; the first column is left-aligned, the others are numbers."""
-    ruler = ["---", *["---:"] * (len(header) - 1)]
-    lines = [header, ruler, *rows]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
-
-
 def _source_table(source: Mapping[str, Any]) -> str:
     if not source:
         return ""
     rows = ((key, "-" if value is None else value) for key, value in source.items())
-    return _table(("source", "value"), rows).replace("| ---: |", "| --- |", 1)
+    return markdown_table(("source", "value"), rows).replace("| ---: |", "| --- |", 1)
 
 
 def _summary(analysis: Analysis) -> list[str]:
@@ -149,6 +173,7 @@ def _type_chapter(analysis: Analysis) -> list[str]:
                 len(layers),
                 " x ".join(map(str, shapes.pop())) if len(shapes) == 1 else "several",
                 f"{norm / total:.1%}" if total else "-",
+                *_relative_norm(layers),
                 f"{1 - lost / norm:.2%}" if norm else "-",
                 f"{statistics.median(errors):.2%}",
                 f"{max(errors):.2%}",
@@ -161,6 +186,7 @@ def _type_chapter(analysis: Analysis) -> list[str]:
         "layers",
         "out x in",
         "share of Σ‖Δ‖²",
+        *(["‖Δ‖ / ‖W‖"] if _knows_base(analysis.layers) else []),
         "energy kept",
         "median error",
         "worst error",
@@ -168,10 +194,19 @@ def _type_chapter(analysis: Analysis) -> list[str]:
         *(f"rank for {share:.0%}" for share in ENERGY_SHARES),
     )
     return [
-        _table(header, rows),
+        markdown_table(header, rows),
         "Stable rank and the ranks for 90, 95 and 99 % of a layer's energy are medians over the "
         "layers; `> n` says that the n held triplets do not reach it.",
     ]
+
+
+def _knows_base(layers: Sequence[LayerAnalysis]) -> bool:
+    return any(layer.relative_norm is not None for layer in layers)
+
+
+def _relative_norm(layers: Sequence[LayerAnalysis]) -> list[str]:
+    known = [layer.relative_norm for layer in layers if layer.relative_norm is not None]
+    return [f"{statistics.median(known):.2%}"] if known else []
 
 
 def _median_rank(layers: Sequence[LayerAnalysis], share: str) -> str:
@@ -208,7 +243,7 @@ def _worst_chapter(analysis: Analysis) -> list[str]:
         "share of all loss",
     )
     return [
-        _table(header, rows),
+        markdown_table(header, rows),
         "`error` is ‖Δ - Δᵣ‖ in the Frobenius norm, √Σσᵢ² over i > r; `spectral error` is σᵣ₊₁, "
         "the largest singular value that is cut.",
     ]
@@ -220,28 +255,41 @@ def _rank_chapter(
     ranks = recommendation.ranks
     paragraphs = [
         f"{_why(recommendation)} The ranks below capture **{recommendation.energy:.2%}** of Σ‖Δ‖² "
-        f"with {recommendation.parameters:,} parameters. As many parameters spent uniformly "
-        f"(rank {recommendation.uniform_rank:.1f} everywhere) capture "
-        f"{recommendation.uniform_energy:.2%}.",
+        f"with {recommendation.parameters:,} parameters; their predicted relative error is "
+        f"{recommendation.error:.2%} over the whole model{_error_span(recommendation)}. "
+        f"As many parameters spent uniformly (rank {recommendation.uniform_rank:.1f} everywhere) "
+        f"capture {recommendation.uniform_energy:.2%}.",
         f'In Python, for `LoraConfig`: `json.load(open("{json_path.name}"))'
         '["recommendation"]["config"]` holds `r`, `lora_alpha`, `rank_pattern` and '
-        "`alpha_pattern`, with alpha = rank in every layer.",
+        "`alpha_pattern`, with alpha = rank in every layer; `errors` beside it holds the predicted "
+        "error of each.",
+        "In the table: rank, and in brackets the predicted relative error of the layer.",
     ]
     kinds = list(dict.fromkeys(analysis.module_types.values()))
-    cells: dict[Any, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for name, rank in ranks.items():
+    cells: dict[Any, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in ranks:
         depth = layer_depth(name)
-        cells["-" if depth is None else depth][analysis.module_types[name]].append(rank)
+        cells["-" if depth is None else depth][analysis.module_types[name]].append(name)
     rows = [
-        (depth, *(_span(row[kind]) if kind in row else "" for kind in kinds))
+        (depth, *(_cell(recommendation, row[kind]) if kind in row else "" for kind in kinds))
         for depth, row in cells.items()
     ]
-    return [*paragraphs, _table(("block", *kinds), rows)]
+    return [*paragraphs, markdown_table(("block", *kinds), rows)]
 
 
-def _span(ranks: Sequence[int]) -> str:
+def _cell(recommendation: RankRecommendation, names: Sequence[str]) -> str:
+    """Rank and error of the layers in one cell of the table; their spans if they are several."""
+    ranks = [recommendation.ranks[name] for name in names]
+    errors = [recommendation.errors[name] for name in names]
     low, high = min(ranks), max(ranks)
-    return str(low) if low == high else f"{low} to {high}"
+    rank = str(low) if low == high else f"{low} to {high}"
+    best, worst = f"{min(errors):.0%}", f"{max(errors):.0%}"
+    return f"{rank} ({best if best == worst else f'{best} to {worst}'})"
+
+
+def _error_span(recommendation: RankRecommendation) -> str:
+    errors = recommendation.errors.values()
+    return f", from {min(errors):.2%} to {max(errors):.2%} in its layers" if errors else ""
 
 
 def _why(recommendation: RankRecommendation) -> str:

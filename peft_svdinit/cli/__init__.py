@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..training import parse_options
-from . import analyze, compare, environment, export, extract, synthesize
+from . import analyze, compare, environment, export, extract, resize, synthesize
 
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "synthesize": (synthesize.SynthesizeOptions, synthesize.run),
     "extract": (extract.ExtractOptions, extract.run),
+    "resize": (resize.ResizeOptions, resize.run),
     "analyze": (analyze.AnalyzeOptions, analyze.run),
     "export": (export.ExportOptions, export.run),
     "compare": (compare.CompareOptions, compare.run),

@@ -1,49 +1,174 @@
-"""`svdinit analyze`: numbers and figures of factors or of an adapter."""
+"""`svdinit analyze`: numbers and figures of factors, of an adapter or of a pair of checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 
-from ..deltas import LoraAdapter
-from ..extraction import factors_of_adapter
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..analysis import LayerIntruders, find_intruders
+from ..checkpoints import Checkpoint, LinearWeights
+from ..deltas import CheckpointPair, LoraAdapter
+from ..embedded import resolve_model
+from ..extraction import factors_of_adapter, factors_of_checkpoints
+from ..factors import LowRankFactors
 from ..factors_file import FactorsFile
+from ..linalg import frobenius_norm
 from ..teacher_files import write_factors_analysis
 from .summary import print_analysis
 
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
-    """Analyse factors or an adapter at a rank: energy, error, spectra, recommended ranks."""
+    """Analyse a fine-tune, an adapter or factors: energy, error, spectra, spikes, best ranks."""
 
-    output_dir: str = field(metadata={"help": "Folder for the reports and the figure."})
+    output_dir: str = field(metadata={"help": "Folder for the reports and the figures."})
     factors: str | None = field(default=None, metadata={"help": "Factors file, folder or Hub id."})
     adapter: str | None = field(default=None, metadata={"help": "Or a LoRA adapter."})
-    lora_r: int = field(default=16, metadata={"help": "Rank to analyse at."})
-    energy: float = field(default=0.9, metadata={"help": "Energy aimed at by recommended ranks."})
-    max_parameters: int | None = field(
-        default=None, metadata={"help": "Their budget; by default that of the uniform lora_r."}
+    tuned: str | None = field(
+        default=None, metadata={"help": "Or a fine-tuned model, folder or Hub id, with its base."}
     )
-    plots: bool = field(default=True, metadata={"help": "Draw the figure."})
+    base: str | None = field(
+        default=None,
+        metadata={
+            "help": "The model before fine-tuning; with factors or an adapter optional: their "
+            "norms are then also given relative to its weights."
+        },
+    )
+    rank: int = field(default=64, metadata={"help": "Triplets computed per layer of a pair."})
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Names or name endings of the layers of a pair, or all-linear."},
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank to analyse at."})
+    energy: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of all energy that the recommended ranks aim at; without energy, error "
+            "and max_parameters 0.9, within the parameters of the uniform lora_r."
+        },
+    )
+    error: float | None = field(
+        default=None, metadata={"help": "Or the relative error of all layers together."}
+    )
+    max_parameters: int | None = field(
+        default=None, metadata={"help": "The most parameters of the recommended ranks."}
+    )
+    intruders: bool = field(
+        default=False,
+        metadata={"help": "Look for intruder dimensions (arXiv:2410.21228); needs base."},
+    )
+    plots: bool = field(default=True, metadata={"help": "Draw the figures."})
 
     def __post_init__(self) -> None:
-        if bool(self.factors) == bool(self.adapter):
-            raise ValueError("give either factors or adapter")
+        if [bool(self.factors), bool(self.adapter), bool(self.tuned)].count(True) != 1:
+            raise ValueError("give either factors or adapter or tuned (with base)")
+        if self.tuned and not self.base:
+            raise ValueError("tuned needs base, the model before fine-tuning")
+        if self.intruders and not self.base:
+            raise ValueError("intruders needs base: they are directions that the base lacks")
+        if self.energy is not None and self.error is not None:
+            raise ValueError("give energy or error, not both: error is √(1 - energy)")
+        if self.tuned and self.lora_r > self.rank:
+            raise ValueError(f"lora_r={self.lora_r} must not be above rank={self.rank}")
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """Factors of the deltas, and where the base is at hand the weights before and after."""
+
+    factors: Mapping[str, LowRankFactors]
+    source: dict
+    base: Mapping[str, Tensor] | None
+    tuned: Callable[[str], Tensor] | None
 
 
 def run(options: AnalyzeOptions) -> None:
-    if options.factors:
-        file = FactorsFile(options.factors)
-        factors, metadata = file, file.metadata
-    else:
-        extraction = factors_of_adapter(LoraAdapter(str(options.adapter)))
-        factors, metadata = extraction.factors, extraction.metadata
+    subject = _checkpoints(options) if options.tuned else _factors(options)
+    norms: dict[str, float] | None = None
+    intruders: list[LayerIntruders] | None = None
+    if subject.base is not None and subject.tuned is not None:
+        norms, intruders = {}, [] if options.intruders else None
+        for name in tqdm(subject.factors, desc="Base weights", unit="layer", disable=None):
+            weight = subject.base[name]
+            norms[name] = frobenius_norm(weight)
+            if intruders is not None:
+                intruders.append(find_intruders(name, weight, subject.tuned(name)))
     analysis = write_factors_analysis(
-        factors,
+        subject.factors,
         options.output_dir,
         rank=options.lora_r,
-        source=asdict(metadata),
+        source=subject.source,
         energy=options.energy,
+        error=options.error,
         max_parameters=options.max_parameters,
+        base_norms=norms,
+        intruders=intruders,
         plots=options.plots,
     )
     print_analysis(analysis, options.output_dir)
+
+
+def _checkpoints(options: AnalyzeOptions) -> _Subject:
+    targets = options.target_modules
+    pair = CheckpointPair(
+        resolve_model(str(options.base)),
+        str(options.tuned),
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+    )
+    extraction = factors_of_checkpoints(
+        pair, options.rank, base_model_name_or_path=str(options.base)
+    )
+    return _Subject(
+        extraction.factors, asdict(extraction.metadata), pair.base, pair.tuned.__getitem__
+    )
+
+
+def _factors(options: AnalyzeOptions) -> _Subject:
+    base = resolve_model(options.base) if options.base else None
+    samples: Mapping[str, Tensor | None]
+    if options.factors:
+        factors = FactorsFile(options.factors)
+        metadata = factors.metadata
+        samples = {name: factors.base_sample(name) for name in factors}
+    else:
+        extraction = factors_of_adapter(LoraAdapter(str(options.adapter)), base=base)
+        factors, metadata, samples = extraction.factors, extraction.metadata, {}
+    if base is None:
+        return _Subject(factors, asdict(metadata), None, None)
+    weights = LinearWeights(Checkpoint(base, argument="base"), target_modules=list(factors))
+    _check_base(weights, factors, samples, str(options.base))
+
+    def tuned(name: str) -> Tensor:
+        return weights[name] + factors[name].dense()
+
+    return _Subject(factors, asdict(metadata), weights, tuned)
+
+
+def _check_base(
+    weights: LinearWeights,
+    factors: Mapping[str, LowRankFactors],
+    samples: Mapping[str, Tensor | None],
+    base: str,
+) -> None:
+    """Refuse a base that lacks a layer or is not the one that the factors were taken from."""
+    for name in factors:
+        module, shape = weights.modules.get(name), factors[name].shape
+        if module is None or (module.out_features, module.in_features) != shape:
+            raise ValueError(
+                f"base: {base} has no linear layer {name} of shape {shape} (out, in): not the "
+                "base model of these deltas?"
+            )
+        sample = samples.get(name)
+        if sample is None:
+            continue
+        # Half precision rounds by up to 0.4 %; two models differ by far more somewhere.
+        slack = 0.01 * sample.abs().max().item()
+        if not torch.allclose(weights.sample(name), sample, rtol=0.02, atol=slack):
+            raise ValueError(
+                f"base: layer {name} of {base} has other weights than the model that the factors "
+                "were taken from; give that model"
+            )

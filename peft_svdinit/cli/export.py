@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from ..embedded import resolve_model
 from ..export import export_adapter
+from ..exported import ExportedAdapter
 from ..factors_file import FactorsFile
+from ..linalg import rank_for_energy
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEFAULT_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -16,24 +24,91 @@ class ExportOptions:
 
     factors: str = field(metadata={"help": "Factors file, folder or Hub id."})
     output_dir: str = field(metadata={"help": "Folder of the adapter."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_r: int | None = field(
+        default=None,
+        metadata={"help": f"Rank of the adapter; {_DEFAULT_RANK} if energy is not given either."},
+    )
+    energy: float | None = field(
+        default=None,
+        metadata={
+            "help": "In place of lora_r: give each layer the smallest rank that keeps this share "
+            "of its delta's squared Frobenius norm, 0.9 say."
+        },
+    )
+    uniform_rank: bool = field(
+        default=False,
+        metadata={
+            "help": "One rank for all layers, smaller ones padded with zeros, as servers such as "
+            "vLLM want; give base too, for short names of the target modules."
+        },
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Precision of the adapter's weights."}
+    )
     base: str | None = field(
         default=None, metadata={"help": "Base model; with it target modules get short names."}
     )
     split: Literal["output", "balanced"] = field(
-        default="output", metadata={"help": "Singular values into B, or their root into A and B."}
+        default="output",
+        metadata={
+            "help": "Singular values into B, or their root into A and B, which suits half "
+            "precision better."
+        },
     )
+
+    def __post_init__(self) -> None:
+        if self.lora_r is not None and self.energy is not None:
+            raise ValueError("lora_r and energy exclude each other; give one of them")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise ValueError(f"energy must be in (0, 1], got {self.energy}")
 
 
 def run(options: ExportOptions) -> None:
     file = FactorsFile(options.factors)
     base = resolve_model(options.base) if options.base else None
-    folder = export_adapter(
+    if options.energy is not None:
+        ranks = {name: _rank_of(file, name, options.energy) for name in file}
+    else:
+        ranks = _DEFAULT_RANK if options.lora_r is None else options.lora_r
+    exported = export_adapter(
         file,
-        options.lora_r,
+        ranks,
         options.output_dir,
         base_model_name_or_path=base or file.metadata.base_model_name_or_path,
+        base_model_revision=None if base else file.metadata.base_model_revision,
         base=base,
         split=options.split,
+        dtype=_DTYPES[options.dtype],
+        uniform=options.uniform_rank,
     )
-    print(f"Adapter of rank {options.lora_r} for {len(file)} layers: {folder}")
+    _print(exported, options)
+
+
+def _rank_of(file: FactorsFile, name: str, energy: float) -> int:
+    layer = file[name]
+    rank = rank_for_energy(layer.S, layer.norm, energy)
+    if rank is None:
+        raise ValueError(
+            f"energy={energy}: the {layer.rank} triplets held for layer {name} keep "
+            f"{layer.energy():.4f} of its delta; ask for less, or make factors of a higher rank"
+        )
+    return rank
+
+
+def _print(exported: ExportedAdapter, options: ExportOptions) -> None:
+    kept = [layer.rank for layer in exported.layers.values() if layer.rank]
+    ranks = (
+        f"rank {kept[0]}"
+        if len(set(kept)) == 1
+        else (
+            f"ranks {min(kept)} to {max(kept)} (median {statistics.median_low(kept)}"
+            f"{f', stored as {exported.rank}' if options.uniform_rank else ''})"
+        )
+    )
+    print(f"Adapter of {ranks} for {len(kept)} layers: {exported.folder}")
+    print(
+        f"It keeps {exported.energy:.2%} of the deltas' energy. Rounding to {options.dtype} "
+        f"changes them by {exported.relative_rounding_error:.2g} of their norm."
+    )
+    if exported.omitted:
+        print(f"Left out: {len(exported.omitted)} layers whose delta is zero.")

@@ -1,72 +1,236 @@
-"""`svdinit extract`: from an adapter or a pair of checkpoints to factors."""
+"""`svdinit extract`: from a pair of checkpoints to an adapter, or from a teacher to factors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+import torch
+
+from ..adapter_extraction import (
+    AdapterForm,
+    extract_adapter,
+    factorisation,
+    pair_stamps,
+    partial_folder,
+    stored_spectra,
+)
 from ..deltas import CheckpointPair, LoraAdapter
 from ..embedded import resolve_model
-from ..extraction import factors_of_adapter, factors_of_checkpoints
+from ..extraction import Extraction, LayerStore, base_samples, factors_of_adapter, fill_store
+from ..extraction_estimate import estimate
+from ..factors_file import FactorsMetadata
+from ..rank_rule import RankRule
 from ..teacher_files import write_teacher
 from .summary import print_analysis
+
+_DEFAULT_RANK, _DEFAULT_MAX_RANK = 64, 128
 
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """Take the SVD of a fine-tune's delta (tuned − base) or an adapter's, and write its factors."""
+    """Take the low-rank part of a fine-tune (tuned − base) as a LoRA adapter or as factors."""
 
-    output_dir: str = field(metadata={"help": "Folder for the factors and reports."})
+    output_dir: str = field(
+        metadata={"help": "Folder of the adapter, or of factors and reports.", "aliases": ["--out"]}
+    )
     base: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the model before fine-tuning."}
     )
     tuned: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the model after fine-tuning."}
     )
-    adapter: str | None = field(
-        default=None, metadata={"help": "A LoRA adapter, in place of tuned."}
+    base_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of base on the Hub."}
     )
-    rank: int = field(default=64, metadata={"help": "Triplets kept per layer of a pair."})
+    tuned_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of tuned on the Hub."}
+    )
+    adapter: str | None = field(
+        default=None, metadata={"help": "A LoRA adapter in place of tuned, taken as factors."}
+    )
+    save_as: Literal["adapter", "factors"] = field(
+        default="adapter",
+        metadata={"help": "Of a pair: a stock LoRA adapter, or factors that SvdLoraConfig reads."},
+    )
+    rank: int | None = field(
+        default=None, metadata={"help": "Rank of every layer; 64 if nothing else is said."}
+    )
+    energy: float | None = field(
+        default=None, metadata={"help": "Or the share of each layer's energy to keep."}
+    )
+    error: float | None = field(
+        default=None, metadata={"help": "Or the relative Frobenius error of each layer to meet."}
+    )
+    max_parameters: int | None = field(
+        default=None,
+        metadata={"help": "Or the parameters of the whole adapter, spread to the best use."},
+    )
+    max_bytes: int | None = field(default=None, metadata={"help": "Or its bytes, likewise."})
+    max_rank: int | None = field(
+        default=None, metadata={"help": "Most of any layer, for all rules but rank; 128."}
+    )
+    uniform_rank: bool = field(
+        default=False,
+        metadata={"help": "Pad all layers to one rank, for servers that know no rank_pattern."},
+    )
+    split: Literal["output", "balanced"] = field(
+        default="output", metadata={"help": "Singular values into B, or their root into A and B."}
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Of the adapter; the rounding error is reported."}
+    )
     target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
-        metadata={"help": "Names or name endings of the layers of a pair, or all-linear."},
+        metadata={"help": "Names or endings of the layers of a pair, all-linear, or one regex."},
     )
-    method: Literal["exact", "randomized"] = field(
-        default="randomized", metadata={"help": "SVD of the dense deltas of a pair."}
+    exclude_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Names or endings of modules that are not compared, or one regex."},
+    )
+    slice_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Modules whose vocabulary grew: only the base's rows are read."},
+    )
+    modules_to_save: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Embeddings and norms to store whole, by name or ending, or: changed."},
+    )
+    verify: Literal["full", "layers", "none"] = field(
+        default="full",
+        metadata={
+            "help": "full: reload through stock PEFT, compare every layer, and run the models on a "
+            "little text; layers: without the text; none."
+        },
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Only say what would be read, written and needed."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the randomised SVD."})
-    lora_r: int = field(default=16, metadata={"help": "Student rank of the analysis."})
-    plots: bool = field(default=True, metadata={"help": "Draw the figures."})
+    device: str = field(default="cpu", metadata={"help": "Where the SVD runs: cpu, cuda, cuda:1."})
+    read_ahead: int = field(
+        default=1, metadata={"help": "Deltas read while one is factorised, each in memory."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Of factors: student rank of the analysis."})
+    plots: bool = field(default=True, metadata={"help": "Of factors: draw the figures."})
 
     def __post_init__(self) -> None:
         if bool(self.tuned) == bool(self.adapter):
             raise ValueError("give either tuned (with base) or adapter")
         if self.tuned and not self.base:
             raise ValueError("tuned needs base, the model before fine-tuning")
-        if self.lora_r > self.rank:
-            raise ValueError(f"lora_r={self.lora_r} must not be above rank={self.rank}")
+        rank = self.rule().rank
+        if self.save_as == "factors" and not self.adapter:
+            if rank is None:
+                raise ValueError("factors have one rank; give rank, or save_as=adapter")
+            if rank < self.lora_r:
+                raise ValueError(f"lora_r={self.lora_r} must not be above rank={rank}")
+
+    def rule(self) -> RankRule:
+        """What is said about ranks."""
+        budget = self.max_parameters
+        if self.max_bytes is not None:
+            if budget is not None:
+                raise ValueError("max_parameters and max_bytes exclude each other")
+            budget = self.max_bytes // getattr(torch, self.dtype).itemsize
+        others = [self.energy, self.error, budget]
+        alone = all(wish is None for wish in others)
+        return RankRule(
+            rank=_DEFAULT_RANK if self.rank is None and alone else self.rank,
+            energy=self.energy,
+            error=self.error,
+            max_parameters=budget,
+            max_rank=_DEFAULT_MAX_RANK if self.max_rank is None and not alone else self.max_rank,
+        )
+
+    def pair(self) -> CheckpointPair:
+        """The two checkpoints."""
+        return CheckpointPair(
+            resolve_model(str(self.base)),
+            resolve_model(str(self.tuned)),
+            target_modules=_choice(self.target_modules),
+            exclude_modules=_choice(self.exclude_modules),
+            slice_modules=_choice(self.slice_modules),
+            base_revision=self.base_revision,
+            tuned_revision=self.tuned_revision,
+        )
+
+
+def _choice(names: list[str]) -> str | list[str]:
+    """A single name with the signs of a regular expression is one."""
+    single = names[0] if len(names) == 1 else ""
+    return single if single == "all-linear" or set(single) & set("*\\|(+?[^$") else names
 
 
 def run(options: ExtractOptions) -> None:
-    notes = {}
-    base = resolve_model(options.base) if options.base else None
     if options.adapter:
-        extraction = factors_of_adapter(LoraAdapter(options.adapter), base=base)
-    else:
-        targets = options.target_modules
-        pair = CheckpointPair(
-            str(base),
-            str(options.tuned),
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
-        )
-        extraction = factors_of_checkpoints(
+        base = resolve_model(options.base) if options.base else None
+        _write_factors(factors_of_adapter(LoraAdapter(options.adapter), base=base), options, {})
+        return
+    pair, rule = options.pair(), options.rule()
+    form = AdapterForm(
+        uniform=options.uniform_rank,
+        split=options.split,
+        dtype=getattr(torch, options.dtype),
+        modules_to_save=options.modules_to_save,
+        verify=options.verify,
+    )
+    if options.dry_run:
+        plan = estimate(
             pair,
-            options.rank,
+            rule,
+            form,
+            options.output_dir,
+            device=options.device,
+            read_ahead=options.read_ahead,
+        )
+        print(plan.as_text())
+    elif options.save_as == "factors":
+        _factors(pair, rule, options)
+    else:
+        extracted = extract_adapter(
+            pair,
+            options.output_dir,
+            rule,
+            form,
             base_model_name_or_path=str(options.base),
-            method=options.method,
+            base_model_revision=options.base_revision,
+            seed=options.seed,
+            device=options.device,
+            read_ahead=options.read_ahead,
+        )
+        print(extracted.as_text())
+        print(f"Adapter: {extracted.folder}")
+
+
+def _factors(pair: CheckpointPair, rule: RankRule, options: ExtractOptions) -> None:
+    factorise = factorisation(rule, seed=options.seed, device=options.device)
+    inputs = {"factorisation": repr(factorise), "pair": pair_stamps(pair)}
+    target = Path(options.output_dir).expanduser()
+    with LayerStore(partial_folder(target), list(pair), inputs) as store:
+        fill_store(store, pair, factorise, read_ahead=options.read_ahead)
+        stored_spectra(store, pair)
+        metadata = FactorsMetadata(
+            base_model_name_or_path=options.base,
+            base_model_revision=options.base_revision,
+            source={"kind": "checkpoints"},
+            method="auto",
             seed=options.seed,
         )
-        notes["uncovered"] = {tensor.key: tensor.relative_change for tensor in pair.uncovered()}
+        uncovered = {tensor.key: tensor.relative_change for tensor in pair.uncovered()}
+        _write_factors(
+            Extraction(store, metadata, base_samples(pair)), options, {"uncovered": uncovered}
+        )
+        store.remove()
+    if uncovered:
+        print(
+            f"Not covered: {len(uncovered)} changed tensors outside the linear layers "
+            "(embeddings, norms); they are listed in the report."
+        )
+
+
+def _write_factors(extraction: Extraction, options: ExtractOptions, notes: dict) -> None:
     held = min(layer.rank for layer in extraction.factors.values())
     analysis = write_teacher(
         extraction,
@@ -76,8 +240,3 @@ def run(options: ExtractOptions) -> None:
         plots=options.plots,
     )
     print_analysis(analysis, options.output_dir)
-    if notes.get("uncovered"):
-        print(
-            f"Not covered: {len(notes['uncovered'])} changed tensors outside the linear layers "
-            "(embeddings, norms); they are listed in the report."
-        )

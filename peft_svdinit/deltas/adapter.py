@@ -49,9 +49,20 @@ class LoraProduct:
     lora_B: Float[Tensor, "out rank"]
     scaling: float
 
-    def factors(self) -> LowRankFactors:
-        """The SVD of the product through a QR core; at most the adapter's rank of triplets."""
-        return LowRankFactors.from_product(self.lora_B, self.lora_A, self.scaling)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the delta."""
+        return self.lora_B.shape[0], self.lora_A.shape[1]
+
+    def factors(self, rank: int | None = None) -> LowRankFactors:
+        """The SVD of the product through its thin factors; the leading `rank` triplets, or all."""
+        factors = LowRankFactors.from_product(self.lora_B, self.lora_A, self.scaling)
+        return factors if rank is None else factors.truncated(min(rank, factors.rank))
+
+    def product(self) -> tuple[Float[Tensor, "out inner"], Float[Tensor, "inner in"]]:
+        """Two matrices whose product is the delta, the scaling included."""
+        wide = torch.promote_types(self.lora_B.dtype, torch.float32)
+        return self.lora_B.to(wide) * self.scaling, self.lora_A.to(wide)
 
 
 class LoraAdapter(Mapping[str, LoraProduct]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..factors import LowRankFactors
+from ..module_names import layer_seed
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Synthesis:
         appended = min(self.rank, *factors.shape) - factors.rank
         if not appended:
             return factors
-        generator = torch.Generator().manual_seed(_layer_seed(self.seed, name))
+        generator = torch.Generator().manual_seed(layer_seed(self.seed, name))
         left = _complement(factors.U, appended, generator)
         right = _complement(factors.Vh.mT, appended, generator)
         core_U, core_S, core_Vh = torch.linalg.svd(self._core(appended, generator))
@@ -86,10 +86,6 @@ class Synthesis:
             ratio = self.noise_share / (1 - self.noise_share)
             noise *= math.sqrt(ratio) * decay.norm() / noise.norm()
         return torch.diag(decay) + noise
-
-
-def _layer_seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
 def _complement(

@@ -24,14 +24,13 @@ def orthonormal_basis(
     basis = columns
     for round_ in range(rounds):
         if against is not None:
-            basis = basis - against @ (against.mT @ basis)
+            basis = torch.addmm(basis, against, against.mT @ basis, alpha=-1)
         core, failed = torch.linalg.cholesky_ex((basis.mT @ basis).double())
         # The second round only polishes: a core far from the identity says that the first failed.
         if failed or (round_ and float((core.diagonal() - 1).abs().max()) > 0.1):
             return _householder(columns, against)
-        identity = torch.eye(len(core), dtype=core.dtype, device=core.device)
-        inverse = torch.linalg.solve_triangular(core, identity, upper=False).mT
-        basis = basis @ inverse.to(basis.dtype)
+        triangle = core.mT.to(basis.dtype)
+        basis = torch.linalg.solve_triangular(triangle, basis, upper=True, left=False)
     return basis
 
 

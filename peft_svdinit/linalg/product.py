@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,26 +11,71 @@ from torch import Tensor
 from .spectrum import frobenius_norm
 from .triplets import TruncatedSVD, widened
 
+# Where a condition number may be squared in float64 without loss of float32's digits: mean square
+# of the inverse of the scaled triangle, and the smallest singular value over the largest.
+_LARGEST_INVERSE, _SMALLEST_SHARE = 16.0, 1e-4
+
 
 def svd_of_product(
     left: Float[Tensor, "rows inner"], right: Float[Tensor, "inner cols"]
 ) -> TruncatedSVD:
     """All min(rows, inner, cols) singular triplets of `left @ right`.
 
-    QR of both sides leaves a core of at most inner x inner, whose SVD is taken in float64, so the
-    cost is O((rows + cols) * inner²) and no rows x cols matrix exists. Works in float32 or wider
-    and returns that dtype, with the sign convention of `TruncatedSVD.with_canonical_signs`.
+    With left = Q R and rightᵀ = P T, the triplets are those of the small core R Tᵀ, turned by Q and
+    P: O((rows + cols) * inner²), and no rows x cols matrix exists. Of float32, triangles and core
+    go through Gram matrices in float64 where these are well conditioned, at two thirds of the time
+    of Householder's QR, which serves all else. Works in float32 or wider and returns that dtype,
+    with the sign convention of `TruncatedSVD.with_canonical_signs`.
     """
-    left_basis, left_core = torch.linalg.qr(widened(left))
-    right_basis, right_core = torch.linalg.qr(widened(right).mT)
-    core_U, S, core_Vh = torch.linalg.svd(
-        left_core.double() @ right_core.double().mT, full_matrices=False
-    )
-    dtype = left_basis.dtype
+    left, right = widened(left), widened(right)
+    dtype = left.dtype
+    squared = dtype == torch.float32  # Nothing is wider than float64 to square it in.
+    near, far = _factorised(left, squared), _factorised(right.mT, squared)
+    core_U, S, core_V = _core_svd(near.triangle @ far.triangle.mT, squared)
     return TruncatedSVD(
-        left_basis @ core_U.to(dtype),
+        near.turned(core_U, dtype),
         S.to(dtype),
-        core_Vh.to(dtype) @ right_basis.mT,
+        far.turned(core_V, dtype).mT,
         norm=frobenius_norm(S),
         optimal=True,
     ).with_canonical_signs()
+
+
+class _Factorised(NamedTuple):
+    """columns = Q R: R in float64, and Q = `columns @ inverse`, or `columns` without an inverse."""
+
+    triangle: Tensor
+    columns: Tensor
+    inverse: Tensor | None
+
+    def turned(self, core: Tensor, dtype: torch.dtype) -> Tensor:
+        """Q @ core."""
+        turn = core if self.inverse is None else self.inverse @ core
+        return self.columns @ turn.to(dtype)
+
+
+def _factorised(columns: Tensor, squared: bool) -> _Factorised:
+    if squared and columns.shape[1] <= columns.shape[0]:
+        wide = columns.double()
+        gram = wide.mT @ wide
+        scale = gram.diagonal().sqrt()
+        lower, failed = torch.linalg.cholesky_ex(gram / scale / scale[:, None])
+        if not failed:
+            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            if float(inverse.square().sum()) <= _LARGEST_INVERSE * len(lower):
+                return _Factorised(lower.mT * scale, columns, inverse.mT / scale[:, None])
+    basis, triangle = torch.linalg.qr(columns)
+    return _Factorised(triangle.double(), basis, None)
+
+
+def _core_svd(core: Tensor, squared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, S, V) in float64; from the eigenvectors of core coreᵀ where no value is small."""
+    if squared and core.shape[0] <= core.shape[1]:
+        squares, U = torch.linalg.eigh(core @ core.mT)
+        squares, U = squares.flip(0), U.flip(1)
+        if float(squares[-1]) > _SMALLEST_SHARE**2 * float(squares[0]):
+            S = squares.sqrt()
+            return U, S, core.mT @ U / S
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    return U, S, Vh.mT

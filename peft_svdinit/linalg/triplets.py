@@ -54,8 +54,8 @@ class TruncatedSVD:
 
     def with_canonical_signs(self) -> TruncatedSVD:
         """Flip pairs of vectors: the largest-magnitude entry of each column of `U` is positive."""
-        peaks = self.U.gather(0, self.U.abs().argmax(dim=0, keepdim=True))
-        signs = torch.where(peaks < 0, -1.0, 1.0).to(self.U.dtype)
+        flipped = self.U.amax(dim=0, keepdim=True) + self.U.amin(dim=0, keepdim=True) < 0
+        signs = torch.where(flipped, -1.0, 1.0).to(self.U.dtype)
         return TruncatedSVD(self.U * signs, self.S, self.Vh * signs.mT, self.norm, self.optimal)
 
 

@@ -1,4 +1,4 @@
-"""From a source of deltas to the factors of every layer, one layer in memory at a time."""
+"""The factors of every layer of a delta in memory; the deltas themselves are streamed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checkpoints import Checkpoint, LinearWeights
-from .deltas import CheckpointPair, LoraAdapter, Synthesis
-from .factors import LowRankFactors
-from .factors_file import FactorsMetadata
-from .linalg.truncated import Method
+from ..checkpoints import Checkpoint, LinearWeights
+from ..deltas import CheckpointPair, LoraAdapter, Synthesis
+from ..factors import LowRankFactors
+from ..factors_file import FactorsMetadata
+from ..linalg.truncated import Method
+from .factorisation import Factorisation
 
 Delta = TypeVar("Delta")
 
@@ -24,7 +24,7 @@ Delta = TypeVar("Delta")
 class Extraction:
     """Factors of every layer with what the factors file stores beside them."""
 
-    factors: dict[str, LowRankFactors]
+    factors: Mapping[str, LowRankFactors]
     metadata: FactorsMetadata
     base_samples: dict[str, Tensor]
 
@@ -85,9 +85,9 @@ def factors_of_checkpoints(
     Raises:
         ValueError: if the two checkpoints are equal in every linear layer.
     """
-    generator = torch.Generator().manual_seed(seed)
+    factorise = Factorisation(rank=rank, method=method, seed=seed)
     factors = {
-        name: LowRankFactors.from_delta(delta, rank, method=method, generator=generator)
+        name: factorise(name, delta)
         for name, delta in _progress(pair, "SVD of the checkpoints' delta")
     }
     if not any(layer.norm for layer in factors.values()):
@@ -98,7 +98,12 @@ def factors_of_checkpoints(
         method=method,
         seed=seed,
     )
-    return Extraction(factors, metadata, {name: pair.base.sample(name) for name in factors})
+    return Extraction(factors, metadata, base_samples(pair))
+
+
+def base_samples(pair: CheckpointPair) -> dict[str, Tensor]:
+    """A few entries of every base weight, by which the model is recognised."""
+    return {name: pair.base.sample(name) for name in pair}
 
 
 def _progress(layers: Mapping[str, Delta], description: str) -> Iterator[tuple[str, Delta]]:

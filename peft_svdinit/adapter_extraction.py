@@ -1,0 +1,233 @@
+"""A pair of checkpoints as a LoRA adapter: streamed, resumable, verified before it is published."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
+
+from .analysis.spectra import Spectrum
+from .atomic import replacing, write_json, write_text
+from .deltas import CheckpointPair
+from .export import ExportedAdapter, export_adapter
+from .extraction import Factorisation, LayerStore, fill_store
+from .extraction_report import EXTRACTION_JSON, EXTRACTION_REPORT, ExtractedAdapter
+from .initializers import Split
+from .rank_rule import RankRule
+from .sample_text import SAMPLE_TEXTS
+from .sources import file_stamps
+from .text_check import TextCheck, compare_on_text
+from .verification import Verification, verify_adapter
+
+logger = logging.getLogger(__name__)
+
+Verify = Literal["full", "layers", "none"]
+_OURS = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, EXTRACTION_JSON, EXTRACTION_REPORT}
+
+
+@dataclass(frozen=True)
+class AdapterForm:
+    """What the written adapter is like; the fields are those of `export_adapter`.
+
+    Attributes:
+        modules_to_save: modules outside the linear layers that the adapter replaces as a whole, by
+            names or endings, or "changed" for all that fine-tuning changed.
+        verify: "full" loads the adapter through stock PEFT, compares every layer with its delta
+            and runs base, tuned and base + adapter on a little text; "layers" does without the
+            text, for models that do not fit in memory; "none" trusts.
+        texts: what "full" reads.
+    """
+
+    uniform: bool = False
+    split: Split = "output"
+    dtype: torch.dtype = torch.float32
+    modules_to_save: Sequence[str] = ()
+    verify: Verify = "full"
+    texts: Sequence[str] = field(default=SAMPLE_TEXTS, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.verify not in get_args(Verify):
+            raise ValueError(
+                f"verify must be one of {', '.join(get_args(Verify))}, got {self.verify!r}"
+            )
+
+
+def extract_adapter(
+    pair: CheckpointPair,
+    output_dir: str | os.PathLike,
+    rule: RankRule,
+    form: AdapterForm | None = None,
+    *,
+    base_model_name_or_path: str,
+    base_model_revision: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    read_ahead: int = 1,
+) -> ExtractedAdapter:
+    """Write the low-rank part of tuned − base as a stock LoRA adapter.
+
+    Layer after layer goes to `<output_dir>.partial`; a run that was killed goes on there, if it
+    has the same inputs. The adapter is written and verified in that folder too, and becomes
+    `output_dir` only then: there is never a wrong or a half adapter. One delta is in memory beside
+    those read ahead, whatever the number of layers.
+
+    Args:
+        pair: the checkpoints.
+        output_dir: folder for adapter and report; one that this function wrote is replaced.
+        rule: the ranks, with an upper bound.
+        form: dtype, uniform rank and so on, and how to verify.
+        base_model_name_or_path, base_model_revision: stored in the adapter's config.
+        seed: of the randomised SVD.
+        device: where it runs.
+        read_ahead: deltas read while one is factorised.
+
+    Raises:
+        ValueError: if the checkpoints are equal in every layer, `output_dir` holds other files or
+            is being written by another process, a check fails, or as the parts raise.
+        OSError: if the disk is full; the same call then goes on where it stopped.
+    """
+    form = form or AdapterForm()
+    target = Path(output_dir).expanduser()
+    refuse_other_files(target)
+    whole = pair.whole_tensors(list(form.modules_to_save)) if form.modules_to_save else {}
+    factorise = factorisation(rule, seed=seed, device=device)
+    inputs = {"factorisation": repr(factorise), "pair": pair_stamps(pair)}
+    with LayerStore(partial_folder(target), list(pair), inputs) as store:
+        fill_store(store, pair, factorise, read_ahead=read_ahead)
+        spectra = stored_spectra(store, pair)
+        ranks, short = rule.choose(spectra)
+        if short:
+            logger.warning(
+                "%d layers, %s the first, do not reach the bound with rank %d; raise max_rank",
+                len(short),
+                short[0],
+                rule.most,
+            )
+        written = store.folder / "adapter"
+        shutil.rmtree(written, ignore_errors=True)  # What a killed run left.
+        base = pair.base.checkpoint.folder
+        exported = export_adapter(
+            store,
+            ranks,
+            written,
+            base_model_name_or_path=base_model_name_or_path,
+            base_model_revision=base_model_revision,
+            base=base,
+            split=form.split,
+            dtype=form.dtype,
+            uniform=form.uniform,
+            modules_to_save=whole,
+        )
+        verification = _verified(written, pair, exported, whole, form)
+        text = _read(written, pair, form)
+        missed = [tensor for tensor in pair.uncovered() if tensor.key not in whole]
+        extracted = ExtractedAdapter(
+            target,
+            _settings(pair, rule, form, seed, base_model_name_or_path),
+            replace(exported, folder=target),
+            short,
+            missed,
+            verification,
+            text,
+        )
+        write_json(written / EXTRACTION_JSON, extracted.as_dict())
+        write_text(written / EXTRACTION_REPORT, extracted.as_text())
+        with replacing(target) as temporary:
+            os.replace(written, temporary)
+        store.remove()
+    return extracted
+
+
+def _settings(
+    pair: CheckpointPair, rule: RankRule, form: AdapterForm, seed: int, base: str
+) -> dict[str, Any]:
+    return {
+        "base": base,
+        "tuned": str(pair.tuned.checkpoint.folder),
+        "ranks": {name: value for name, value in asdict(rule).items() if value is not None},
+        "uniform": form.uniform,
+        "split": form.split,
+        "dtype": str(form.dtype).removeprefix("torch."),
+        "modules_to_save": list(form.modules_to_save),
+        "verify": form.verify,
+        "seed": seed,
+    }
+
+
+def _verified(
+    folder: Path,
+    pair: CheckpointPair,
+    exported: ExportedAdapter,
+    whole: Mapping[str, Tensor],
+    form: AdapterForm,
+) -> Verification | None:
+    if form.verify == "none":
+        return None
+    base = pair.base.checkpoint.folder
+    return verify_adapter(folder, base, pair, exported.errors, modules_to_save=whole)
+
+
+def _read(folder: Path, pair: CheckpointPair, form: AdapterForm) -> TextCheck | None:
+    if form.verify != "full":
+        return None
+    base, tuned = (side.checkpoint.folder for side in (pair.base, pair.tuned))
+    return compare_on_text(base, tuned, folder, form.texts)
+
+
+def factorisation(rule: RankRule, *, seed: int = 0, device: str = "cpu") -> Factorisation:
+    """How to factorise every layer so that the rule can choose among its triplets.
+
+    Raises:
+        ValueError: if the rule has no bound of the rank.
+    """
+    if rule.most is None:
+        raise ValueError("max_rank is needed with energy, error or max_parameters, got None")
+    return Factorisation(rule.most, energy=rule.energy, error=rule.error, seed=seed, device=device)
+
+
+def stored_spectra(store: LayerStore, pair: CheckpointPair) -> dict[str, Spectrum]:
+    """Singular values, norm and shape of every layer; the vectors stay on the disk.
+
+    Raises:
+        ValueError: if every delta is zero.
+    """
+    spectra = {}
+    for name in store:
+        S, norm = store.singular_values(name)
+        module = pair.base.modules[name]
+        spectra[name] = Spectrum(S, norm, (module.out_features, module.in_features))
+    if not any(layer.norm for layer in spectra.values()):
+        raise ValueError("tuned: its linear layers all equal the base's; there is no delta")
+    return spectra
+
+
+def pair_stamps(pair: CheckpointPair) -> list[Any]:
+    """By what a change of the two checkpoints is noticed."""
+    folders = (side.checkpoint.folder for side in (pair.base, pair.tuned))
+    return [[str(folder.resolve()), file_stamps(folder)] for folder in folders]
+
+
+def partial_folder(target: Path) -> Path:
+    """Where the work for `target` goes on until it is done."""
+    return target.with_name(f"{target.name}.partial")
+
+
+def refuse_other_files(target: Path) -> None:
+    """Raise ValueError unless `target` is new, empty, or what an earlier extraction wrote."""
+    if target.is_file():
+        raise ValueError(f"output_dir must be a folder, {target} is a file")
+    found = {path.name for path in target.glob("*")}
+    others = found - _OURS
+    if others or (found and EXTRACTION_JSON not in found):
+        raise ValueError(
+            f"output_dir: {target} holds {min(others or found)}, which this command did not write "
+            "and would remove; choose a folder of its own"
+        )

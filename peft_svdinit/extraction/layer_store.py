@@ -1,0 +1,143 @@
+"""Factors of layers on the disk, one file for each, so that a job goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..atomic import replacing, write_json
+from ..factors import LowRankFactors
+from ..sources import read_json
+
+logger = logging.getLogger(__name__)
+
+_PLAN, _LOCK = "job.json", "job.lock"
+_PARTS = ("U", "S", "Vh")
+
+
+class LayerStore(Mapping[str, LowRankFactors]):
+    """Module name to factors, read one layer at a time; a context manager that holds a lock.
+
+    The mapping has the layers that are done. A folder left by a job with other inputs is started
+    afresh; one that something else made is refused.
+
+    Args:
+        folder: working folder of the job.
+        names: all layers of the job, in the order of the mapping.
+        inputs: what the factors depend on, as JSON values.
+
+    Raises:
+        ValueError: if another process works in the folder, or it holds files of others.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, names: Sequence[str], inputs: Mapping[str, Any]
+    ) -> None:
+        self.folder = Path(folder)
+        self._files = {
+            name: self.folder / f"layer-{index:05d}.safetensors" for index, name in enumerate(names)
+        }
+        # Through JSON, or tuples and lists would differ.
+        self._inputs = json.loads(json.dumps({"layers": list(names), **inputs}))
+        self._done: set[str] = set()
+        self._lock = FileLock(self.folder / _LOCK)
+
+    def __enter__(self) -> LayerStore:
+        self._refuse_foreign()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"{self.folder} is in use by another process that extracts to the same output; "
+                "wait for it, or choose another output_dir"
+            ) from None
+        try:
+            self._resume_or_begin()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def _refuse_foreign(self) -> None:
+        found = {path.name for path in self.folder.glob("*")} if self.folder.is_dir() else set()
+        if self.folder.is_file() or (found - {_LOCK} and _PLAN not in found):
+            raise ValueError(
+                f"{self.folder} is needed as a working folder and holds something else; move it"
+            )
+
+    def _resume_or_begin(self) -> None:
+        plan = self.folder / _PLAN
+        if plan.is_file() and self._inputs != _inputs_of(plan):
+            logger.warning("%s was left by a job with other inputs; starting afresh", self.folder)
+            for path in self.folder.glob("layer-*.safetensors"):
+                path.unlink()
+        write_json(plan, self._inputs)
+        self._done = {name for name, path in self._files.items() if _is_complete(path, name)}
+
+    def save(self, name: str, factors: LowRankFactors) -> None:
+        """Put the factors of a layer on the disk, whole or not at all."""
+        tensors = {part: getattr(factors, part).contiguous() for part in _PARTS}
+        with replacing(self._files[name]) as temporary:
+            save_file(tensors, temporary, {"name": name, "norm": factors.norm.hex()})
+        self._done.add(name)
+
+    def __getitem__(self, name: str) -> LowRankFactors:
+        tensors, norm = self._read(name, _PARTS)
+        return LowRankFactors(**tensors, norm=norm)
+
+    def singular_values(self, name: str) -> tuple[Tensor, float]:
+        """S and the norm of a layer, without reading its vectors."""
+        tensors, norm = self._read(name, ("S",))
+        return tensors["S"], norm
+
+    def _read(self, name: str, parts: Sequence[str]) -> tuple[dict[str, Tensor], float]:
+        if name not in self._done:
+            raise KeyError(name)
+        with safe_open(self._files[name], framework="pt") as file:
+            norm = float.fromhex(file.metadata()["norm"])
+            return {part: file.get_tensor(part) for part in parts}, norm
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._done  # Mapping's own would read the layer
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._files if name in self._done)
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def remove(self) -> None:
+        """Delete the folder, once its results are elsewhere; the lock goes with it."""
+        self._lock.release()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _inputs_of(plan: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(plan, "output_dir")
+    except ValueError:
+        return None
+
+
+def _is_complete(path: Path, name: str) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("name") == name and set(file.keys()) == set(_PARTS)
+    except SafetensorError:
+        return False

@@ -1,0 +1,128 @@
+"""What an extraction will read, write and need, before it begins."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .adapter_extraction import AdapterForm
+from .deltas import CheckpointPair
+from .linalg import krylov_svd
+from .linalg.truncated import krylov_plan
+from .linear_modules import LinearModule
+from .rank_rule import RankRule
+
+_FLOAT32 = 4
+_PROBE = 1024
+# A process that has imported torch, transformers and PEFT.
+_IMPORTS = 500 << 20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes in bytes are counted, memory and time are estimated.
+
+    Attributes:
+        layers: linear layers compared, and the parameters that they have.
+        read: of both checkpoints, once; verification reads as much again.
+        written: of the adapter at its largest.
+        working: of the working folder, gone at the end.
+        memory: peak without the models that verify="full" runs.
+        model: of one model, which verify="full" loads, one at a time.
+        seconds: of the factorisation on this machine, by the rate of a small one; without reading.
+        free: on the disk of the output.
+    """
+
+    layers: int
+    parameters: int
+    read: int
+    written: int
+    working: int
+    memory: int
+    model: int
+    seconds: float
+    free: int
+
+    def as_text(self) -> str:
+        """One line for each."""
+        verified = f", and {_size(self.model)} for one model at a time" if self.model else ""
+        lines = [
+            f"layers     {self.layers} linear layers, {self.parameters:,} parameters",
+            f"read       {_size(self.read)}"
+            + (f", {_size(2 * self.read + 2 * self.model)} with verification" if verified else ""),
+            f"written    {_size(self.written)} at most; {_size(self.working)} while it works",
+            f"free disk  {_size(self.free)}",
+            f"memory     {_size(self.memory)}{verified}",
+            f"time       {self.seconds:.0f} s for the SVDs on {torch.get_num_threads()} threads",
+        ]
+        if self.free < self.written + self.working:
+            lines.append("The disk is too small: make room, or choose another output_dir.")
+        return "\n".join(lines)
+
+
+def estimate(
+    pair: CheckpointPair,
+    rule: RankRule,
+    form: AdapterForm,
+    output_dir: str | os.PathLike,
+    *,
+    device: str = "cpu",
+    read_ahead: int = 1,
+) -> Estimate:
+    """Count what `extract_adapter` with these arguments would do; writes nothing."""
+    modules = list(pair.base.modules.values())
+    whole = pair.whole_tensors(list(form.modules_to_save)) if form.modules_to_save else None
+    factors = sum(_rank(rule, m) * (m.out_features + m.in_features) for m in modules)
+    kept = min(factors, rule.max_parameters or factors)
+    largest = max(modules, key=lambda m: m.out_features * m.in_features)
+    delta = _FLOAT32 * largest.out_features * largest.in_features
+    block, passes = krylov_plan(_rank(rule, largest), 1.003)
+    spaces = 2 * _FLOAT32 * (largest.out_features + largest.in_features) * block * (passes // 2)
+    checkpoint = pair.base.checkpoint
+    folder = Path(output_dir).expanduser().absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return Estimate(
+        layers=len(modules),
+        parameters=sum(m.out_features * m.in_features for m in modules),
+        read=sum(pair.stored_bytes(name) for name in pair),
+        written=form.dtype.itemsize * kept + (whole.stored_bytes() if whole else 0),
+        working=_FLOAT32 * factors,
+        memory=_IMPORTS + (1 + read_ahead) * delta + spaces,
+        model=sum(map(checkpoint.stored_bytes, checkpoint.shapes)) if form.verify == "full" else 0,
+        seconds=sum(_multiplications(rule, m) for m in modules) / _rate(device),
+        free=shutil.disk_usage(existing).free,
+    )
+
+
+def _rank(rule: RankRule, module: LinearModule) -> int:
+    sides = (module.out_features, module.in_features)
+    return min(*sides, rule.most or min(sides))
+
+
+def _multiplications(rule: RankRule, module: LinearModule) -> float:
+    rows, cols = module.out_features, module.in_features
+    block, passes = krylov_plan(_rank(rule, module), 1.003)
+    width = min(block * (passes // 2), rows, cols)
+    return passes * rows * cols * min(block, width) + 2 * (rows + cols) * width**2
+
+
+def _rate(device: str) -> float:
+    """Multiplications per second of a factorisation here."""
+    probe = LinearModule("probe", _PROBE, _PROBE, transposed=False)
+    matrix = torch.randn(_PROBE, _PROBE, device=device)
+    block, passes = krylov_plan(32, 1.003)
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        float(krylov_svd(matrix, 32, block=block, passes=passes).S[0])
+        times.append(time.perf_counter() - began)
+    return _multiplications(RankRule(rank=32), probe) / min(times)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

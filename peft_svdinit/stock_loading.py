@@ -1,0 +1,90 @@
+"""Loading an adapter as PEFT does where this package is not installed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel, PeftType, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .linear_modules import model_skeleton
+
+
+@contextmanager
+def _stock_tuner() -> Iterator[None]:
+    present = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA]
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = LoraModel
+    try:
+        yield
+    finally:
+        PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = present
+
+
+def weightless_model(folder: str | os.PathLike) -> nn.Module:
+    """The model of a checkpoint folder with every parameter zero, in no memory.
+
+    Parameters are one number each, expanded to the shape: on the CPU, so that PEFT puts an
+    adapter's weights there (to a model on the meta device it loads none).
+
+    Raises:
+        ValueError: as `model_skeleton` raises.
+    """
+    model = model_skeleton(folder)
+    zeros: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in zeros:
+                zero = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                zeros[id(parameter)] = nn.Parameter(zero, requires_grad=False)
+            setattr(module, name, zeros[id(parameter)])
+    return model
+
+
+def load_stock_adapter(model: nn.Module, folder: str | os.PathLike) -> PeftModel:
+    """`PeftModel.from_pretrained` by PEFT's own LoRA tuner, every stored tensor accounted for.
+
+    PEFT itself passes over tensors that it misses or does not expect. The global random state stays
+    as it is.
+
+    Args:
+        model: the base; its layers are wrapped in place.
+        folder: a saved adapter.
+
+    Raises:
+        FileNotFoundError: if a file of the adapter is missing.
+        ValueError: if PEFT cannot load it, or it stores other tensors than its configuration means.
+    """
+    path = Path(folder)
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"adapter: the folder {path} has no {name}")
+    try:
+        with safe_open(path / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+            stored = set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(
+            f"adapter: {path / SAFETENSORS_WEIGHTS_NAME} is not a readable safetensors file "
+            f"({error}): truncated while writing or copying? Write it again"
+        ) from error
+    device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
+    with _stock_tuner(), torch.random.fork_rng(devices=[]):
+        try:
+            loaded = PeftModel.from_pretrained(model, os.fspath(path), torch_device=device)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"adapter: PEFT cannot load {path}: {error}") from error
+        expected = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
+    for kind, names in (("lacks", expected - stored), ("holds beyond it", stored - expected)):
+        if names:
+            raise ValueError(
+                f"adapter: {path} does not store what its {CONFIG_NAME} means; it {kind} "
+                f"{len(names)} tensors, {min(names)} among them"
+            )
+    return loaded

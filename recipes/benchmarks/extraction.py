@@ -1,0 +1,208 @@
+"""An adapter out of a full fine-tune: streamed extraction against an SVD of every matrix.
+
+    python recipes/benchmarks/extraction.py [--quick] [--layers 6] [--mergekit_python PATH]
+
+A pair of Llama checkpoints, 2048 wide, in sharded bfloat16, is written: random weights, and a delta
+whose singular values fall as a power of their index. On one thread, in CPU seconds with the time
+of the imports taken off:
+
+- ours: `svdinit extract --rank 32`, without and with the check of every layer;
+- svd loop: torch.linalg.svd of every delta, by one of each shape times their number;
+- mergekit: `mergekit-extract-lora`, if `--mergekit_python` names a Python that has it.
+
+The error ratio is that of the worst layer over its optimum, by the eigenvalues of its Gram matrix
+in float64. Peak memory is the resident set of a fresh process. `--quick` takes two layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from peft_svdinit.deltas import CheckpointPair
+from peft_svdinit.linalg.gram import gram_matrix
+from peft_svdinit.tensor_writer import TensorWriter
+
+_RANK, _WIDTH, _INNER = 32, 2048, 8192
+_SHAPES = {
+    **{f"self_attn.{name}_proj": (_WIDTH, _WIDTH) for name in "qkvo"},
+    "mlp.gate_proj": (_INNER, _WIDTH),
+    "mlp.up_proj": (_INNER, _WIDTH),
+    "mlp.down_proj": (_WIDTH, _INNER),
+}
+
+
+def make_pair(folder: Path, layers: int) -> None:
+    """Write `base` and `tuned`, a shard for each layer."""
+    config = LlamaConfig(
+        hidden_size=_WIDTH,
+        intermediate_size=_INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        vocab_size=256,
+        architectures=["LlamaForCausalLM"],
+    )
+    generator = torch.Generator().manual_seed(0)
+    bases = {side: _orthonormal(side, generator) for side in (_WIDTH, _INNER)}
+    ends = {"model.embed_tokens.weight": (256, _WIDTH), "model.norm.weight": (_WIDTH,)}
+    ends["lm_head.weight"] = (256, _WIDTH)
+    for name in ("base", "tuned"):
+        (folder / name).mkdir(parents=True)
+        config.save_pretrained(folder / name)
+    index: dict[str, str] = {}
+    for layer in range(layers + 1):
+        shapes: dict[str, tuple[int, ...]] = dict(ends)
+        if layer < layers:
+            prefix = f"model.layers.{layer}"
+            shapes = {f"{prefix}.{name}.weight": shape for name, shape in _SHAPES.items()}
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"{prefix}.{norm}.weight"] = (_WIDTH,)
+        file = f"model-{layer + 1:05d}-of-{layers + 1:05d}.safetensors"
+        index |= dict.fromkeys(shapes, file)
+        layout = {name: (torch.bfloat16, shape) for name, shape in shapes.items()}
+        with (
+            TensorWriter(folder / "base" / file, layout, {"format": "pt"}) as base,
+            TensorWriter(folder / "tuned" / file, layout, {"format": "pt"}) as tuned,
+        ):
+            for name, shape in shapes.items():
+                weight = 0.02 * torch.randn(shape, generator=generator)
+                delta = _delta(bases, shape, generator) if "proj" in name else 0.0
+                base.write(name, weight.bfloat16())
+                tuned.write(name, (weight + delta).bfloat16())
+    for name in ("base", "tuned"):
+        text = json.dumps({"metadata": {"total_size": 0}, "weight_map": index})
+        (folder / name / "model.safetensors.index.json").write_text(text)
+
+
+def _orthonormal(side: int, generator: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(side, _WIDTH, generator=generator)).Q
+
+
+def _delta(bases: dict[int, Tensor], shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Singular values 1/j, and vectors that are permuted and signed from layer to layer."""
+    values = torch.arange(1, _WIDTH + 1).float().reciprocal()
+    left, right = (
+        bases[side][torch.randperm(side, generator=generator)]
+        * (1 - 2 * torch.randint(0, 2, (side, 1), generator=generator))
+        for side in shape
+    )
+    return (left * values) @ right.mT
+
+
+def run_child(command: list[str]) -> tuple[float, float]:
+    """CPU seconds and peak resident MiB of a command on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    script = (
+        "import resource, subprocess, sys\n"
+        "done = subprocess.run(sys.argv[1:], capture_output=True, text=True)\n"
+        "use = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(use.ru_utime + use.ru_stime, use.ru_maxrss / 1024)\n"
+        "sys.stderr.write(done.stderr[-2000:]); sys.exit(done.returncode)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command], capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr}")
+    seconds, peak = done.stdout.split()[-2:]
+    return float(seconds), float(peak)
+
+
+def ours(folder: Path, verify: str) -> tuple[float, float]:
+    """CPU seconds without imports, and peak MiB."""
+    code = "from peft_svdinit.cli import main; main()"
+    imports, _ = run_child([sys.executable, "-c", "import peft_svdinit.cli"])
+    options = ["--base", str(folder / "base"), "--tuned", str(folder / "tuned")]
+    options += ["--output_dir", str(folder / f"ours-{verify}"), "--rank", str(_RANK)]
+    seconds, peak = run_child([sys.executable, "-c", code, "extract", *options, "--verify", verify])
+    return seconds - imports, peak
+
+
+def mergekit(python: str, folder: Path) -> float:
+    """CPU seconds of mergekit's extractor without its imports."""
+    module = "mergekit.scripts.extract_lora"
+    imports, _ = run_child([python, "-c", f"import {module}"])
+    command = [python, "-c", f"from {module} import main; main()"]
+    command += ["--model", str(folder / "tuned"), "--base-model", str(folder / "base")]
+    command += ["--out-path", str(folder / "mergekit"), "--max-rank", str(_RANK)]
+    return run_child(command)[0] - imports
+
+
+def svd_loop(pair: CheckpointPair) -> float:
+    """CPU seconds of a full SVD of every delta, one of each shape measured."""
+    counts = Counter(pair.base.stored_shape(name) for name in pair)
+    total = 0.0
+    for shape, count in counts.items():
+        name = next(name for name in pair if pair.base.stored_shape(name) == shape)
+        delta = pair[name]
+        began = time.process_time()
+        torch.linalg.svd(delta, full_matrices=False)
+        total += count * (time.process_time() - began)
+    return total
+
+
+def largest_error_ratio(pair: CheckpointPair, folder: Path, every: int) -> float:
+    """Of the reported error over that of the best approximation, over one layer in `every`."""
+    layers = json.loads((folder / "extraction.json").read_text())["layers"]
+    worst = 0.0
+    for name in list(pair)[::every]:
+        delta = pair[name]
+        tall = delta if delta.shape[0] >= delta.shape[1] else delta.mT
+        discarded = torch.linalg.eigvalsh(gram_matrix(tall))[:-_RANK].clamp_min(0).sum().item()
+        error = layers[name]["relative_error"] * layers[name]["norm"]
+        worst = max(worst, error / math.sqrt(discarded))
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="two layers, errors of some of them")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--mergekit_python", default=None, help="a Python that has mergekit")
+    parser.add_argument("--folder", type=Path, default=None, help="where to work; temporary if not")
+    options = parser.parse_args()
+    layers = 2 if options.quick else options.layers
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        make_pair(folder, layers)
+        pair = CheckpointPair(folder / "base", folder / "tuned")
+        seconds, peak = ours(folder, "none")
+        verified, verified_peak = ours(folder, "layers")
+        _, torch_alone = run_child([sys.executable, "-c", "import torch"])
+        rows = [("ours", seconds, peak), ("ours, every layer verified", verified, verified_peak)]
+        loop = svd_loop(pair)
+        rows.append(("SVD of every delta", loop, float("nan")))
+        result = {
+            "speedup_over_svd_loop": round(loop / seconds, 1),
+            "peak_rss_mb": round(peak, 1),
+            "torch_rss_mb": round(torch_alone, 1),
+            "largest_tensor_mb": round(4 * _WIDTH * _INNER / 2**20, 1),
+            "max_error_ratio": round(
+                largest_error_ratio(pair, folder / "ours-none", 7 if options.quick else 1), 5
+            ),
+        }
+        if options.mergekit_python:
+            theirs = mergekit(options.mergekit_python, folder)
+            rows.append(("mergekit-extract-lora", theirs, float("nan")))
+            result["speedup_over_mergekit"] = round(theirs / seconds, 1)
+    print(f"{layers} layers, {len(pair)} matrices; {'':<7} CPU seconds   ratio  peak MiB")
+    for label, spent, memory in rows:
+        print(f"{label:<34} {spent:11.2f}  {spent / seconds:6.1f}  {memory:8.0f}")
+    print(f"RESULT {json.dumps(result)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The working folder of an extraction: resumed, locked, and never trusted blindly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import truncate
+
+from peft_svdinit import LowRankFactors
+from peft_svdinit.extraction import Factorisation, LayerStore, fill_store
+
+NAMES = ["layers.0.q", "layers.1.q", "layers.2.q"]
+
+
+def deltas() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(9, 7, generator=generator) for name in NAMES}
+
+
+def store(folder: Path, **inputs: object) -> LayerStore:
+    return LayerStore(folder / "job", NAMES, inputs)
+
+
+def assert_equal(one: LowRankFactors, other: LowRankFactors) -> None:
+    assert all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("U", "S", "Vh"))
+    assert one.norm == other.norm
+
+
+@pytest.mark.parametrize("read_ahead", [1, 2, 8])
+def test_a_filled_store_gives_every_layer_back_in_order(tmp_path, read_ahead):
+    factorise = Factorisation(3)
+    with store(tmp_path) as filled:
+        fill_store(filled, deltas(), factorise, read_ahead=read_ahead)
+        assert list(filled) == NAMES and len(filled) == 3
+        for name, delta in deltas().items():
+            assert_equal(filled[name], factorise(name, delta))
+            S, norm = filled.singular_values(name)
+            assert torch.equal(S, filled[name].S) and norm == filled[name].norm
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_layers_that_it_lacks(tmp_path):
+    made = []
+
+    def failing(name: str, delta: torch.Tensor) -> LowRankFactors:
+        made.append(name)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return Factorisation(3)(name, delta)
+
+    with pytest.raises(KeyboardInterrupt), store(tmp_path) as filled:
+        fill_store(filled, deltas(), failing)
+    with store(tmp_path) as resumed:
+        assert list(resumed) == NAMES[:1]
+        fill_store(resumed, deltas(), failing)
+        assert made == [NAMES[0], NAMES[1], NAMES[1], NAMES[2]]
+        for name, delta in deltas().items():
+            assert_equal(resumed[name], Factorisation(3)(name, delta))
+
+
+def test_a_kill_at_any_moment_leaves_whole_layers_only(tmp_path):
+    script = (
+        "import os, sys, torch\n"
+        "from peft_svdinit.extraction import LayerStore, Factorisation, fill_store\n"
+        "import peft_svdinit.extraction.layer_store as module\n"
+        "save = module.save_file\n"
+        "def dying(tensors, path, metadata):\n"
+        "    save(tensors, path, metadata)\n"
+        "    if 'layer-00001' in str(path): os._exit(9)\n"
+        "module.save_file = dying\n"
+        "names = ['a', 'b', 'c']\n"
+        "with LayerStore(sys.argv[1], names, {}) as store:\n"
+        "    fill_store(store, {n: torch.randn(9, 7) for n in names}, Factorisation(3))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "job")], check=False)
+    assert done.returncode == 9
+    with LayerStore(tmp_path / "job", ["a", "b", "c"], {}) as resumed:
+        assert list(resumed) == ["a"]
+        assert resumed["a"].rank == 3
+
+
+def test_other_inputs_start_afresh(tmp_path, caplog):
+    with store(tmp_path, rank=3) as first:
+        fill_store(first, deltas(), Factorisation(3))
+    with store(tmp_path, rank=3) as again:
+        assert len(again) == 3
+    with store(tmp_path, rank=2) as other:
+        assert len(other) == 0
+    assert "other inputs; starting afresh" in caplog.text
+
+
+def test_a_layer_that_is_damaged_is_made_again(tmp_path):
+    with store(tmp_path) as first:
+        fill_store(first, deltas(), Factorisation(3))
+        damaged = sorted(first.folder.glob("layer-*"))[1]
+    truncate(damaged)
+    with store(tmp_path) as resumed:
+        assert list(resumed) == [NAMES[0], NAMES[2]]
+        with pytest.raises(KeyError):
+            resumed[NAMES[1]]
+
+
+def test_a_second_process_on_one_output_is_refused(tmp_path):
+    script = (
+        "import sys\nfrom peft_svdinit.extraction import LayerStore\n"
+        "LayerStore(sys.argv[1], ['layers.0.q'], {}).__enter__()"
+    )
+    with store(tmp_path) as held:
+        second = subprocess.run(
+            [sys.executable, "-c", script, str(held.folder)], capture_output=True, text=True
+        )
+    assert second.returncode != 0
+    assert "in use by another process" in second.stderr
+    with store(tmp_path):
+        pass
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something else"):
+        store(tmp_path).__enter__()
+    assert (tmp_path / "job" / "thesis.tex").read_text() == "years of work"
+
+
+def test_removing_a_store_leaves_nothing(tmp_path):
+    with store(tmp_path) as filled:
+        fill_store(filled, deltas(), Factorisation(3))
+        filled.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layer_does_not_depend_on_those_before_it():
+    delta = deltas()["layers.0.q"]
+    one, other = (Factorisation(2, method="krylov")(name, delta) for name in NAMES[:2])
+    assert not torch.equal(one.U, other.U)
+    assert_equal(one, Factorisation(2, method="krylov")(NAMES[0], delta))
+
+
+def test_a_zero_delta_keeps_one_triplet_of_nothing():
+    factors = Factorisation(5)("layer", torch.zeros(9, 7))
+    assert (factors.rank, factors.norm, float(factors.S[0])) == (1, 0.0, 0.0)
+
+
+def test_a_delta_that_is_not_finite_is_refused_by_its_layer():
+    with pytest.raises(ValueError, match=r"layer layers.0.q: .*NaN or infinite"):
+        Factorisation(2)("layers.0.q", torch.full((60, 70), torch.inf))
+
+
+def test_an_error_of_a_reader_reaches_the_caller_and_ends_the_threads(tmp_path):
+    class Broken(dict):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            if name == NAMES[1]:
+                raise ValueError("a truncated shard")
+            return super().__getitem__(name)
+
+    with store(tmp_path) as filled:
+        with pytest.raises(ValueError, match="a truncated shard"):
+            fill_store(filled, Broken(deltas()), Factorisation(2), read_ahead=2)
+        assert list(filled) == NAMES[:1]
+    assert not any(thread.name.startswith("deltas") for thread in threading.enumerate())
+
+
+def test_no_readers_are_refused(tmp_path):
+    with store(tmp_path) as empty, pytest.raises(ValueError, match="read_ahead must be at least 1"):
+        fill_store(empty, deltas(), Factorisation(2), read_ahead=0)

@@ -1,0 +1,165 @@
+"""Losses and divergences of base, tuned and base + adapter on a sample."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from byte_tokenizer import byte_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import array
+from strategies import seeds
+from tiny_models import SavedPair, rewrite_tensors, save_pair, tiny_model
+
+import peft_svdinit.text_check
+from peft_svdinit.deltas import CheckpointPair
+from peft_svdinit.export import export_adapter
+from peft_svdinit.factors import LowRankFactors
+from peft_svdinit.sample_text import SAMPLE_TEXTS
+from peft_svdinit.text_check import compare_on_text, divergence
+
+
+def written(folder: Path, *, rank: int = 16, sign: float = 1.0, **options: Any) -> SavedPair:
+    """A pair and in `folder / "adapter"` its delta, truncated to `rank`."""
+    pair = save_pair(folder, **options)
+    factors = {
+        name: LowRankFactors.from_delta(sign * delta, min(delta.shape))
+        for name, delta in CheckpointPair(pair.base_folder, pair.tuned_folder).items()
+    }
+    export_adapter(factors, rank, folder / "adapter")
+    return pair
+
+
+def check(folder: Path, **options: Any) -> Any:
+    return compare_on_text(folder / "base", folder / "tuned", folder / "adapter", **options)
+
+
+@given(seed=seeds, rows=st.integers(1, 4), size=st.integers(1, 9))
+def test_the_divergence_is_its_definition(seed, rows, size):
+    generator = torch.Generator().manual_seed(seed)
+    p, q = torch.randn(2, rows, size, generator=generator).log_softmax(-1)
+    exact_p, exact_q = array(p), array(q)
+    expected = float(np.sum(np.exp(exact_p) * (exact_p - exact_q)))
+    assert divergence(p, q) == pytest.approx(expected, abs=1e-12)
+    assert divergence(p, p) == 0
+
+
+def test_tokens_that_both_models_rule_out_do_not_count():
+    p = torch.tensor([[0.0, 1.0, -torch.inf]]).log_softmax(-1)
+    q = torch.tensor([[1.0, 1.0, -torch.inf]]).log_softmax(-1)
+    assert divergence(p, q) == pytest.approx(divergence(p[:, :2], q[:, :2]))
+
+
+def test_an_adapter_of_full_rank_is_the_tuned_model(tmp_path):
+    pair = written(tmp_path)
+    found = check(tmp_path, max_tokens=100, seed=5)
+    assert found.sample == "random tokens" and found.tokens == 98  # 64 and 36, less one of each
+    assert found.kl_adapted < 1e-6 < 0.01 < found.kl_base
+    assert found.loss_adapted == pytest.approx(found.loss_tuned, rel=1e-5)
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(64, (2, 64), generator=generator)
+    for model, loss in ((pair.base, found.loss_base), (pair.tuned, found.loss_tuned)):
+        total = 0.0
+        for sample in (ids[:1], ids[1:, :36]):
+            with torch.no_grad():
+                output: Any = model(input_ids=sample, labels=sample)
+            total += output.loss.item() * (sample.shape[1] - 1)
+        assert loss == pytest.approx(total / 98, rel=1e-5)
+
+
+def test_a_truncated_adapter_lies_between_base_and_tuned(tmp_path):
+    written(tmp_path, rank=8)
+    found = check(tmp_path)
+    assert 1e-6 < found.kl_adapted < found.kl_base
+
+
+def test_the_same_seed_gives_the_same_check_and_no_global_state_moves(tmp_path):
+    written(tmp_path, rank=4)
+    state = torch.get_rng_state()
+    assert check(tmp_path) == check(tmp_path) != check(tmp_path, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("adds_start", [True, False])
+def test_texts_are_read_by_the_tokenizer_of_the_base(tmp_path, adds_start):
+    pair = written(tmp_path, vocab_size=300)
+    tokenizer = byte_tokenizer(adds_start=adds_start)
+    tokenizer.save_pretrained(pair.base_folder)
+    found = check(tmp_path, texts=["", "abc", "defgh"])
+    assert found.sample == "text"
+    assert found.tokens == (3 + 5 if adds_start else 2 + 4)
+    assert check(tmp_path, max_tokens=50).tokens == 49
+    assert check(tmp_path, max_tokens=10_000).tokens == sum(
+        min(64, len(tokenizer(text)["input_ids"])) - 1 for text in SAMPLE_TEXTS
+    )
+    with pytest.raises(ValueError, match="nothing to predict in 1 texts"):
+        check(tmp_path, texts=[""])
+
+
+def test_an_adapter_that_does_harm_is_warned_of(tmp_path, caplog):
+    written(tmp_path, sign=-1.0)
+    with caplog.at_level(logging.WARNING):
+        found = check(tmp_path)
+    assert found.kl_adapted > found.kl_base
+    assert "no nearer to the tuned one" in caplog.text
+
+
+def test_models_run_in_the_dtype_that_they_are_stored_in(tmp_path, monkeypatch):
+    written(tmp_path, dtype=torch.bfloat16)
+    loaded = peft_svdinit.text_check._loaded
+    dtypes = []
+
+    def recorded(*arguments: Any) -> Any:
+        model = loaded(*arguments)
+        dtypes.append(next(model.parameters()).dtype)
+        return model
+
+    monkeypatch.setattr(peft_svdinit.text_check, "_loaded", recorded)
+    found = check(tmp_path)
+    assert dtypes == [torch.bfloat16, torch.bfloat16]
+    assert found.kl_adapted < 0.02 * found.kl_base
+
+
+def test_one_model_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    written(tmp_path)
+    loaded = peft_svdinit.text_check._loaded
+    models: list[weakref.ref] = []
+
+    def watched(*arguments: Any) -> Any:
+        assert all(model() is None for model in models)
+        model = loaded(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(peft_svdinit.text_check, "_loaded", watched)
+    check(tmp_path)
+    assert len(models) == 2
+
+
+def test_other_vocabularies_are_refused(tmp_path):
+    written(tmp_path)
+    tiny_model(vocab_size=70).save_pretrained(str(tmp_path / "tuned"))
+    with pytest.raises(ValueError, match="it predicts 70 tokens, the base 64"):
+        check(tmp_path)
+
+
+def test_a_model_whose_loss_is_no_number_is_named(tmp_path):
+    written(tmp_path)
+    path = tmp_path / "tuned" / "model.safetensors"
+    rewrite_tensors(
+        path, lambda tensors: tensors.update({"model.norm.weight": torch.full((16,), torch.nan)})
+    )
+    with pytest.raises(ValueError, match="the loss of tuned on the sample is nan"):
+        check(tmp_path)
+
+
+def test_a_missing_model_is_named(tmp_path):
+    written(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"tuned: .*nowhere is not a folder"):
+        compare_on_text(tmp_path / "base", tmp_path / "nowhere", tmp_path / "adapter")
