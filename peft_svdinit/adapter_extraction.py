@@ -178,6 +178,9 @@ def _verified(
 def _read(folder: Path, pair: CheckpointPair, form: AdapterForm) -> TextCheck | None:
     if form.verify != "full":
         return None
+    if pair.sliced:
+        logger.warning("base and tuned predict different vocabularies: they are not run on text")
+        return None
     base, tuned = (side.checkpoint.folder for side in (pair.base, pair.tuned))
     return compare_on_text(base, tuned, folder, form.texts)
 

@@ -210,8 +210,9 @@ class LinearWeights(Mapping[str, Tensor]):
     def stored_shape(self, name: str) -> tuple[int, int]:
         """(out, in), or (in, out) of a Conv1D."""
         module = self.modules[name]
-        shape = (module.out_features, module.in_features)
-        return shape[::-1] if module.transposed else shape
+        if module.transposed:
+            return module.in_features, module.out_features
+        return module.out_features, module.in_features
 
     def oriented(self, name: str, stored: Tensor) -> Float[Tensor, "out in"]:
         """What is stored in the checkpoint's orientation, as (out, in)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reference
@@ -139,6 +140,26 @@ def test_embeddings_and_norms_come_along_on_demand(tmp_path):
     whole = extract(pair, tmp_path / "whole", RankRule(rank=999), form)
     assert whole.uncovered == []
     assert whole.text is not None and whole.text.kl_adapted < 1e-6 < whole.text.kl_base
+
+
+def test_a_vocabulary_that_grew_is_sliced_and_verified_without_text(tmp_path, caplog):
+    pair = save_pair(tmp_path, change=lambda name: True)
+    pair.tuned.resize_token_embeddings(70, mean_resizing=False)
+    pair.tuned.save_pretrained(str(pair.tuned_folder))
+    named = ["embed_tokens", "lm_head"]
+    extracted = extract_adapter(
+        opened(pair, slice_modules=named),
+        tmp_path / "out",
+        RankRule(rank=999),
+        AdapterForm(modules_to_save=named),
+        base_model_name_or_path="tiny",
+    )
+    assert extracted.text is None and "different vocabularies" in caplog.text
+    assert extracted.verification is not None
+    adapted = PeftModel.from_pretrained(pair.base, str(tmp_path / "out")).get_base_model()
+    expected = weight_of(pair.tuned, "model.embed_tokens")[:64]
+    embedding: Any = adapted.get_submodule("model.embed_tokens")
+    assert torch.equal(embedding.weight, expected)
 
 
 STAGES = ["fill_store", "export_adapter", "verify_adapter", "compare_on_text", "write_json"]

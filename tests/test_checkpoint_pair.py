@@ -279,7 +279,7 @@ def test_of_a_longer_vocabulary_the_rows_of_both_are_compared_on_demand(tmp_path
     sliced = CheckpointPair(*folders, slice_modules=named)
     assert sliced.uncovered() == before.uncovered()
     whole = sliced.whole_tensors(["embed_tokens"])["model.embed_tokens.weight"]
-    assert torch.equal(whole, pair.tuned.get_input_embeddings().weight[:64])
+    assert torch.equal(whole, weight_of(pair.tuned, "model.embed_tokens")[:64])
     left_out = CheckpointPair(*folders, exclude_modules=named).uncovered()
     assert not any("embed" in tensor.key or "head" in tensor.key for tensor in left_out)
     if not tied:

@@ -141,6 +141,14 @@ class CheckpointPair(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.base)
 
+    @property
+    def sliced(self) -> bool:
+        """Whether tuned has rows beyond the base's, which are not read."""
+        base, tuned = self.base.checkpoint, self.tuned.checkpoint
+        keys = [*self._others.values()]
+        keys += [(self.base.keys_of[name], self.tuned.keys_of[name]) for name in self]
+        return any(base.shapes[one] != tuned.shapes[other] for one, other in keys)
+
     def stored_bytes(self, name: str) -> int:
         """What reading one delta reads from the disk."""
         return sum(

@@ -27,6 +27,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from peft_svdinit.embedded import resolve_model
 from peft_svdinit.linalg import truncated_svd
 
 Triplets = tuple[Tensor, Tensor, Tensor]
+Method = Callable[[Tensor, int], Triplets]  # of a matrix and a seed
 _TOLERANCES = (1.1, 1.05, 1.01, 1.003)
 _LAYER, _STEPS, _LENGTH = 15, 10, 256
 
@@ -76,9 +78,10 @@ def synthetic(quick: bool) -> Iterable[Case]:
 def of_the_model() -> Iterable[Case]:
     """A gradient, and what ten steps of AdamW made of the weights."""
     path = resolve_model("builtin:smollm2-135m")
-    model = AutoModelForCausalLM.from_pretrained(path)
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
     source = "".join(inspect.getsource(module) for module in (textwrap, argparse, inspect))
-    ids = AutoTokenizer.from_pretrained(path)(source, return_tensors="pt").input_ids[0]
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    ids = tokenizer(source, return_tensors="pt").input_ids[0]
     batches = ids[: _STEPS * _LENGTH].view(_STEPS, 1, _LENGTH)
     block = f"model.layers.{_LAYER}"
     names = {"q_proj": f"{block}.self_attn.q_proj", "gate_proj": f"{block}.mlp.gate_proj"}
@@ -88,8 +91,8 @@ def of_the_model() -> Iterable[Case]:
         model(input_ids=batch, labels=batch).loss.backward()
         if step == 0:
             for key, name in names.items():
-                gradient = model.get_submodule(name).weight.grad
-                yield Case(f"gradient {key} r16", gradient.clone(), 16)
+                gradient = model.get_submodule(name).weight.grad.clone()
+                yield Case(f"gradient {key} r16", gradient, 16)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -98,18 +101,27 @@ def of_the_model() -> Iterable[Case]:
         yield Case(f"delta {key} r16", delta, 16)
 
 
-def peers(rank: int) -> dict[str, Callable[[Tensor, int], Triplets]]:
+def ours(rank: int, tolerance: float) -> Method:
+    def method(matrix: Tensor, seed: int) -> Triplets:
+        generator = torch.Generator().manual_seed(seed)
+        svd = truncated_svd(matrix, rank, tolerance=tolerance, generator=generator)
+        return svd.U, svd.S, svd.Vh
+
+    return method
+
+
+def peers(rank: int) -> dict[str, Method]:
     def lowrank(matrix: Tensor, columns: int, seed: int) -> Triplets:
         torch.manual_seed(seed)
         U, S, V = torch.svd_lowrank(matrix, q=columns, niter=4)
         return U[:, :rank], S[:rank], V[:, :rank].mT
 
-    found: dict[str, Callable[[Tensor, int], Triplets]] = {
+    found: dict[str, Method] = {
         "svd_lowrank, as PEFT calls it": lambda matrix, seed: lowrank(matrix, rank, seed),
         "svd_lowrank, 8 more columns": lambda matrix, seed: lowrank(matrix, rank + 8, seed),
     }
     if importlib.util.find_spec("sklearn"):
-        from sklearn.utils.extmath import randomized_svd
+        from sklearn.utils.extmath import randomized_svd  # pyright: ignore[reportMissingImports]
 
         def learned(matrix: Tensor, seed: int) -> Triplets:
             U, S, Vh = randomized_svd(matrix.numpy(), rank, random_state=seed)
@@ -139,19 +151,12 @@ def measure(case: Case, repetitions: int) -> dict[str, dict[str, float]]:
     slow = 1 if min(matrix.shape) > 1500 else 3
     dense = cpu_seconds(lambda: torch.linalg.svd(matrix, full_matrices=False), slow)
     block = torch.randn(matrix.shape[1], rank + 8)
-    limit = cpu_seconds(lambda: (matrix @ block).mT @ matrix, repetitions)
+    products = cpu_seconds(lambda: (matrix @ block).mT @ matrix, repetitions)
     values = torch.linalg.svdvals(matrix.double())
     optimum, energy = float(values[rank:].norm()), float(values[:rank].square().sum())
     whole = float(values.square().sum())
-    methods: dict[str, Callable[[Tensor, int], Triplets]] = {}
-    for tolerance in _TOLERANCES:
-        methods[f"ours, within {tolerance:g}"] = lambda matrix, seed, tolerance=tolerance: tuple(
-            truncated_svd(
-                matrix, rank, tolerance=tolerance, generator=torch.Generator().manual_seed(seed)
-            )
-        )
-    methods |= peers(rank)
-    print(f"\n{case.name}: torch.linalg.svd {dense * 1e3:.1f} ms, limit {dense / limit:.0f}x")
+    methods = {f"ours, within {limit:g}": ours(rank, limit) for limit in _TOLERANCES} | peers(rank)
+    print(f"\n{case.name}: torch.linalg.svd {dense * 1e3:.1f} ms, limit {dense / products:.0f}x")
     found = {}
     for name, method in methods.items():
         seconds = cpu_seconds(lambda method=method: method(matrix, 0), repetitions)
@@ -160,7 +165,7 @@ def measure(case: Case, repetitions: int) -> dict[str, dict[str, float]]:
             "speedup": round(dense / seconds, 1),
             "error_ratio": round(error / optimum, 4),
             "captured_ratio": round((whole - error**2) / energy, 4),
-            "gemm_limit_share": round(limit / seconds, 3),
+            "gemm_limit_share": round(products / seconds, 3),
         }
         row = found[name]
         print(
