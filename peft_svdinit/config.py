@@ -14,6 +14,7 @@ from typing import Any, Literal
 from peft import LoraConfig
 
 from .atomic import write_json
+from .factor_sources import PARTS, Part
 from .initializers import SvdGuided
 
 SIDECAR_NAME = "svdinit_config.json"
@@ -21,19 +22,35 @@ INIT_MARKER = "svd_guided"
 ALIAS_PREFIX = f"{INIT_MARKER}:"
 
 Coverage = Literal["strict", "partial"]
+# The functions behind sources that a config cannot ask for.
+_FROM_DATA = {"gradient": "gradient_factors", "activation": "activation_factors"}
 
 
 @dataclass
 class SvdLoraConfig(LoraConfig):
-    """LoRA whose weights start from the SVD of a delta.
+    """LoRA whose weights start from the SVD of a delta, or of the base weights themselves.
 
     Use it wherever a LoraConfig goes. What is saved is a stock LoRA adapter: `adapter_config.json`
     is that of a LoraConfig, and the options below go to `svdinit_config.json` beside it.
     """
 
+    svd_source: Literal["teacher", "weight"] = field(
+        default="teacher",
+        metadata={
+            "help": "Where the triplets come from: teacher: svd_factors; weight: each layer's own "
+            "weight (PiSSA, MiLoRA), which stays as it is."
+        },
+    )
+    svd_part: Part = field(
+        default="principal",
+        metadata={"help": "The end of the spectrum, for svd_source=weight: principal or minor."},
+    )
     svd_factors: str = field(
         default="",
-        metadata={"help": "Factors file, or a folder or Hub id that holds factors.safetensors."},
+        metadata={
+            "help": "Factors file, or a folder or Hub id that holds factors.safetensors, for "
+            "svd_source=teacher."
+        },
     )
     svd_factors_revision: str | None = field(
         default=None,
@@ -72,8 +89,7 @@ class SvdLoraConfig(LoraConfig):
                 f"{type(self.svd_factors).__name__}; use initialize_lora_from_factors for factors "
                 "in memory"
             )
-        if not self.svd_factors:
-            raise ValueError("svd_factors must name a factors file, folder or Hub id; it is empty")
+        self._check_source()
         if self.init_lora_weights not in (True, INIT_MARKER):
             raise ValueError(
                 "init_lora_weights must stay True with svd_factors, which initialises the adapter, "
@@ -98,6 +114,36 @@ class SvdLoraConfig(LoraConfig):
         # in a mixed model, say, or after unregister().
         self.init_lora_weights = INIT_MARKER  # pyright: ignore[reportAttributeAccessIssue]
         self.initializer()
+
+    def _check_source(self) -> None:
+        source: str = self.svd_source
+        if source in _FROM_DATA:
+            raise ValueError(
+                f'svd_source="{source}" needs data, which a config cannot hold: call '
+                f"peft_svdinit.{_FROM_DATA[source]}(base_model, batches, …), and give the result "
+                "to initialize_lora_from_factors, or to save_factors and its path as svd_factors"
+            )
+        if source not in ("teacher", "weight"):
+            raise ValueError(f'svd_source must be "teacher" or "weight", got {source!r}')
+        if self.svd_part not in PARTS:
+            raise ValueError(f"svd_part must be one of {', '.join(PARTS)}, got {self.svd_part!r}")
+        if source == "teacher" and self.svd_part != "principal":
+            raise ValueError(
+                f'svd_part={self.svd_part!r} needs svd_source="weight": a teacher\'s factors are '
+                "used from their first triplet on"
+            )
+        if source == "teacher" and not self.svd_factors:
+            raise ValueError("svd_factors must name a factors file, folder or Hub id; it is empty")
+        if source == "weight" and (self.svd_factors or self.svd_factors_revision):
+            raise ValueError(
+                f'svd_factors={self.svd_factors!r} is not read with svd_source="weight"; leave one '
+                "of the two out"
+            )
+        if source == "weight" and self.svd_start == "delta":
+            raise ValueError(
+                'svd_start="delta" would add a part of each weight to the weight itself; with '
+                'svd_source="weight" use "reference" (PiSSA, MiLoRA) or "subspace"'
+            )
 
     def initializer(self) -> SvdGuided:
         """The initialiser these options describe."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any, cast
 
@@ -13,16 +14,18 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checkpoints import recognition_sample
 from .config import Coverage, SvdLoraConfig, config_of_alias, lora_options
 from .deltas.adapter import INITS_MOVING_BASE
+from .factor_sources import WeightFactors, WeightSource
 from .factors import LowRankFactors
 from .factors_file import FactorsFile
 from .initializers import LoraInit, Split, Start, SvdGuided
+from .layers.base_weight import base_weight, dequantised_weight
 from .layers.reference import (
     ReferenceVariant,
     attach_reference,
@@ -35,6 +38,8 @@ from .layers.reference import (
 
 logger = logging.getLogger(__name__)
 
+Factors = FactorsFile | WeightFactors
+
 _IN_MEMORY = "<factors in memory>"
 _PREFIX = "base_model.model."
 
@@ -42,8 +47,8 @@ _PREFIX = "base_model.model."
 class SvdLoraModel(LoraModel):
     """LoraModel that knows SvdLoraConfig and the string alias; any other config passes through."""
 
-    _just_started: str | None = None
-    """The adapter whose weights nobody has touched since they were initialised."""
+    _just_started: tuple[str, Factors] | None = None
+    """The adapter whose weights nobody has touched since they were initialised, and from what."""
 
     def inject_adapter(
         self,
@@ -59,12 +64,18 @@ class SvdLoraModel(LoraModel):
         if not isinstance(config, SvdLoraConfig):
             super().inject_adapter(model, adapter_name, *options)
             return
-        factors = _opened(config)  # Refuses a bad file before the model is touched.
+        opened = None
+        if config.svd_source == "teacher":  # Refuses a bad file before the model is touched.
+            opened = FactorsFile(config.svd_factors, revision=config.svd_factors_revision)
         active = self.active_adapter
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             with config.as_stock_start():
                 super().inject_adapter(model, adapter_name, *options)
+            if opened is None:
+                factors = _weight_factors(self.model, adapter_name, config)
+            else:
+                factors = opened
             self._initialize(adapter_name, config, factors)
         except Exception:
             self._remove(adapter_name)
@@ -72,9 +83,9 @@ class SvdLoraModel(LoraModel):
             for parameter in trainable:
                 parameter.requires_grad_(True)
             raise
-        self._just_started = adapter_name
+        self._just_started = (adapter_name, factors)
 
-    def _initialize(self, adapter_name: str, config: SvdLoraConfig, factors: FactorsFile) -> None:
+    def _initialize(self, adapter_name: str, config: SvdLoraConfig, factors: Factors) -> None:
         initialize_layers(
             self.model,
             factors,
@@ -94,13 +105,13 @@ class SvdLoraModel(LoraModel):
         config = self.peft_config[adapter_name]
         before = _adapter_dtypes(self.model, adapter_name)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        just_started, self._just_started = self._just_started == adapter_name, None
-        if not (just_started and isinstance(config, SvdLoraConfig)):
+        started, self._just_started = self._just_started, None
+        if started is None or started[0] != adapter_name or not isinstance(config, SvdLoraConfig):
             return
         # PEFT creates adapters in the base's half precision and widens them here: initialise
         # again, or the start keeps the rounding.
         if before != _adapter_dtypes(self.model, adapter_name):
-            self._initialize(adapter_name, config, _opened(config))
+            self._initialize(adapter_name, config, started[1])
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         for name in adapters:
@@ -164,13 +175,29 @@ class SvdLoraModel(LoraModel):
         tensors = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        # A teacher's factors can be another's; a weight's own are the same but for rounding.
+        checked = not (isinstance(config, SvdLoraConfig) and config.svd_source == "weight")
         for name, layer in _references(model, adapter_name).items():
-            _unstack(tensors, name, layer, adapter_name)
+            _unstack(tensors, name, layer, adapter_name, checked=checked)
         return tensors
 
 
-def _opened(config: SvdLoraConfig) -> FactorsFile:
-    return FactorsFile(config.svd_factors, revision=config.svd_factors_revision)
+def _weight_factors(model: nn.Module, adapter_name: str, config: SvdLoraConfig) -> WeightFactors:
+    """Factors of the weights under the adapter's layers, one weight in memory at a time."""
+    sources = {}
+    for path, layer in lora_layers(model, adapter_name):
+        name = _module_name(path)
+        sources[name] = WeightSource(
+            read=partial(
+                base_weight,
+                layer.get_base_layer(),
+                name,
+                transposed=getattr(layer, "fan_in_fan_out", False),
+            ),
+            shape=(layer.out_features or 0, layer.in_features or 0),
+            rank=layer.r[adapter_name],
+        )
+    return WeightFactors(sources, config.svd_part)
 
 
 def initialize_layers(
@@ -323,13 +350,13 @@ def _check_layer(
             "unmerge_adapter() before initialising it"
         )
     rank = layer.r[adapter_name]
-    if isinstance(factors, FactorsFile):
+    if isinstance(factors, Factors):
         held, shape = factors.rank_of(name), factors.shape_of(name)
     else:
         held, shape = factors[name].rank, factors[name].shape
     if rank > held:
         raise ValueError(
-            f"layer {name}: r={rank} is above the {held} triplets that svd_factors holds; lower r "
+            f"layer {name}: r={rank} is above the {held} triplets that its factors hold; lower r "
             "(or set rank_pattern for this layer), or make factors of a higher rank"
         )
     expected = (layer.out_features, layer.in_features)
@@ -435,7 +462,7 @@ def _refresh_magnitude(layer: LoraLayer, adapter_name: str) -> None:
     _given_memory(magnitude, layer)
     read = [part.parameters() for part in (lora_A, lora_B, base_layer)]
     with gather_params_ctx(chain.from_iterable(read)):
-        weight = dequantize_module_weight(base_layer).to(lora_A.weight.device)
+        weight = dequantised_weight(base_layer).to(lora_A.weight.device)
         product = lora_B.weight @ lora_A.weight
         norm = magnitude.get_weight_norm(weight, product, layer.scaling[adapter_name])
     with gather_params_ctx(magnitude.parameters()):
@@ -454,8 +481,14 @@ def _weight_keys(name: str, adapter_name: str) -> list[str]:
     return [f"{name}.lora_{part}.{adapter_name}.weight" for part in "AB"]
 
 
-def _unstack(tensors: dict[str, Tensor], name: str, layer: LoraLayer, adapter_name: str) -> None:
-    """Turn the saved [A ; A₀] and [B | −B₀] of a layer into A and B; A₀ and B₀ are checked."""
+def _unstack(
+    tensors: dict[str, Tensor], name: str, layer: LoraLayer, adapter_name: str, *, checked: bool
+) -> None:
+    """Turn the saved [A ; A₀] and [B | −B₀] of a layer into A and B.
+
+    A₀ and B₀ must be those of the layer if `checked`, and replace them in any case: the trained A
+    and B are relative to what was saved, to the last bit.
+    """
     keys = _weight_keys(name, adapter_name)
     if not tensors.keys() >= set(keys):
         return  # PEFT reports what a file lacks.
@@ -468,11 +501,13 @@ def _unstack(tensors: dict[str, Tensor], name: str, layer: LoraLayer, adapter_na
             f"rows in lora_A, this one has {stacked_A.shape[0]}"
         )
     saved = (stacked_A[rank:].to(reference_A), -stacked_B[:, rank:].to(reference_B))
-    if not all(map(torch.allclose, saved, (reference_A, reference_B))):
+    if checked and not all(map(torch.allclose, saved, (reference_A, reference_B))):
         raise ValueError(
             f"layer {name}: the saved adapter started from other factors than svd_factors of this "
             "model; resume with the factors it was trained with"
         )
+    reference_A.copy_(saved[0])
+    reference_B.copy_(saved[1])
     tensors[keys[0]], tensors[keys[1]] = stacked_A[:rank].clone(), stacked_B[:, :rank].clone()
 
 

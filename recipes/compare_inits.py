@@ -15,6 +15,7 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ from accelerate import PartialState
 from comparison_options import ComparisonOptions, Setting, examples_per_step
 from comparison_plan import Plan, make_plan
 from fit import Materials
-from train_lora import LoraOptions
+from lora_options import LoraOptions
 
 from peft_svdinit.checkpoints import Checkpoint
 from peft_svdinit.comparison import write_comparison
@@ -34,7 +35,7 @@ from peft_svdinit.deltas import CheckpointPair, LoraAdapter
 from peft_svdinit.embedded import resolve_model
 from peft_svdinit.linear_modules import linear_modules, model_skeleton
 from peft_svdinit.pipeline import run_tasks, selected_steps
-from peft_svdinit.runs import describe_environment, read_run
+from peft_svdinit.runs import Run, describe_environment, read_run
 from peft_svdinit.training import DataOptions, ModelOptions, RecipeArguments, parse_options
 
 
@@ -113,9 +114,9 @@ def check_inputs(setting: Setting) -> None:
     options, lora = setting.comparison, setting.lora
     if setting.arguments.seed != RecipeArguments.seed:
         raise ValueError("seed is set by the comparison; use seeds")
-    if lora.init != "random" or lora.svd_factors:
+    if lora.init != "random":
         raise ValueError("init and svd_factors are set by the comparison; leave them out")
-    if lora.lora_r > options.teacher_rank:
+    if options.taught and lora.lora_r > options.teacher_rank:
         raise ValueError(
             f"lora_r={lora.lora_r} is above teacher_rank={options.teacher_rank}, the triplets that "
             "the teacher's factors hold"
@@ -151,14 +152,36 @@ def write_report(setting: Setting, plan: Plan, argv: list[str] | None) -> None:
         raise SystemExit(f"error: runs to compare are not done: {', '.join(missing)}")
     runs = [read_run(task.folder) for task in plan.compared]
     output = Path(str(setting.arguments.output_dir))
-    paths = write_comparison(runs, _context(setting, plan, argv), output)
+    costs = start_costs(runs)
+    paths = write_comparison(runs, {**_context(setting, plan, argv), **costs}, output)
     headline = json.loads(paths.numbers.read_text(encoding="utf-8"))["headline"]
     print(f"\n{headline}\n")
     print(paths.report.read_text(encoding="utf-8"))
     print(f"Page to look at:  {paths.page}")
     print(f"Report, numbers:  {paths.report}, {paths.numbers}")
-    print(f"SVD analysis:     {plan.factors[0].folder}")
+    if plan.factors:
+        print(f"SVD analysis:     {plan.factors[0].folder}")
     print(f"Runs, adapters:   {setting.root}")
+
+
+def start_costs(runs: Sequence[Run]) -> dict[str, Any]:
+    """What starts that read training data cost before their first step, by label; the mean."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        if run.comparison and "start" in run.info["extra"]:
+            found.setdefault(run.comparison["label"], []).append(run.info["extra"]["start"])
+    costs = {
+        label: ", ".join(
+            f"{sum(each[key] for each in costs) / len(costs):,.{digits}f} {unit}"
+            for key, digits, unit in (
+                ("batches", 0, "batches"),
+                ("tokens", 0, "tokens"),
+                ("seconds", 1, "s"),
+            )
+        )
+        for label, costs in found.items()
+    }
+    return {"before the first step, on top of the run": costs} if costs else {}
 
 
 def _context(setting: Setting, plan: Plan, argv: list[str] | None) -> dict[str, Any]:
@@ -171,21 +194,22 @@ def _context(setting: Setting, plan: Plan, argv: list[str] | None) -> dict[str, 
     kept = [layer["energy_ratio"] for found in analyses for layer in found["layers"]]
     hardware = describe_environment(setting.arguments.device)["hardware"]
     accelerator = "" if hardware["device"] == "cpu" else f" and {hardware['device']}"
-    synthesised = not options.sunk and options.teacher == "lora"
+    synthesised = options.trains_teacher and options.teacher == "lora"
+    kind = "given" if options.sunk else options.teacher
     synthesis = {"tail_decay": options.tail_decay, "noise_share": options.noise_share}
     return {
         "model": setting.model.model_name_or_path,
         "dataset": setting.data.dataset_name,
         "machine": f"{hardware['cpu_cores']} CPU cores{accelerator}",
         "student_steps": setting.arguments.max_steps,
-        "teacher_steps": None if options.sunk else options.teacher_steps,
+        "teacher_steps": options.teacher_steps if options.trains_teacher else None,
         "examples_per_step": examples_per_step(setting.arguments),
         "learning_rate": None if options.sweep_lr else setting.arguments.learning_rate,
         "lora_r": rank,
-        "teacher_rank": options.teacher_rank,
-        "teacher_kind": "given" if options.sunk else options.teacher,
+        "teacher_rank": options.teacher_rank if options.taught else None,
+        "teacher_kind": kind if options.taught else None,
         "synthesis": synthesis if synthesised else None,
-        "energy_kept_mean": sum(kept) / len(kept),
+        "energy_kept_mean": sum(kept) / len(kept) if kept else None,
         "command": shlex.join(
             ["recipes/compare_inits.py", *(sys.argv[1:] if argv is None else argv)]
         ),

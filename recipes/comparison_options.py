@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train_lora import LoraOptions
+from lora_options import LoraOptions
+from starts import CELLS
 
 from peft_svdinit import __version__
 from peft_svdinit.deltas import Synthesis
@@ -59,7 +60,11 @@ class ComparisonOptions:
     )
     starts: list[str] = field(
         default_factory=lambda: ["delta", "subspace"],
-        metadata={"help": "SVD starts to compare: delta, subspace, reference."},
+        metadata={
+            "help": "SVD starts to compare: delta, subspace or reference of the teacher, or "
+            "source:start, as weight-principal:reference, gradient:delta, activation:subspace "
+            "(recipes/starts.py lists them)."
+        },
     )
     peft_inits: list[str] = field(
         default_factory=lambda: ["pissa_niter_4"],
@@ -86,9 +91,13 @@ class ComparisonOptions:
             raise ValueError("teacher_adapter and teacher_model exclude each other")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ValueError(f"seeds must be different and at least one, got {self.seeds}")
-        unknown = set(self.starts) - {"delta", "subspace", "reference"}
-        if unknown or not self.starts:
-            raise ValueError(f"starts must be of delta, subspace, reference, got {self.starts}")
+        if not self.starts or not set(self.starts) <= CELLS.keys():
+            raise ValueError(f"starts must be of {', '.join(CELLS)}, got {self.starts}")
+        if self.sunk and not self.taught:
+            raise ValueError(
+                f"teacher_adapter and teacher_model are of no use to starts={self.starts}; leave "
+                "them out, or add delta, subspace or reference"
+            )
         if self.carry_moments and (self.sunk or self.teacher != "lora"):
             raise ValueError("carry_moments needs a LoRA teacher that is trained here")
         if self.teacher_steps < 1:
@@ -101,8 +110,20 @@ class ComparisonOptions:
         return bool(self.teacher_adapter or self.teacher_model)
 
     @property
+    def taught(self) -> bool:
+        """Whether any start needs a teacher."""
+        return self.carry_moments or any(CELLS[start].taught for start in self.starts)
+
+    @property
+    def trains_teacher(self) -> bool:
+        """Whether the comparison makes its own teacher."""
+        return self.taught and not self.sunk
+
+    @property
     def steps(self) -> tuple[str, ...]:
         """The names of the pipeline's steps."""
+        if not self.taught:
+            return ("train_random", "train_svd", "compare")
         if self.sunk:
             return ("extract", "train_random", "train_svd", "compare")
         if self.teacher == "full":

@@ -13,8 +13,10 @@ from typing import Any
 
 from comparison_options import Setting, examples_per_step
 from fit import Materials
+from lora_options import LoraOptions
+from starts import CELLS, METHODS
 from train_full_teacher import train_full_teacher
-from train_lora import LoraOptions, train_lora
+from train_lora import train_lora
 
 from peft_svdinit import __version__
 from peft_svdinit.deltas import CheckpointPair, LoraAdapter, Synthesis
@@ -25,14 +27,13 @@ from peft_svdinit.runs import read_run
 from peft_svdinit.sources import file_stamps
 from peft_svdinit.teacher_files import write_teacher
 
+_MOMENTS = "svd_delta_moments"
 _LABELS = {
     "random": "random start",
     "random_total": "random start, total budget",
-    "svd_delta": "SVD start (delta)",
-    "svd_delta_moments": "SVD start (delta) + Adam moments",
-    "svd_subspace": "SVD directions only (subspace)",
-    "svd_reference": "SVD start, function preserved (reference)",
+    _MOMENTS: "SVD start (delta) + Adam moments",
     "eva": "EVA",
+    **{method: cell.label for method, cell in METHODS.items()},
 }
 
 
@@ -51,20 +52,20 @@ def make_plan(setting: Setting, materials: Callable[[], Materials]) -> Plan:
     options = setting.comparison
     compared: list[Task] = []
     factors: dict[int, Task] = {}
-    for seed in options.seeds:
+    for seed in options.seeds if options.taught else ():
         factors[seed] = planner.factors(seed)
-    methods = ["random"] if options.sunk else ["random", "random_total"]
-    methods += [f"svd_{start}" for start in options.starts]
-    methods += ["svd_delta_moments"] if options.carry_moments else []
+    methods = ["random", "random_total"] if options.trains_teacher else ["random"]
+    methods += [CELLS[start].method for start in options.starts]
+    methods += [_MOMENTS] if options.carry_moments else []
     for method in [*methods, *options.peft_inits]:
         sweep = [
-            planner.run(method, options.seeds[0], factors[options.seeds[0]], rate, sweep=True)
+            planner.run(method, options.seeds[0], factors.get(options.seeds[0]), rate, sweep=True)
             for rate in options.sweep_lr
         ]
         compared += sweep
         for seed in options.seeds:
             rate = None if sweep else setting.arguments.learning_rate
-            compared.append(planner.run(method, seed, factors[seed], rate, after=sweep))
+            compared.append(planner.run(method, seed, factors.get(seed), rate, after=sweep))
     order = {step: position for position, step in enumerate(options.steps)}
     tasks = sorted([*planner.tasks, *compared], key=lambda task: order[task.step])
     return Plan(tasks, compared, list({task.folder: task for task in factors.values()}.values()))
@@ -148,7 +149,7 @@ class _Planner:
         self,
         method: str,
         seed: int,
-        factors: Task,
+        factors: Task | None,
         rate: float | None,
         *,
         sweep: bool = False,
@@ -156,13 +157,12 @@ class _Planner:
     ) -> Task:
         """One run of a method; with `rate` None at the best rate of the sweep runs `after`."""
         needs = list(after or [])
-        svd = method.startswith("svd_")
-        needs += [factors] if svd else []
+        taught = method == _MOMENTS or (method in METHODS and METHODS[method].taught)
         teacher = self._teachers.get(seed)
-        needs += [teacher] if svd and teacher else []
+        needs += [task for task in (factors, teacher) if taught and task]
         steps = self.setting.arguments.max_steps
         total = method == "random_total"
-        teacher_steps = 0 if self.options.sunk else self.options.teacher_steps
+        teacher_steps = self.options.teacher_steps if self.options.trains_teacher else 0
         steps += teacher_steps if total else 0
         suffix = f"-lr{rate:g}" if sweep and rate is not None else ""
         return Task(
@@ -190,7 +190,7 @@ class _Planner:
                     "budget": "total" if total else "student",
                     "learning_rate": chosen,
                     "sweep": sweep,
-                    "teacher": self._cost(teacher) if svd else None,
+                    "teacher": self._cost(teacher) if taught else None,
                 },
             ),
             after=needs,
@@ -199,19 +199,20 @@ class _Planner:
             root=self.setting.root,
         )
 
-    def _lora(self, method: str, factors: Task, teacher: Task | None) -> LoraOptions:
+    def _lora(self, method: str, factors: Task | None, teacher: Task | None) -> LoraOptions:
         lora = self.setting.lora
         if method in ("random", "random_total"):
             return dataclasses.replace(lora, init="random")
-        if not method.startswith("svd_"):
+        moments = method == _MOMENTS
+        cell = CELLS["delta"] if moments else METHODS.get(method)
+        if cell is None:
             return dataclasses.replace(lora, init=method)
-        moments = method.endswith("_moments")
         return dataclasses.replace(
             lora,
             init="svd",
-            svd_factors=str(factors.folder),
-            svd_start=method.removeprefix("svd_").removesuffix("_moments"),
+            svd_factors=str(factors.folder) if cell.taught and factors else None,
             carry_moments_from=str(teacher.folder) if moments and teacher else None,
+            **cell.options,
         )
 
     def _cost(self, teacher: Task | None) -> dict[str, Any]:

@@ -1,8 +1,12 @@
-"""Train a LoRA from a random start, from the SVD of a teacher's delta, or from any start of PEFT.
+"""Train a LoRA from a random start, from an SVD, or from any start of PEFT.
 
     accelerate launch recipes/train_lora.py --init random --output_dir runs/random
     accelerate launch recipes/train_lora.py --init svd --svd_factors runs/factors \\
         --output_dir runs/svd
+    accelerate launch recipes/train_lora.py --init svd --svd_source weight \\
+        --svd_start reference --svd_split balanced --output_dir runs/pissa
+    accelerate launch recipes/train_lora.py --init svd --svd_source gradient \\
+        --output_dir runs/gradient
 
 The folder then holds the adapter, which stock PEFT loads, and the run's record
 (`training_log.csv`, `run.json`, `loss_curve.png`), which `svdinit compare` reads.
@@ -10,13 +14,13 @@ The folder then holds the adapter, which stock PEFT loads, and the run's record
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
+from data_start import factors_from_data
 from fit import Materials, fit
+from lora_options import LoraOptions
 from peft import (
-    EvaConfig,
-    LoraConfig,
     PeftModel,
     get_peft_model,
     initialize_lora_eva_weights,
@@ -25,7 +29,6 @@ from peft import (
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
-from peft_svdinit import SvdLoraConfig
 from peft_svdinit.runs import Run
 from peft_svdinit.training import (
     DataOptions,
@@ -36,77 +39,6 @@ from peft_svdinit.training import (
     parse_options,
 )
 from trainer_callbacks import CarryMomentsCallback, SaveMomentsCallback
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """The adapter and its start."""
-
-    _argument_group_name = "adapter"
-
-    init: str = field(
-        default="random",
-        metadata={
-            "help": "random, svd (needs svd_factors), or an init_lora_weights of PEFT: gaussian, "
-            "pissa, pissa_niter_4, olora, orthogonal, eva"
-        },
-    )
-    lora_r: int = field(default=16, metadata={"help": "Rank."})
-    lora_alpha: int = field(default=16, metadata={"help": "Scaling times rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before lora_A."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "Names or name endings of the layers to adapt, or all-linear."},
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by the root of the rank."})
-    use_dora: bool = field(default=False, metadata={"help": "Train magnitudes apart (DoRA)."})
-    svd_factors: str | None = field(
-        default=None, metadata={"help": "Factors file, its folder or Hub id, for init=svd."}
-    )
-    svd_start: str = field(default="delta", metadata={"help": "delta, subspace or reference."})
-    svd_split: str = field(default="output", metadata={"help": "output or balanced."})
-    carry_moments_from: str | None = field(
-        default=None,
-        metadata={"help": "Run folder of the teacher adapter whose Adam moments go on, init=svd."},
-    )
-    save_moments: bool = field(
-        default=False, metadata={"help": "Keep the Adam moments beside the trained adapter."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.lora_r < 1 or self.lora_alpha <= 0:
-            raise ValueError(
-                f"lora_r and lora_alpha must be positive, got {self.lora_r} and {self.lora_alpha}"
-            )
-        if self.init == "svd" and not self.svd_factors:
-            raise ValueError("init=svd needs svd_factors; make them with `svdinit synthesize`")
-        if self.init != "svd" and (self.svd_factors or self.carry_moments_from):
-            raise ValueError(f"svd_factors and carry_moments_from need init=svd, got {self.init!r}")
-
-    @property
-    def target_modules(self) -> str | list[str]:
-        """As LoraConfig wants it."""
-        targets = self.lora_target_modules
-        return targets[0] if targets == ["all-linear"] else targets
-
-    def config(self) -> LoraConfig:
-        """The PEFT configuration these options describe."""
-        options: dict[str, Any] = {
-            "r": self.lora_r,
-            "lora_alpha": self.lora_alpha,
-            "lora_dropout": self.lora_dropout,
-            "target_modules": self.target_modules,
-            "use_rslora": self.use_rslora,
-            "use_dora": self.use_dora,
-            "task_type": "CAUSAL_LM",
-        }
-        if self.init == "svd":
-            names = ("svd_factors", "svd_start", "svd_split")
-            return SvdLoraConfig(**options, **{name: getattr(self, name) for name in names})
-        if self.init == "eva":
-            options["eva_config"] = EvaConfig(rho=1.0)
-        options["init_lora_weights"] = True if self.init == "random" else self.init
-        return LoraConfig(**options)
 
 
 def adapted(model: Any, options: LoraOptions, materials: Materials, seed: int) -> PeftModel:
@@ -135,7 +67,12 @@ def train_lora(
     quiet: bool = False,
 ) -> Run | None:
     """One run as the options say; its record, on the main process."""
-    peft_model = adapted(load_model(model), lora, materials, arguments.seed)
+    base = load_model(model)
+    if lora.reads_data:
+        factors, cost = factors_from_data(base, lora, materials, arguments)
+        extra = {**(extra or {}), "start": {"source": lora.svd_source, **cost}}
+        lora = replace(lora, svd_source="teacher", svd_part="principal", svd_factors=str(factors))
+    peft_model = adapted(base, lora, materials, arguments.seed)
     callbacks: list[Any] = [SaveMomentsCallback()] if lora.save_moments else []
     if lora.carry_moments_from:
         callbacks.append(CarryMomentsCallback(lora.carry_moments_from))

@@ -12,6 +12,7 @@ import comparison_plan
 import pytest
 import train_lora
 from recipe_inputs import save_dataset, save_model, shared_options
+from starts import CELLS
 
 from peft_svdinit.runs import read_run
 
@@ -134,6 +135,37 @@ def test_a_full_teacher_and_a_learning_rate_sweep(tmp_path):
     assert "full fine-tune" in report and "0.001" in report
 
 
+def test_cells_of_the_grid_need_no_teacher_and_state_what_their_batches_cost(tmp_path, capsys):
+    cells = [name for name, cell in CELLS.items() if not cell.taught]
+    assert len(cells) == 11
+    options = [*shared_options(tmp_path), *QUICK, "--seeds", "0", "--output_dir", f"{tmp_path}/out"]
+    options += ["--peft_inits", "pissa", "--init_batches", "2", "--starts", *cells]
+    compare_inits.main(options)
+    printed = capsys.readouterr().out
+    runs = {
+        path.name.rpartition("-")[0]: read_run(path)
+        for path in (tmp_path / "out" / "runs").iterdir()
+    }
+    assert {run.method for run in runs.values()} == {
+        "random", "pissa", *(CELLS[name].method for name in cells),
+    }  # fmt: skip
+    begun = {name: run.log[0]["eval_loss"] for name, run in runs.items()}
+    for name, cell in CELLS.items():
+        if name in cells and cell.options["svd_start"] != "delta":
+            assert begun[f"{cell.method}-seed0"] == pytest.approx(begun["random-seed0"], abs=1e-4)
+    assert begun["gradient_delta-seed0"] < begun["random-seed0"]
+    assert begun["gradient_plain_delta-seed0"] < begun["random-seed0"]
+    # The published cell is PEFT's own up to where the frozen part lives.
+    ours, theirs = (runs[f"{name}-seed0"] for name in ("weight_principal_reference", "pissa"))
+    assert ours.final_eval_loss == pytest.approx(theirs.final_eval_loss, abs=1e-4)
+    cost = runs["gradient_delta-seed0"].info["extra"]["start"]
+    assert cost["source"] == "gradient" and cost["batches"] >= 1 + 3
+    assert cost["tokens"] > 0 and cost["seconds"] > 0
+    assert runs["activation_subspace-seed0"].info["extra"]["start"]["batches"] == 2
+    assert "start" not in runs["weight_minor_reference-seed0"].info["extra"]
+    assert "before the first step, on top of the run" in printed
+
+
 def test_an_existing_teacher_is_compared_with_its_cost_as_sunk(compared, tmp_path):
     folder, options = compared
     adapter = next((folder / "out" / "runs").glob("teacher-seed0-*"))
@@ -150,6 +182,11 @@ def test_an_existing_teacher_is_compared_with_its_cost_as_sunk(compared, tmp_pat
         (["--teacher", "half"], "teacher must be lora or full"),
         (["--seeds", "1", "1"], "seeds must be different"),
         (["--starts", "middle"], "starts must be of"),
+        (["--starts", "weight-principal:delta"], "starts must be of"),
+        (
+            ["--starts", "gradient:subspace", "--teacher_adapter", "x/y/z"],
+            "of no use to starts",
+        ),
         (["--lora_r", "8"], "above teacher_rank=4"),
         (["--init", "pissa"], "set by the comparison"),
         (["--seed", "7"], "use seeds"),

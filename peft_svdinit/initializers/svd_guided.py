@@ -56,12 +56,17 @@ class SvdGuided:
 
         Raises:
             ValueError: if fewer than `rank` triplets are held, or `scaling` is not positive and
-                finite.
+                finite, or the factors are directions alone (U = 0) and `start` is no "subspace".
         """
         if not 0 < scaling < math.inf:
             raise ValueError(f"scaling must be positive and finite, got {scaling}")
         held = factors.truncated(rank)
         U, S, Vh = held.U.float(), held.S.float(), held.Vh.float()
+        if self.start != "subspace" and not U.any() and S.any():
+            raise ValueError(
+                f"svd_start={self.start!r}: these factors are directions of inputs without a delta "
+                '(U is zero); use svd_start="subspace"'
+            )
         if self.start == "subspace":
             return LoraInit(Vh.clone(), torch.zeros_like(U), subtract_initial=False)
         weight_B, weight_A = S / scaling, torch.ones_like(S)

@@ -1,0 +1,65 @@
+"""The weight under an adapter as one plain matrix, whatever holds it."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from peft.utils.integrations import (
+    dequantize_bnb_weight,
+    dequantize_module_weight,
+    gather_params_ctx,
+)
+from torch import Tensor, nn
+
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def dequantised_weight(module: nn.Module) -> Tensor:
+    """The weight as the layer stores it, dequantised; no copy where it is not quantised.
+
+    bitsandbytes' own are dequantised without PEFT's `dequantize_module_weight`, which on the CPU
+    replaces an 8-bit layer's weight by one that has lost its scales.
+    """
+    weight = module.weight
+    if isinstance(weight, Tensor) and type(weight).__name__ in ("Params4bit", "Int8Params"):
+        return dequantize_bnb_weight(
+            weight,  # pyright: ignore[reportArgumentType]
+            state=getattr(module, "state", None),
+        )
+    return dequantize_module_weight(module)
+
+
+@torch.no_grad()
+def base_weight(module: nn.Module, name: str, *, transposed: bool) -> Float[Tensor, "out in"]:
+    """A float32 copy of a linear layer's weight: dequantised, gathered from shards, (out, in).
+
+    Args:
+        module: the linear layer itself, not PEFT's layer around it.
+        name: how errors call it.
+        transposed: whether the weight is stored as (in, out), as in GPT-2's Conv1D.
+
+    Raises:
+        RuntimeError: if the weight is on the meta device.
+        TypeError: if it is stored in a form that cannot be read as numbers.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"layer {name}: a {type(module).__name__} has no weight that can be read; take factors "
+            "from the model in 16 or 32 bits, save them and use them as svd_factors"
+        )
+    if weight.is_meta:
+        raise RuntimeError(
+            f"layer {name}: its weight is on the meta device, so there is nothing to factorise; "
+            "load the model's weights first"
+        )
+    with gather_params_ctx(module.parameters()):
+        found = dequantised_weight(module)
+        if found.dim() != 2 or found.dtype not in _PLAIN:
+            raise TypeError(
+                f"layer {name}: a {type(module).__name__} with a weight of {found.dtype} cannot be "
+                "dequantised here; take factors from the model in 16 or 32 bits, save them and use "
+                "them as svd_factors"
+            )
+        matrix = found.detach().to(torch.float32, copy=True)
+    return matrix.mT if transposed else matrix
