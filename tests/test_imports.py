@@ -121,7 +121,9 @@ def test_linalg_imports_torch_and_nothing_else_from_outside():
     assert outside - sys.stdlib_module_names <= {"torch", "jaxtyping"}
 
 
-@pytest.mark.parametrize("part", ["factors", "initializers", "factors_file", "factor_sources", "extraction"])
+@pytest.mark.parametrize(
+    "part", ["factors", "initializers", "factors_file", "factor_sources", "extraction"]
+)
 def test_the_numerical_core_does_not_know_peft(part):
     for module in files():
         if module.startswith("peft_svdinit") and part_of(module) == part:
