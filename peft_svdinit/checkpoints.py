@@ -18,6 +18,7 @@ from .sources import inside, read_json, resolve_folder
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 SAMPLE_SIZE = 8
 BLOCK_ENTRIES = 1 << 19
+_BLOCKS_MAPPED = 16
 _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
 _WEIGHT_DTYPES = {"F64", "F32", "F16", "BF16"}
 
@@ -90,19 +91,22 @@ class Checkpoint:
     def blocks(self, key: str, rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """The tensor in blocks of whole rows: the first row's index and the block.
 
-        `rows` stops after that many of them. Blocks have about `BLOCK_ENTRIES` entries, so that a
-        tensor of any size is read in bounded memory.
+        `rows` stops after that many of them. Blocks have about `BLOCK_ENTRIES` entries, and the
+        file is opened anew after some of them, since pages that were read stay mapped until it is
+        closed: a tensor of any size is read in bounded memory.
         """
         shape = self.shapes[key]
-        with safe_open(self._file_of[key], framework="pt") as file:
-            if len(shape) < 2:
-                yield 0, file.get_tensor(key)
-                return
-            tensor = file.get_slice(key)
-            step = max(1, BLOCK_ENTRIES // max(1, math.prod(shape[1:])))
-            last = shape[0] if rows is None else min(rows, shape[0])
-            for start in range(0, last, step):
-                yield start, tensor[start : min(start + step, last)]
+        last = math.prod(shape[:1]) if rows is None else min(rows, *shape[:1])
+        step = max(1, BLOCK_ENTRIES // max(1, math.prod(shape[1:])))
+        for start in range(0, last, _BLOCKS_MAPPED * step):
+            end = min(start + _BLOCKS_MAPPED * step, last)
+            with safe_open(self._file_of[key], framework="pt") as file:
+                if not shape:
+                    yield 0, file.get_tensor(key)
+                    return
+                tensor = file.get_slice(key)
+                for first in range(start, end, step):
+                    yield first, tensor[first : min(first + step, end)]
 
     def stored_bytes(self, key: str) -> int:
         """Size of a tensor in its file."""

@@ -20,16 +20,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from measuring import cpu_seconds, options_parser, run_child, svdinit
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -125,33 +125,11 @@ def _delta(bases: dict[int, Tensor], shape: tuple[int, ...], generator: torch.Ge
     return (left * values) @ right.mT
 
 
-def run_child(command: list[str]) -> tuple[float, float]:
-    """CPU seconds and peak resident MiB of a command on one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    script = (
-        "import resource, subprocess, sys\n"
-        "done = subprocess.run(sys.argv[1:], capture_output=True, text=True)\n"
-        "use = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
-        "print(use.ru_utime + use.ru_stime, use.ru_maxrss / 1024)\n"
-        "sys.stderr.write(done.stderr[-2000:]); sys.exit(done.returncode)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, *command], capture_output=True, text=True, env=environment
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr}")
-    seconds, peak = done.stdout.split()[-2:]
-    return float(seconds), float(peak)
-
-
 def ours(folder: Path, verify: str) -> tuple[float, float]:
     """CPU seconds without imports, and peak MiB."""
-    code = "from peft_svdinit.cli import main; main()"
-    imports, _ = run_child([sys.executable, "-c", "import peft_svdinit.cli"])
     options = ["--base", str(folder / "base"), "--tuned", str(folder / "tuned")]
     options += ["--output_dir", str(folder / f"ours-{verify}"), "--rank", str(_RANK)]
-    seconds, peak = run_child([sys.executable, "-c", code, "extract", *options, "--verify", verify])
-    return seconds - imports, peak
+    return svdinit("extract", *options, "--verify", verify)
 
 
 def mergekit(python: str, folder: Path) -> float:
@@ -171,9 +149,7 @@ def svd_loop(pair: CheckpointPair) -> float:
     for shape, count in counts.items():
         name = next(name for name in pair if pair.base.stored_shape(name) == shape)
         delta = pair[name]
-        began = time.process_time()
-        torch.linalg.svd(delta, full_matrices=False)
-        total += count * (time.process_time() - began)
+        total += count * cpu_seconds(partial(torch.linalg.svd, delta, full_matrices=False), 1)
     return total
 
 
@@ -238,8 +214,7 @@ def llama_8b(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="two layers, errors of some of them")
+    parser = options_parser(__doc__)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--mergekit_python", default=None, help="a Python that has mergekit")
     parser.add_argument("--llama_8b", action="store_true", help="the shapes of Llama-3-8B")

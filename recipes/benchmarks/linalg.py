@@ -22,14 +22,13 @@ import argparse
 import importlib.util
 import inspect
 import json
-import statistics
 import textwrap
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from measuring import cpu_seconds, options_parser
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -131,16 +130,6 @@ def peers(rank: int) -> dict[str, Method]:
     return found
 
 
-def cpu_seconds(work: Callable[[], object], repetitions: int) -> float:
-    work()
-    spent = []
-    for _ in range(repetitions):
-        began = time.process_time()
-        work()
-        spent.append(time.process_time() - began)
-    return statistics.median(spent)
-
-
 def error_of(matrix: Tensor, triplets: Triplets) -> float:
     U, S, Vh = (part.double() for part in triplets)
     return float(torch.linalg.matrix_norm(matrix.double() - (U * S) @ Vh))
@@ -177,8 +166,7 @@ def measure(case: Case, repetitions: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="end within a minute")
+    parser = options_parser(__doc__)
     parser.add_argument("--repetitions", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)

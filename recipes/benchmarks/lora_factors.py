@@ -15,17 +15,14 @@ memory is the peak of the resident set over the time before, in a fresh process.
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measuring import cpu_seconds, options_parser
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -58,15 +55,6 @@ def dense_svd(folder: Path, every: int) -> None:
             torch.linalg.svd(product.lora_B @ product.lora_A * product.scaling, full_matrices=False)
 
 
-def cpu_seconds(work: Callable[[], object], repetitions: int) -> float:
-    spent = []
-    for _ in range(repetitions):
-        began = time.process_time()
-        work()
-        spent.append(time.process_time() - began)
-    return statistics.median(spent)
-
-
 def peak_extra_mb(folder: Path) -> float:
     """Peak resident memory of `ours` above what the imports hold, in a process of its own."""
     script = (
@@ -87,8 +75,7 @@ def peak_extra_mb(folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="end within a minute")
+    parser = options_parser(__doc__)
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -16,17 +16,12 @@ of the resident set of `svdinit resize` in a process of its own, imports include
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measuring import cpu_seconds, options_parser, svdinit
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from transformers import AutoModelForCausalLM
@@ -66,15 +61,6 @@ def load_with_peft(folder: Path, every: int) -> PeftModel:
     return model
 
 
-def cpu_seconds(work: Callable[[], object], repetitions: int) -> float:
-    spent = []
-    for _ in range(repetitions):
-        began = time.process_time()
-        work()
-        spent.append(time.process_time() - began)
-    return statistics.median(spent)
-
-
 def max_error_ratio(folder: Path, output: Path) -> float:
     """Largest ratio of the error of a layer of the first block to the optimum of its rank."""
     before, after, ratios = LoraAdapter(folder), LoraAdapter(output), []
@@ -91,25 +77,12 @@ def max_error_ratio(folder: Path, output: Path) -> float:
 
 def peak_rss_mb(folder: Path, output: Path) -> float:
     """Peak resident memory of the verb in a fresh process."""
-    script = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from peft_svdinit.cli.resize import ResizeOptions, run\n"
-        "from peft_svdinit.memory import peak_memory_mb\n"
-        "run(ResizeOptions(adapter=[sys.argv[1]], output=sys.argv[2], rank=int(sys.argv[3])))\n"
-        "print(peak_memory_mb(torch.device('cpu')))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder), str(output), str(_LOWER_RANK)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(done.stdout.split()[-1])
+    adapters = ("--adapter", str(folder), "--output", str(output))
+    return svdinit("resize", *adapters, "--rank", str(_LOWER_RANK))[1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="end within a minute")
+    parser = options_parser(__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
