@@ -21,6 +21,7 @@ from .export import ExportedAdapter, export_adapter
 from .extraction import Factorisation, LayerStore, fill_store
 from .extraction_report import EXTRACTION_JSON, EXTRACTION_REPORT, ExtractedAdapter
 from .initializers import Split
+from .modules_to_save import whole_modules
 from .rank_rule import RankRule
 from .sample_text import SAMPLE_TEXTS
 from .sources import file_stamps
@@ -95,15 +96,22 @@ def extract_adapter(
         OSError: if the disk is full; the same call then goes on where it stopped.
     """
     form = form or AdapterForm()
-    target = Path(output_dir).expanduser()
+    target = Path(output_dir).expanduser().resolve()
     refuse_other_files(target)
-    whole = pair.whole_tensors(list(form.modules_to_save)) if form.modules_to_save else {}
     factorise = factorisation(rule, seed=seed, device=device)
-    inputs = {"factorisation": repr(factorise), "pair": pair_stamps(pair)}
+    whole = _whole(pair, form)
+    refuse_unknown_parts(pair)
+    if pair.changed_settings:
+        logger.warning(
+            "The configurations differ in what no adapter can carry: %s",
+            ", ".join(f"{k}: {a} > {b}" for k, (a, b) in pair.changed_settings.items()),
+        )
+    stamps = pair_stamps(pair)
+    inputs = {"factorisation": repr(factorise), "pair": stamps}
     with LayerStore(partial_folder(target), list(pair), inputs) as store:
         fill_store(store, pair, factorise, read_ahead=read_ahead)
         spectra = stored_spectra(store, pair)
-        ranks, short = rule.choose(spectra)
+        ranks, short = rule.choose(spectra, uniform=form.uniform)
         if short:
             logger.warning(
                 "%d layers, %s the first, do not reach the bound with rank %d; raise max_rank",
@@ -140,10 +148,41 @@ def extract_adapter(
         )
         write_json(written / EXTRACTION_JSON, extracted.as_dict())
         write_text(written / EXTRACTION_REPORT, extracted.as_text())
+        refuse_change(pair, stamps)
         with replacing(target) as temporary:
             os.replace(written, temporary)
         store.remove()
     return extracted
+
+
+def _whole(pair: CheckpointPair, form: AdapterForm) -> Mapping[str, Tensor]:
+    """The tensors that go along whole, checked before any work."""
+    if not form.modules_to_save:
+        return {}
+    whole = pair.whole_tensors(list(form.modules_to_save))
+    whole_modules(pair.base.skeleton, list(whole), list(pair))
+    return whole
+
+
+def refuse_unknown_parts(pair: CheckpointPair) -> None:
+    """Raise ValueError if tensors changed that the loaded model spells in another way.
+
+    An adapter of the linear layers alone would then lack what may be most of the model, as where
+    experts are stored one by one and loaded as one tensor.
+    """
+    unknown = [tensor.key for tensor in pair.uncovered() if not pair.is_parameter(tensor.key)]
+    if unknown:
+        raise ValueError(
+            f"tuned: {len(unknown)} changed tensors, {unknown[0]} the first, are no parameters of "
+            f"{type(pair.base.skeleton).__name__} by these names (experts stored one by one?), and "
+            "no adapter of its linear layers covers them; exclude_modules can leave them out"
+        )
+
+
+def refuse_change(pair: CheckpointPair, stamps: list[Any]) -> None:
+    """Raise ValueError if the checkpoints' files are not those of `stamps` any more."""
+    if pair_stamps(pair) != stamps:
+        raise ValueError("base or tuned changed while they were read; run the extraction again")
 
 
 def _settings(
@@ -159,6 +198,7 @@ def _settings(
         "modules_to_save": list(form.modules_to_save),
         "verify": form.verify,
         "seed": seed,
+        "changed_settings": pair.changed_settings,
     }
 
 
@@ -214,8 +254,8 @@ def stored_spectra(store: LayerStore, pair: CheckpointPair) -> dict[str, Spectru
 
 def pair_stamps(pair: CheckpointPair) -> list[Any]:
     """By what a change of the two checkpoints is noticed."""
-    folders = (side.checkpoint.folder for side in (pair.base, pair.tuned))
-    return [[str(folder.resolve()), file_stamps(folder)] for folder in folders]
+    files = [file for side in (pair.base, pair.tuned) for file in side.checkpoint.files]
+    return [[str(file.resolve()), file_stamps(file)] for file in files]
 
 
 def partial_folder(target: Path) -> Path:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .linear_modules import LinearModule, is_chosen, linear_modules, model_skeleton
 from .sources import inside, read_json, resolve_folder
@@ -59,12 +60,17 @@ class Checkpoint:
                 ) from error
 
     def _shards(self) -> list[Path]:
-        if (self.folder / _INDEX).is_file():
-            index = read_json(self.folder / _INDEX, self.argument)
-            names = set(index.get("weight_map", {}).values())
-            paths = [inside(self.folder, name) for name in sorted(names)]
-        elif (self.folder / _SINGLE).is_file():
+        if (self.folder / _SINGLE).is_file():  # As in transformers, before an index.
             paths = [self.folder / _SINGLE]
+        elif (self.folder / _INDEX).is_file():
+            index = read_json(self.folder / _INDEX, self.argument)
+            map_ = index.get("weight_map")
+            if not isinstance(map_, dict) or not all(isinstance(v, str) for v in map_.values()):
+                raise ValueError(
+                    f"{self.argument}: {self.folder / _INDEX} must map tensors to file names in "
+                    '"weight_map": truncated while copying? Fetch it again'
+                )
+            paths = [inside(self.folder, name) for name in sorted(set(map_.values()))]
         else:
             if any(self.folder.glob("pytorch_model*.bin")):
                 raise ValueError(
@@ -112,6 +118,11 @@ class Checkpoint:
         """Size of a tensor in its file."""
         return math.prod(self.shapes[key]) * _ITEM_SIZES.get(self.dtypes[key], 8)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted(set(self._file_of.values()))
+
     def stored_key(self, key: str, prefix: str) -> str | None:
         """`key` as this file spells it: unchanged, or without or with the model's prefix."""
         for candidate in _spellings(key, prefix):
@@ -157,6 +168,7 @@ class LinearWeights(Mapping[str, Tensor]):
         self.checkpoint = checkpoint
         self.skeleton = model_skeleton(architecture or checkpoint.folder)
         self.prefix = getattr(self.skeleton, "base_model_prefix", "")
+        self.tied_to = _tied_parameters(self.skeleton)
         self.modules = {
             name: module
             for name, module in linear_modules(self.skeleton, target_modules).items()
@@ -168,15 +180,30 @@ class LinearWeights(Mapping[str, Tensor]):
         for module in self.modules.values():
             self._check(module, may_be_longer=is_chosen(module.name, longer_modules))
 
+    def stored_key(self, parameter: str) -> str | None:
+        """The checkpoint's key of a parameter, or of the one that it is tied to."""
+        for name in (parameter, self.tied_to.get(parameter, parameter)):
+            stored = self.checkpoint.stored_key(name, self.prefix)
+            if stored is not None:
+                return stored
+        return None
+
     def _key(self, name: str) -> str:
-        stored = self.checkpoint.stored_key(f"{name}.weight", self.prefix)
-        if stored is None:
-            spellings = dict.fromkeys(_spellings(f"{name}.weight", self.prefix))
-            raise ValueError(
-                f"{self.checkpoint.argument}: {self.checkpoint.folder} has no weight for layer "
-                f"{name} (looked for {', '.join(spellings)}): another architecture?"
-            )
-        return stored
+        stored = self.stored_key(f"{name}.weight")
+        if stored is not None:
+            return stored
+        argument = self.checkpoint.argument
+        for packed in ("qweight", "weight_packed"):
+            if self.checkpoint.stored_key(f"{name}.{packed}", self.prefix):
+                raise TypeError(
+                    f"{argument}: the weight of layer {name} is stored as {packed}: quantised "
+                    "checkpoints have no delta; dequantise the model first"
+                )
+        spellings = dict.fromkeys(_spellings(f"{name}.weight", self.prefix))
+        raise ValueError(
+            f"{argument}: {self.checkpoint.folder} has no weight for layer {name} (looked for "
+            f"{', '.join(spellings)}): another architecture?"
+        )
 
     def _check(self, module: LinearModule, *, may_be_longer: bool) -> None:
         argument, key = self.checkpoint.argument, self.keys_of[module.name]
@@ -241,6 +268,14 @@ class LinearWeights(Mapping[str, Tensor]):
         """A few entries by which the weight is recognised, see `recognition_sample`."""
         corner = self.checkpoint.corner(self.keys_of[name], SAMPLE_SIZE)
         return recognition_sample(self.oriented(name, corner))
+
+
+def _tied_parameters(skeleton: nn.Module) -> dict[str, str]:
+    """Every parameter and the first one that it is tied to, mostly itself."""
+    groups: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        groups[id(parameter)].append(name)
+    return {name: group[0] for group in groups.values() for name in group}
 
 
 def _spellings(key: str, prefix: str) -> tuple[str, str, str]:

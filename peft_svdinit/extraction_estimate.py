@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .adapter_extraction import AdapterForm
+from .adapter_extraction import AdapterForm, refuse_other_files
 from .deltas import CheckpointPair
 from .linalg import krylov_svd
 from .linalg.truncated import krylov_plan
@@ -29,7 +29,8 @@ class Estimate:
 
     Attributes:
         layers: linear layers compared, and the parameters that they have.
-        read: of both checkpoints, once; verification reads as much again.
+        read: of both checkpoints, once.
+        verifying: what verification reads.
         written: of the adapter at its largest.
         working: of the working folder, gone at the end.
         memory: peak without the models that verify="full" runs.
@@ -41,6 +42,7 @@ class Estimate:
     layers: int
     parameters: int
     read: int
+    verifying: int
     written: int
     working: int
     memory: int
@@ -51,10 +53,10 @@ class Estimate:
     def as_text(self) -> str:
         """One line for each."""
         verified = f", and {_size(self.model)} for one model at a time" if self.model else ""
+        again = f", {_size(self.verifying)} more to verify" if self.verifying else ""
         lines = [
             f"layers     {self.layers} linear layers, {self.parameters:,} parameters",
-            f"read       {_size(self.read)}"
-            + (f", {_size(2 * self.read + 2 * self.model)} with verification" if verified else ""),
+            f"read       {_size(self.read)}{again}",
             f"written    {_size(self.written)} at most; {_size(self.working)} while it works",
             f"free disk  {_size(self.free)}",
             f"memory     {_size(self.memory)}{verified}",
@@ -75,6 +77,8 @@ def estimate(
     read_ahead: int = 1,
 ) -> Estimate:
     """Count what `extract_adapter` with these arguments would do; writes nothing."""
+    folder = Path(output_dir).expanduser().resolve()
+    refuse_other_files(folder)
     modules = list(pair.base.modules.values())
     whole = pair.whole_tensors(list(form.modules_to_save)) if form.modules_to_save else None
     factors = sum(_rank(rule, m) * (m.out_features + m.in_features) for m in modules)
@@ -84,16 +88,18 @@ def estimate(
     block, passes = krylov_plan(_rank(rule, largest), 1.003)
     spaces = 2 * _FLOAT32 * (largest.out_features + largest.in_features) * block * (passes // 2)
     checkpoint = pair.base.checkpoint
-    folder = Path(output_dir).expanduser().absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    read = sum(map(pair.stored_bytes, pair))
+    model = sum(map(checkpoint.stored_bytes, checkpoint.shapes)) if form.verify == "full" else 0
     return Estimate(
         layers=len(modules),
         parameters=sum(m.out_features * m.in_features for m in modules),
-        read=sum(pair.stored_bytes(name) for name in pair),
+        read=read,
+        verifying=0 if form.verify == "none" else read + 2 * model,
         written=form.dtype.itemsize * kept + (whole.stored_bytes() if whole else 0),
         working=_FLOAT32 * factors,
         memory=_IMPORTS + (1 + read_ahead) * delta + spaces,
-        model=sum(map(checkpoint.stored_bytes, checkpoint.shapes)) if form.verify == "full" else 0,
+        model=model,
         seconds=sum(_multiplications(rule, m) for m in modules) / _rate(device),
         free=shutil.disk_usage(existing).free,
     )

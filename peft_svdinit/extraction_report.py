@@ -130,12 +130,16 @@ class ExtractedAdapter:
                 f"{len(self.short)} layers do **not** reach the bound within the largest rank, "
                 f"`{self.short[0]}` the first."
             )
+        if self.settings["changed_settings"]:
+            named = ", ".join(f"`{name}`" for name in self.settings["changed_settings"])
+            said.append(f"The configurations differ in what no adapter can carry: {named}.")
         if self.uncovered:
             named = ", ".join(f"`{tensor.key}`" for tensor in self.uncovered[:5])
             more = ", …" if len(self.uncovered) > 5 else ""
             said.append(
                 f"**Not covered**: {len(self.uncovered)} tensors outside the linear layers changed "
-                f"and are not in the adapter ({named}{more}); `modules_to_save` stores them whole."
+                f"and are not in the adapter ({named}{more}); `modules_to_save` stores embeddings "
+                "and norms whole."
             )
         return [line for sentence in said for line in ("", sentence)]
 

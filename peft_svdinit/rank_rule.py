@@ -50,14 +50,29 @@ class RankRule:
         """No layer gets more than this, whatever its spectrum; None if there is no bound."""
         return self.rank or self.max_rank
 
-    def choose(self, spectra: Mapping[str, HasSpectrum]) -> tuple[dict[str, int], list[str]]:
+    def choose(
+        self, spectra: Mapping[str, HasSpectrum], *, uniform: bool = False
+    ) -> tuple[dict[str, int], list[str]]:
         """Rank of each layer, 0 for a zero delta, and the layers that fall short of a bound.
+
+        Args:
+            uniform: whether all layers will be padded to the largest of the ranks, so that a
+                budget pays for one rank of all of them.
 
         Raises:
             ValueError: if the budget is below one triplet for every layer that changed.
         """
         short: list[str] = []
-        if self.energy is not None:
+        if self.max_parameters is not None and uniform:
+            price = sum(sum(layer.shape) for layer in spectra.values())
+            rank = min(self.max_parameters // price, self.max_rank or self.max_parameters)
+            if not rank:
+                raise ValueError(
+                    f"max_parameters must be at least {price:,} to give all {len(spectra)} layers "
+                    f"rank 1, got {self.max_parameters:,}"
+                )
+            ranks = {name: min(rank, *layer.shape) for name, layer in spectra.items()}
+        elif self.energy is not None:
             ranks, short = ranks_for_energy(spectra, self.energy, self.max_rank)
         elif self.error is not None:
             ranks, short = ranks_for_error(spectra, self.error, self.max_rank)

@@ -429,7 +429,7 @@ def test_the_architecture_is_that_of_the_base(tmp_path):
 def test_another_architecture_is_refused(tmp_path):
     pair = save_pair(tmp_path / "llama")
     other = save_pair(tmp_path / "gpt2", "gpt2")
-    with pytest.raises(ValueError, match=r"tuned: .* has no weight for layer model.layers.0"):
+    with pytest.raises(ValueError, match=r"tuned: model_type is 'gpt2' in its config.json, of the"):
         CheckpointPair(pair.base_folder, other.tuned_folder)
 
 
@@ -472,3 +472,113 @@ def test_a_copy_of_the_folder_is_the_same_checkpoint(tmp_path):
     found = CheckpointPair(pair.base_folder, tmp_path / "copy")
     assert all(not found[name].any() for name in found)
     assert found.uncovered() == []
+
+
+def test_experts_that_are_stored_one_by_one_are_changes_outside_the_layers(tmp_path):
+    pair = save_pair(tmp_path)
+    key = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    for folder, value in ((pair.base_folder, 1.0), (pair.tuned_folder, 1.5)):
+        edited(lambda tensors, value=value: tensors.update({key: torch.full((4, 4), value)}))(
+            folder
+        )
+    found = CheckpointPair(pair.base_folder, pair.tuned_folder)
+    assert [(t.key, t.relative_change) for t in found.uncovered()] == [(key, 0.5)]
+    assert not found.is_parameter(key) and found.is_parameter("model.norm.weight")
+    assert (
+        CheckpointPair(
+            pair.base_folder, pair.tuned_folder, exclude_modules=r".*experts.*"
+        ).uncovered()
+        == []
+    )
+
+
+def test_a_tied_embedding_and_an_untied_head_are_saved_each_on_its_own(tmp_path):
+    pair = save_pair(tmp_path, tie_word_embeddings=True)
+
+    def untie(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    rewrite_tensors(pair.tuned_folder / WEIGHTS, untie)
+    whole = CheckpointPair(pair.base_folder, pair.tuned_folder).whole_tensors(["changed"])
+    assert set(whole) == {"lm_head.weight", "model.embed_tokens.weight"}
+    assert torch.equal(whole["lm_head.weight"], whole["model.embed_tokens.weight"] + 1)
+
+
+def test_biases_of_linear_layers_are_not_saved_whole(tmp_path):
+    pair = save_pair(tmp_path, "gpt2", change=lambda name: True)
+    found = CheckpointPair(pair.base_folder, pair.tuned_folder)
+    assert "transformer.h.0.attn.c_attn.bias" in {tensor.key for tensor in found.uncovered()}
+    assert not any("c_attn" in name for name in found.whole_tensors(["changed"]))
+    with pytest.raises(ValueError, match="modules_to_save: c_attn is no module outside"):
+        found.whole_tensors(["c_attn"])
+
+
+def rewrite_config(folder: Path, **settings: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def test_settings_that_differ_are_named_and_other_heads_refused(tmp_path):
+    pair = save_pair(tmp_path)
+    folders = (pair.base_folder, pair.tuned_folder)
+    assert CheckpointPair(*folders).changed_settings == {}
+    rewrite_config(pair.tuned_folder, rms_norm_eps=0.01, hidden_act="gelu", use_cache=False)
+    found = CheckpointPair(*folders).changed_settings
+    assert found == {"hidden_act": ("silu", "gelu"), "rms_norm_eps": (1e-6, 0.01)}
+    rewrite_config(pair.tuned_folder, num_attention_heads=4, head_dim=4)
+    with pytest.raises(ValueError, match=r"head.* in its config.json, of the base it is"):
+        CheckpointPair(*folders)
+
+
+def test_one_file_comes_before_an_index_as_in_transformers(tmp_path):
+    pair = save_pair(tmp_path)
+    stale = {"weight_map": {KEY: "model-00001-of-00001.safetensors"}}
+    (pair.tuned_folder / INDEX).write_text(json.dumps(stale))
+    assert_deltas(CheckpointPair(pair.base_folder, pair.tuned_folder), pair)
+
+
+@pytest.mark.parametrize("map_", [None, [KEY], {KEY: 3}])
+def test_an_index_without_a_map_of_names_is_refused(tmp_path, map_):
+    pair = save_pair(tmp_path, sharded=True)
+    (pair.tuned_folder / INDEX).write_text(json.dumps({"weight_map": map_}))
+    with pytest.raises(ValueError, match=r"must map tensors to file names"):
+        CheckpointPair(pair.base_folder, pair.tuned_folder)
+
+
+def test_buffers_of_old_checkpoints_are_passed_over(tmp_path):
+    pair = save_pair(tmp_path)
+    old = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edited(lambda tensors: tensors.update({old: torch.ones(4)}))(pair.tuned_folder)
+    assert_deltas(CheckpointPair(pair.base_folder, pair.tuned_folder), pair)
+
+
+def test_a_packed_weight_is_a_type_error_that_names_the_layer(tmp_path):
+    pair = save_pair(tmp_path)
+
+    def pack(tensors: dict[str, Tensor]) -> None:
+        tensors[KEY.replace("weight", "qweight")] = tensors.pop(KEY).to(torch.int32)
+
+    edited(pack)(pair.tuned_folder)
+    with pytest.raises(TypeError, match=f"tuned: the weight of layer {LAYER} is stored as qweight"):
+        CheckpointPair(pair.base_folder, pair.tuned_folder)
+
+
+@pytest.mark.parametrize("argument", ["exclude_modules", "slice_modules"])
+def test_a_choice_that_matches_nothing_is_refused(tmp_path, argument):
+    pair = save_pair(tmp_path)
+    folders = (pair.base_folder, pair.tuned_folder)
+    with pytest.raises(ValueError, match=rf"{argument}=\['lm_haed'\] matches no module"):
+        CheckpointPair(*folders, **{argument: ["lm_head", "lm_haed"]})
+
+
+def test_nan_outside_the_layers_is_refused_by_side_and_name(tmp_path):
+    pair = save_pair(tmp_path)
+    edited(lambda tensors: tensors["model.norm.weight"][3:4].fill_(math.nan))(pair.tuned_folder)
+    with pytest.raises(ValueError, match=r"tuned: model.norm.weight has NaN or infinite entries"):
+        CheckpointPair(pair.base_folder, pair.tuned_folder).uncovered()
+
+
+def test_a_tied_head_can_be_a_target(tmp_path):
+    pair = save_pair(tmp_path, change=lambda name: True, tie_word_embeddings=True)
+    found = CheckpointPair(pair.base_folder, pair.tuned_folder, target_modules=["lm_head"])
+    assert torch.equal(found["lm_head"], dense_delta(pair, "lm_head"))

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny_models import truncate
 
 from peft_svdinit import LowRankFactors
-from peft_svdinit.extraction import Factorisation, LayerStore, fill_store
+from peft_svdinit.extraction import Factorisation, LayerStore, fill_store, layer_store
 
 NAMES = ["layers.0.q", "layers.1.q", "layers.2.q"]
 
@@ -125,6 +126,37 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="holds something else"):
         store(tmp_path).__enter__()
     assert (tmp_path / "job" / "thesis.tex").read_text() == "years of work"
+
+
+def test_what_a_killed_write_left_is_cleared(tmp_path):
+    (tmp_path / "job" / ".job.json.abc").mkdir(parents=True)
+    (tmp_path / "job" / ".layer-00001.safetensors.xyz").mkdir()
+    (tmp_path / "job" / "job.lock").touch()
+    with store(tmp_path) as begun:
+        assert len(begun) == 0
+        assert {path.name for path in begun.folder.iterdir()} == {"job.json", "job.lock"}
+
+
+def test_singular_values_do_not_keep_the_file_mapped(tmp_path):
+    with store(tmp_path) as filled:
+        fill_store(filled, deltas(), Factorisation(3))
+        values, _ = filled.singular_values(NAMES[0])
+        assert values.untyped_storage().nbytes() == values.nbytes
+
+
+def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(layer_store, "save_file", full)
+    with store(tmp_path) as filled, pytest.raises(OSError, match="No space left on device"):
+        fill_store(filled, deltas(), Factorisation(3))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_a_device_that_cannot_be_used_is_refused_at_once(device):
+    with pytest.raises(ValueError, match=f"device='{device}' cannot be used"):
+        Factorisation(3, device=device)
 
 
 def test_removing_a_store_leaves_nothing(tmp_path):

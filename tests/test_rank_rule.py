@@ -44,6 +44,15 @@ def test_a_budget_is_kept_and_spent_on_the_largest_values(budget):
     assert ranks["flat"] == 1 or ranks["steep"] >= 2
 
 
+@given(budget=st.integers(65, 400))
+def test_a_budget_for_one_rank_of_all_pays_for_the_padding_too(budget):
+    ranks, _ = RankRule(max_parameters=budget, max_rank=4).choose(SPECTRA, uniform=True)
+    padded = max(ranks.values()) * sum(sum(layer.shape) for layer in SPECTRA.values())
+    assert padded <= budget
+    with pytest.raises(ValueError, match="max_parameters must be at least 65 to give all 3"):
+        RankRule(max_parameters=64).choose(SPECTRA, uniform=True)
+
+
 def test_the_bound_of_a_rule_is_its_rank_or_what_is_said():
     assert RankRule(rank=7).most == 7
     assert RankRule(energy=0.5, max_rank=9).most == 9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,8 @@ from ..adapter_extraction import (
     factorisation,
     pair_stamps,
     partial_folder,
+    refuse_change,
+    refuse_unknown_parts,
     stored_spectra,
 )
 from ..deltas import CheckpointPair, LoraAdapter
@@ -26,6 +28,11 @@ from ..teacher_files import write_teacher
 from .summary import print_analysis
 
 _DEFAULT_RANK, _DEFAULT_MAX_RANK = 64, 128
+_OF_ADAPTERS = {
+    "energy", "error", "max_parameters", "max_bytes", "max_rank", "uniform_rank", "split", "dtype",
+    "modules_to_save", "verify", "dry_run",
+}  # fmt: skip
+_OF_FACTORS = {"lora_r", "plots"}
 
 
 @dataclass(frozen=True)
@@ -120,12 +127,28 @@ class ExtractOptions:
             raise ValueError("give either tuned (with base) or adapter")
         if self.tuned and not self.base:
             raise ValueError("tuned needs base, the model before fine-tuning")
+        if self.read_ahead < 1:
+            raise ValueError(f"read_ahead must be at least 1, got {self.read_ahead}")
+        self._refuse_what_does_not_apply()
         rank = self.rule().rank
         if self.save_as == "factors" and not self.adapter:
             if rank is None:
                 raise ValueError("factors have one rank; give rank, or save_as=adapter")
             if rank < self.lora_r:
                 raise ValueError(f"lora_r={self.lora_r} must not be above rank={rank}")
+
+    def _refuse_what_does_not_apply(self) -> None:
+        if self.adapter:
+            kind, known = "adapter", {"output_dir", "base", "adapter", "save_as", "lora_r", "plots"}
+        elif self.save_as == "factors":
+            kind = "save_as=factors"
+            known = {entry.name for entry in fields(self)} - _OF_ADAPTERS
+        else:
+            kind, known = "save_as=adapter", {entry.name for entry in fields(self)} - _OF_FACTORS
+        for entry in fields(self):
+            default = entry.default_factory() if callable(entry.default_factory) else entry.default
+            if entry.name not in known and getattr(self, entry.name) != default:
+                raise ValueError(f"{entry.name} does not apply to {kind}; leave it out")
 
     def rule(self) -> RankRule:
         """What is said about ranks."""
@@ -206,8 +229,10 @@ def run(options: ExtractOptions) -> None:
 
 def _factors(pair: CheckpointPair, rule: RankRule, options: ExtractOptions) -> None:
     factorise = factorisation(rule, seed=options.seed, device=options.device)
-    inputs = {"factorisation": repr(factorise), "pair": pair_stamps(pair)}
-    target = Path(options.output_dir).expanduser()
+    refuse_unknown_parts(pair)
+    stamps = pair_stamps(pair)
+    inputs = {"factorisation": repr(factorise), "pair": stamps}
+    target = Path(options.output_dir).expanduser().resolve()
     with LayerStore(partial_folder(target), list(pair), inputs) as store:
         fill_store(store, pair, factorise, read_ahead=options.read_ahead)
         stored_spectra(store, pair)
@@ -219,6 +244,7 @@ def _factors(pair: CheckpointPair, rule: RankRule, options: ExtractOptions) -> N
             seed=options.seed,
         )
         uncovered = {tensor.key: tensor.relative_change for tensor in pair.uncovered()}
+        refuse_change(pair, stamps)
         _write_factors(
             Extraction(store, metadata, base_samples(pair)), options, {"uncovered": uncovered}
         )

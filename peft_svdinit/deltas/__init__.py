@@ -1,7 +1,8 @@
 """Sources of weight deltas: LoRA adapters, pairs of checkpoints, synthesis."""
 
 from .adapter import LoraAdapter, LoraProduct
-from .checkpoint_pair import CheckpointPair, Uncovered
+from .checkpoint_pair import CheckpointPair
+from .other_tensors import Uncovered
 from .synthesis import Synthesis
 
 __all__ = ["CheckpointPair", "LoraAdapter", "LoraProduct", "Synthesis", "Uncovered"]

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..checkpoints import Checkpoint, LinearWeights
-from ..linalg import frobenius_norm
 from ..linear_modules import is_chosen
-
-
-@dataclass(frozen=True)
-class Uncovered:
-    """A tensor that fine-tuning changed and linear factors do not express, such as an embedding."""
-
-    key: str
-    relative_change: float
+from .configurations import changed_settings
+from .other_tensors import OtherTensors, Uncovered, WholeTensors
 
 
 class CheckpointPair(Mapping[str, Tensor]):
@@ -38,10 +30,16 @@ class CheckpointPair(Mapping[str, Tensor]):
             are read, for a vocabulary that grew.
         base_revision, tuned_revision: branch, tag or commit on the Hub.
 
+    Attributes:
+        base, tuned: the linear layers on both sides.
+        changed_settings: settings of the configuration that differ, name to (base, tuned); no
+            adapter can carry them.
+
     Raises:
         FileNotFoundError: if a checkpoint is missing.
-        ValueError: if the vocabularies differ, one side has a tensor that the other lacks, or as
-            `Checkpoint` and `LinearWeights` raise.
+        ValueError: if the architectures or vocabularies differ, one side has a tensor that the
+            other lacks, a choice of modules matches nothing, or as `Checkpoint` and
+            `LinearWeights` raise.
         TypeError: as `LinearWeights` raises.
     """
 
@@ -58,6 +56,9 @@ class CheckpointPair(Mapping[str, Tensor]):
     ) -> None:
         base_checkpoint = Checkpoint(base, argument="base", revision=base_revision)
         tuned_checkpoint = Checkpoint(tuned, argument="tuned", revision=tuned_revision)
+        self.changed_settings: dict[str, tuple[Any, Any]] = changed_settings(
+            base_checkpoint.folder, tuned_checkpoint.folder
+        )
         self.base = LinearWeights(
             base_checkpoint, target_modules=target_modules, exclude_modules=exclude_modules
         )
@@ -68,61 +69,18 @@ class CheckpointPair(Mapping[str, Tensor]):
             exclude_modules=exclude_modules,
             longer_modules=slice_modules,
         )
-        self._exclude, self._slice = exclude_modules, slice_modules
-        self._tied_to = _tied_parameters(self.base)
-        self._others = self._checked_others()
+        for argument, choice in (("exclude", exclude_modules), ("slice", slice_modules)):
+            self._check_choice(f"{argument}_modules", choice)
+        self._others = OtherTensors(
+            self.base, self.tuned, exclude_modules=exclude_modules, slice_modules=slice_modules
+        )
 
-    def _checked_others(self) -> dict[str, tuple[str, str]]:
-        """Parameter to its keys in base and tuned, of those outside the linear layers."""
-        others: dict[str, tuple[str, str]] = {}
-        weights = {f"{name}.weight" for name in self}
-        for name, source in self._tied_to.items():
-            if name in weights or is_chosen(name.rpartition(".")[0], self._exclude):
-                continue
-            keys = [self._stored(side, name, source) for side in (self.base, self.tuned)]
-            if keys == [None, None] or keys[1] in {pair[1] for pair in others.values()}:
-                continue
-            if None in keys:
-                has, lacks = ("base", "tuned") if keys[1] is None else ("tuned", "base")
-                raise ValueError(
-                    f"{lacks}: it has no tensor {name}, which {has} has: another architecture? "
-                    f"exclude_modules can leave {name.rpartition('.')[0]} out"
-                )
-            others[name] = (str(keys[0]), str(keys[1]))
-            self._check_shapes(name, *others[name])
-        self._refuse_unknown()
-        return others
-
-    def _stored(self, side: LinearWeights, name: str, source: str) -> str | None:
-        keys = (side.checkpoint.stored_key(key, side.prefix) for key in (name, source))
-        return next((key for key in keys if key is not None), None)
-
-    def _check_shapes(self, name: str, base_key: str, tuned_key: str) -> None:
-        before = self.base.checkpoint.shapes[base_key]
-        after = self.tuned.checkpoint.shapes[tuned_key]
-        module = name.rpartition(".")[0]
-        longer = after[1:] == before[1:] and after[:1] > before[:1]
-        if after != before and not (longer and is_chosen(module, self._slice)):
-            raise ValueError(
-                f"tuned: {name} has shape {after}, the base's has {before}: was the vocabulary "
-                "changed? Resize both models to one vocabulary before taking the delta, or name "
-                f"{module} in exclude_modules to leave it out"
-                + (", or in slice_modules to read the rows that both have" if longer else "")
-            )
-
-    def _refuse_unknown(self) -> None:
-        """A tensor that only tuned has is a part of the model that the adapter would lack."""
-        base, tuned = self.base.checkpoint, self.tuned.checkpoint
-        known = {*self._tied_to, *(name for name, _ in self.base.skeleton.named_buffers())}
-        for key in tuned.shapes:
-            spellings = {key, key.removeprefix(f"{self.base.prefix}."), f"{self.base.prefix}.{key}"}
-            module = key.rpartition(".")[0]
-            if spellings & (known | base.shapes.keys()) or is_chosen(module, self._exclude):
-                continue
-            raise ValueError(
-                f"tuned: it has a tensor {key} that the base's architecture lacks: another "
-                f"architecture? exclude_modules can leave {module} out"
-            )
+    def _check_choice(self, argument: str, choice: str | Sequence[str]) -> None:
+        keys = {*self.base.tied_to, *self.base.checkpoint.shapes, *self.tuned.checkpoint.shapes}
+        modules = {key.rpartition(".")[0] for key in keys}
+        for part in [choice] if isinstance(choice, str) else [[ending] for ending in choice]:
+            if not any(is_chosen(module, part) for module in modules):
+                raise ValueError(f"{argument}={part!r} matches no module of the two checkpoints")
 
     def __getitem__(self, name: str) -> Float[Tensor, "out in"]:
         delta = torch.empty(self.base.stored_shape(name))
@@ -144,10 +102,12 @@ class CheckpointPair(Mapping[str, Tensor]):
     @property
     def sliced(self) -> bool:
         """Whether tuned has rows beyond the base's, which are not read."""
-        base, tuned = self.base.checkpoint, self.tuned.checkpoint
-        keys = [*self._others.values()]
-        keys += [(self.base.keys_of[name], self.tuned.keys_of[name]) for name in self]
-        return any(base.shapes[one] != tuned.shapes[other] for one, other in keys)
+        base, tuned = self.base, self.tuned
+        return self._others.sliced or any(
+            base.checkpoint.shapes[base.keys_of[name]]
+            != tuned.checkpoint.shapes[tuned.keys_of[name]]
+            for name in self
+        )
 
     def stored_bytes(self, name: str) -> int:
         """What reading one delta reads from the disk."""
@@ -155,32 +115,23 @@ class CheckpointPair(Mapping[str, Tensor]):
             side.checkpoint.stored_bytes(side.keys_of[name]) for side in (self.base, self.tuned)
         )
 
-    def uncovered(self) -> list[Uncovered]:
-        """Parameters outside the linear layers that differ, largest relative change first."""
-        changed = []
-        for name, (base_key, tuned_key) in self._others.items():
-            rows = self.base.checkpoint.shapes[base_key][:1]
-            pairs = zip(
-                self.base.checkpoint.blocks(base_key),
-                self.tuned.checkpoint.blocks(tuned_key, *rows),
-                strict=True,
-            )
-            before = change = 0.0
-            for (_, old), (_, new) in pairs:
-                before = math.hypot(before, frobenius_norm(old.float()))
-                change = math.hypot(change, frobenius_norm(new.float() - old.float()))
-            if change and not self._repeats_its_source(name, tuned_key):
-                changed.append(Uncovered(name, change / (before or 1.0)))
-        return sorted(changed, key=lambda tensor: (-tensor.relative_change, tensor.key))
+    @cached_property
+    def _changed(self) -> list[Uncovered]:
+        return self._others.uncovered()
 
-    def _repeats_its_source(self, name: str, tuned_key: str) -> bool:
-        """Whether a tied parameter that is stored a second time equals the one it is tied to."""
-        source = self._tied_to[name]
-        if source == name or source not in self._others:
-            return False
-        tuned = self.tuned.checkpoint
-        blocks = zip(tuned.blocks(tuned_key), tuned.blocks(self._others[source][1]), strict=True)
-        return all(torch.equal(one, other) for (_, one), (_, other) in blocks)
+    def uncovered(self) -> list[Uncovered]:
+        """Tensors outside the linear layers that differ, largest relative change first.
+
+        Read once, and remembered.
+
+        Raises:
+            ValueError: if one has NaN or infinite entries.
+        """
+        return list(self._changed)
+
+    def is_parameter(self, key: str) -> bool:
+        """Whether the architecture knows a tensor by this name."""
+        return key in self.base.tied_to
 
     def whole_tensors(self, modules: Sequence[str]) -> WholeTensors:
         """Tuned parameters of modules outside the linear layers, for `modules_to_save`.
@@ -189,53 +140,6 @@ class CheckpointPair(Mapping[str, Tensor]):
             modules: names or endings; "changed" stands for all whose parameters differ.
 
         Raises:
-            ValueError: if a name matches none.
+            ValueError: if a name matches none, or a linear layer.
         """
-        chosen = [name for name in modules if name != "changed"]
-        changed = {t.key.rpartition(".")[0] for t in self.uncovered()} if chosen != modules else ()
-        for module in chosen:
-            if not any(is_chosen(name.rpartition(".")[0], [module]) for name in self._others):
-                raise ValueError(
-                    f"modules_to_save: {module} is no module outside the linear layers that the "
-                    "two checkpoints share"
-                )
-        keys = {
-            name: tuned_key
-            for name, (_, tuned_key) in self._others.items()
-            if name.rpartition(".")[0] in changed or is_chosen(name.rpartition(".")[0], chosen)
-        }
-        rows = {name: self.base.checkpoint.shapes[self._others[name][0]][0] for name in keys}
-        return WholeTensors(self.tuned.checkpoint, keys, rows)
-
-
-class WholeTensors(Mapping[str, Tensor]):
-    """Read-only, lazy view of a checkpoint's tensors by parameter name, in their own dtype."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, keys: Mapping[str, str], rows: Mapping[str, int]
-    ) -> None:
-        self._checkpoint, self._keys, self._rows = checkpoint, dict(keys), dict(rows)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._checkpoint.tensor(self._keys[name])[: self._rows[name]]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._keys  # Mapping's own would read the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def stored_bytes(self) -> int:
-        """Size of all of them together."""
-        return sum(self._checkpoint.stored_bytes(key) for key in self._keys.values())
-
-
-def _tied_parameters(weights: LinearWeights) -> dict[str, str]:
-    """Every parameter of the architecture and the first one that it is tied to, mostly itself."""
-    groups: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in weights.skeleton.named_parameters(remove_duplicate=False):
-        groups[id(parameter)].append(name)
-    return {name: group[0] for group in groups.values() for name in group}
+        return self._others.whole(modules, self._changed if "changed" in modules else ())

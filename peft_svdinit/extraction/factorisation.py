@@ -35,6 +35,13 @@ class Factorisation:
     seed: int = 0
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"device={self.device!r} cannot be used: {reason}") from error
+
     def __call__(self, name: str, delta: Float[Tensor, "out in"]) -> LowRankFactors:
         """Factors of the layer `name`; a zero delta has one triplet of nothing.
 

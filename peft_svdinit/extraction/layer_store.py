@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _PLAN, _LOCK = "job.json", "job.lock"
 _PARTS = ("U", "S", "Vh")
+_FORMAT_VERSION = 1
 
 
 class LayerStore(Mapping[str, LowRankFactors]):
@@ -48,12 +49,15 @@ class LayerStore(Mapping[str, LowRankFactors]):
             name: self.folder / f"layer-{index:05d}.safetensors" for index, name in enumerate(names)
         }
         # Through JSON, or tuples and lists would differ.
-        self._inputs = json.loads(json.dumps({"layers": list(names), **inputs}))
+        self._inputs = json.loads(
+            json.dumps({"format_version": _FORMAT_VERSION, "layers": list(names), **inputs})
+        )
         self._done: set[str] = set()
         self._lock = FileLock(self.folder / _LOCK)
 
     def __enter__(self) -> LayerStore:
-        self._refuse_foreign()
+        if self.folder.is_file():
+            raise ValueError(f"{self.folder} is needed as a working folder and is a file; move it")
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
@@ -63,6 +67,7 @@ class LayerStore(Mapping[str, LowRankFactors]):
                 "wait for it, or choose another output_dir"
             ) from None
         try:
+            self._refuse_foreign()
             self._resume_or_begin()
         except BaseException:
             self._lock.release()
@@ -73,10 +78,15 @@ class LayerStore(Mapping[str, LowRankFactors]):
         self._lock.release()
 
     def _refuse_foreign(self) -> None:
-        found = {path.name for path in self.folder.glob("*")} if self.folder.is_dir() else set()
-        if self.folder.is_file() or (found - {_LOCK} and _PLAN not in found):
+        names = {path.name for path in self.folder.iterdir()} - {_LOCK}
+        for name in names:
+            if name.startswith((f".{_PLAN}.", ".layer-")):  # Of a write that was killed.
+                shutil.rmtree(self.folder / name)
+        foreign = {name for name in names if not name.startswith(".")}
+        if foreign and _PLAN not in foreign:
             raise ValueError(
-                f"{self.folder} is needed as a working folder and holds something else; move it"
+                f"{self.folder} is needed as a working folder and holds something else, "
+                f"{min(foreign)}; move it"
             )
 
     def _resume_or_begin(self) -> None:
@@ -89,10 +99,18 @@ class LayerStore(Mapping[str, LowRankFactors]):
         self._done = {name for name, path in self._files.items() if _is_complete(path, name)}
 
     def save(self, name: str, factors: LowRankFactors) -> None:
-        """Put the factors of a layer on the disk, whole or not at all."""
+        """Put the factors of a layer on the disk, whole or not at all.
+
+        Raises:
+            OSError: if the disk is full.
+        """
         tensors = {part: getattr(factors, part).contiguous() for part in _PARTS}
-        with replacing(self._files[name]) as temporary:
-            save_file(tensors, temporary, {"name": name, "norm": factors.norm.hex()})
+        path = self._files[name]
+        try:
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, {"name": name, "norm": factors.norm.hex()})
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error
         self._done.add(name)
 
     def __getitem__(self, name: str) -> LowRankFactors:
@@ -102,7 +120,7 @@ class LayerStore(Mapping[str, LowRankFactors]):
     def singular_values(self, name: str) -> tuple[Tensor, float]:
         """S and the norm of a layer, without reading its vectors."""
         tensors, norm = self._read(name, ("S",))
-        return tensors["S"], norm
+        return tensors["S"].clone(), norm  # The tensor read keeps its file mapped.
 
     def _read(self, name: str, parts: Sequence[str]) -> tuple[dict[str, Tensor], float]:
         if name not in self._done:
@@ -122,8 +140,11 @@ class LayerStore(Mapping[str, LowRankFactors]):
 
     def remove(self) -> None:
         """Delete the folder, once its results are elsewhere; the lock goes with it."""
+        # Out of the way first: a process that starts now must not work in a folder that vanishes.
+        gone = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
+        os.rename(self.folder, gone)
         self._lock.release()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _inputs_of(plan: Path) -> dict[str, Any] | None:

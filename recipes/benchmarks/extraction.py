@@ -139,7 +139,11 @@ def mergekit(python: str, folder: Path) -> float:
     command = [python, "-c", f"from {module} import main; main()"]
     command += ["--model", str(folder / "tuned"), "--base-model", str(folder / "base")]
     command += ["--out-path", str(folder / "mergekit"), "--max-rank", str(_RANK)]
-    return run_child(command)[0] - imports
+    # Offline it fails on its model card, after the weights.
+    seconds, _ = run_child(command, check=False)
+    if not (folder / "mergekit" / "adapter_model.safetensors").is_file():
+        raise RuntimeError("mergekit wrote no adapter; run its command by hand to see why")
+    return seconds - imports
 
 
 def svd_loop(pair: CheckpointPair) -> float:
