@@ -23,6 +23,7 @@ from .initializers import Split, SvdGuided
 from .linear_modules import model_skeleton
 from .modules_to_save import WholeModules, whole_modules
 from .rounding import rounded, rounding_error
+from .task_types import loadable_task_type
 from .tensor_writer import TensorWriter
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def export_adapter(
     dtype: torch.dtype = torch.float32,
     uniform: bool = False,
     modules_to_save: Mapping[str, Tensor] | None = None,
-    task_type: str | None = "CAUSAL_LM",
+    task_type: str | None = "auto",
 ) -> ExportedAdapter:
     """Write the truncation of every delta as a LoRA adapter with scaling 1 (alpha = r).
 
@@ -69,12 +70,14 @@ def export_adapter(
         modules_to_save: whole tensors by name of the parameter in the base model, embeddings and
             norms say, stored in their own dtype; read one at a time, twice each. Needs `base`.
             See `whole_modules` for tied ones. Servers such as vLLM refuse such adapters.
-        task_type: stored in the adapter's config.
+        task_type: stored in the adapter's config, by which PEFT chooses the class that it wraps the
+            model in. "auto" is that of the class of `base`, as `loadable_task_type` says, and
+            "CAUSAL_LM" without a base; None suits a model of any class.
 
     Raises:
         ValueError: if a layer holds fewer triplets than asked for although its delta has more, a
-            factor overflows `dtype`, no layer has anything to keep, `ranks`, `modules_to_save` and
-            `base` do not fit the factors, or `output_dir` holds other files.
+            factor overflows `dtype`, no layer has anything to keep, `ranks`, `modules_to_save`,
+            `task_type` and `base` do not fit the factors, or `output_dir` holds other files.
         OSError: if the disk is full; as after any error, what was there before is still there.
     """
     if dtype not in DTYPES:
@@ -95,7 +98,7 @@ def export_adapter(
         ensure_weight_tying=whole.tied,
         base_model_name_or_path=base_model_name_or_path,
         revision=base_model_revision,
-        task_type=task_type,
+        task_type=_task_type(skeleton, task_type, whole),
         inference_mode=True,
     )
     layout = _layout(plan, dtype)
@@ -159,6 +162,14 @@ def _whole_modules(
     if skeleton is None:
         raise ValueError("modules_to_save needs base, against which its names are checked")
     return whole_modules(skeleton, list(given), plan.stored)
+
+
+def _task_type(
+    skeleton: nn.Module | None, task_type: str | None, whole: WholeModules
+) -> str | None:
+    if skeleton is None:
+        return "CAUSAL_LM" if task_type == "auto" else task_type
+    return loadable_task_type(skeleton, task_type, whole.names)
 
 
 def _whole_tensor(skeleton: nn.Module | None, name: str, tensor: Tensor) -> Tensor:

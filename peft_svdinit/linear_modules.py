@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
@@ -30,14 +31,21 @@ def model_skeleton(folder: str | os.PathLike) -> nn.Module:
         ValueError: if it has no configuration, or that names no architecture of transformers.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except OSError as error:
         raise ValueError(
             f"{os.fspath(folder)} has no config.json that can be read: {error}"
         ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"{os.fspath(folder)}: config.json is of no architecture that transformers "
+            f"{transformers.__version__} has itself, and code of a checkpoint is never run "
+            f"({error})"
+        ) from error
     names = config.architectures or ()
-    architecture = getattr(transformers, names[0], None) if names else None
-    if architecture is None:
+    architecture = getattr(transformers, str(names[0]), None) if names else None
+    # transformers has more than models by name: functions, too, which must not be called.
+    if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
         raise ValueError(
             f"{os.fspath(folder)}: config.json names no architecture that transformers "
             f"{transformers.__version__} knows (architectures: {list(names)})"
@@ -55,7 +63,7 @@ def linear_modules(
     matched against the whole name; a sequence a choice of names or name endings.
 
     Raises:
-        ValueError: if no layer matches.
+        ValueError: if no layer matches, or the expression is broken.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     found: dict[str, LinearModule] = {}
@@ -84,7 +92,17 @@ def _matches(name: str, target_modules: str | Sequence[str], *, is_head: bool) -
 
 
 def is_chosen(name: str, choice: str | Sequence[str]) -> bool:
-    """Whether a module is meant by a regular expression for whole names, or a list of endings."""
+    """Whether a module is meant by a regular expression for whole names, or a list of endings.
+
+    Raises:
+        ValueError: if the expression is broken.
+    """
     if isinstance(choice, str):
-        return re.fullmatch(choice, name) is not None
+        try:
+            return re.fullmatch(choice, name) is not None
+        except re.error as error:
+            raise ValueError(
+                f"{choice!r} is no regular expression ({error}); correct it, or give a list of "
+                "names or name endings"
+            ) from None
     return any(name == ending or name.endswith(f".{ending}") for ending in choice)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .analysis import HasSpectrum, ranks_for_energy, ranks_for_error, recommend_ranks
+from .linalg import SMALLEST_ERROR
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,16 @@ class RankRule:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ValueError(f"energy must be in (0, 1], got {self.energy}; write 95 % as 0.95")
-        if self.error is not None and not 0 < self.error < 1:
-            raise ValueError(f"error must be in (0, 1), got {self.error}; write 5 % as 0.05")
+        if self.error is not None and not SMALLEST_ERROR <= self.error < 1:
+            raise ValueError(
+                f"error must be in [{SMALLEST_ERROR}, 1), got {self.error}; write 5 % as 0.05. "
+                "Float32 singular values tell no smaller one from rounding"
+            )
+        if self.energy is not None and 1 - SMALLEST_ERROR**2 < self.energy < 1:
+            raise ValueError(
+                f"energy must be at most {1 - SMALLEST_ERROR**2:.6f}, or 1 for all triplets, got "
+                f"{self.energy}; float32 singular values tell no larger one from rounding"
+            )
         if self.rank is not None and self.max_rank is not None:
             raise ValueError("max_rank bounds the ranks of other rules; leave it out with rank")
 

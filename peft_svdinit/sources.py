@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
+logger = logging.getLogger(__name__)
+
 _PICKLE_SUFFIXES = {".bin", ".pth", ".pt", ".pkl", ".ckpt"}
+# Of a repository: configurations, weights and tokenizers; not the weights in further formats.
+_READ = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "*.model"]
+_NOT_READ = ["consolidated*.safetensors", "original/*", "onnx/*"]
 
 
 def refuse_pickle(path: Path, argument: str) -> None:
@@ -44,10 +50,11 @@ def resolve_file(
 
     Raises:
         FileNotFoundError: if it does not exist on the disk or the Hub.
-        ValueError: if it is a pickle.
+        ValueError: if it is a pickle, or a local path has a revision.
     """
     path = Path(path_or_id).expanduser()
     refuse_pickle(path, argument)
+    _refuse_local_revision(path_or_id, argument, revision)
     if path.is_file():
         return path
     if path.is_dir():
@@ -69,12 +76,14 @@ def resolve_file(
 def resolve_folder(
     path_or_id: str | os.PathLike, *, argument: str, revision: str | None = None
 ) -> Path:
-    """The local folder of a model or adapter: itself, or a snapshot of its JSON and safetensors.
+    """The local folder of a model or adapter: itself, or a snapshot of what is read of it.
 
     Raises:
         FileNotFoundError: if it does not exist on the disk or the Hub.
+        ValueError: if a local path has a revision.
     """
     path = Path(path_or_id).expanduser()
+    _refuse_local_revision(path_or_id, argument, revision)
     if path.is_dir():
         return path
     if is_local(path_or_id):
@@ -84,7 +93,8 @@ def resolve_folder(
             snapshot_download(
                 os.fspath(path_or_id),
                 revision=revision,
-                allow_patterns=["*.json", "*.safetensors"],
+                allow_patterns=_READ,
+                ignore_patterns=_NOT_READ,
             )
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -92,6 +102,31 @@ def resolve_folder(
             f"{argument}: {os.fspath(path_or_id)!r} is neither a folder on this disk nor a "
             f"repository of the Hub that can be reached ({type(error).__name__})"
         ) from error
+
+
+def hub_pickles(path_or_id: str | os.PathLike, revision: str | None = None) -> list[str]:
+    """The pickles in a repository of the Hub, which `resolve_folder` does not fetch.
+
+    None of a local path, and none if the Hub does not answer: this is for an error's text.
+    """
+    if is_local(path_or_id):
+        return []
+    try:
+        files = HfApi().list_repo_files(os.fspath(path_or_id), revision=revision)
+    except Exception as error:  # Of the HTTP client, which differs among versions.
+        logger.info("The files of %s cannot be listed: %s", os.fspath(path_or_id), error)
+        return []
+    return [name for name in files if PurePosixPath(name).suffix in _PICKLE_SUFFIXES]
+
+
+def _refuse_local_revision(
+    path_or_id: str | os.PathLike, argument: str, revision: str | None
+) -> None:
+    if revision is not None and is_local(Path(path_or_id).expanduser()):
+        raise ValueError(
+            f"{argument}: a revision belongs to a repository of the Hub, got {revision!r} for the "
+            f"path {os.fspath(path_or_id)}; leave the revision out"
+        )
 
 
 def read_json(path: Path, argument: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .checkpoints import BLOCK_ENTRIES
 from .linalg import frobenius_norm
 from .modules_to_save import whole_modules
 from .stock_loading import load_stock_adapter, weightless_model
@@ -54,10 +56,12 @@ def verify_adapter(
 ) -> Verification:
     """Load an adapter through stock PEFT and compare its update of every layer with the delta.
 
-    The base's weights are not read. One delta is in memory at a time, beside the adapter and its
-    update of that layer. A square of an error may differ from that of the promise by 1e-5 of
-    ‖delta‖_F², and by more for half precision, whose rounding is only to first order orthogonal to
-    what was cut off.
+    The base's weights are not read. PEFT resolves names, ranks and scalings of all layers at once,
+    but the adapter's weights stay mapped in their file: at a time, one layer's are in memory in
+    float32, with three matrices of its size, which are the delta and the update before and after
+    scaling; and one of the modules to save. A square of an error may differ from that of the
+    promise by 1e-5 of ‖delta‖_F², and by more for half precision, whose rounding is only to first
+    order orthogonal to what was cut off.
 
     Args:
         folder: the adapter.
@@ -79,7 +83,7 @@ def verify_adapter(
     skeleton = weightless_model(base)
     # Before PEFT wraps the modules, after which parameters have other names.
     source_of = whole_modules(skeleton, list(modules_to_save or {})).source_of
-    loaded = load_stock_adapter(skeleton, folder)
+    loaded = load_stock_adapter(skeleton, folder, mapped=True)
     adapted: dict[str, Any] = {
         name: module
         for name, module in loaded.get_base_model().named_modules()
@@ -117,7 +121,8 @@ def verify_adapter(
 
 @torch.no_grad()
 def _error(name: str, delta: Tensor, layer: Any) -> float:
-    update = layer.get_delta_weight("default").detach()
+    with _in_float32(layer):
+        update = layer.get_delta_weight("default")
     update = update.mT if layer.fan_in_fan_out else update
     if update.shape != delta.shape:
         raise ValueError(
@@ -125,6 +130,20 @@ def _error(name: str, delta: Tensor, layer: Any) -> float:
             f"{tuple(delta.shape)}"
         )
     return frobenius_norm(update.sub_(delta))
+
+
+@contextmanager
+def _in_float32(layer: Any) -> Iterator[None]:
+    """What PEFT does to all layers as it loads an adapter in half precision, to one for a while."""
+    parts = [module["default"].weight for module in (layer.lora_A, layer.lora_B)]
+    stored = [part.data for part in parts]
+    for part in parts:
+        part.data = part.data.float()
+    try:
+        yield
+    finally:
+        for part, data in zip(parts, stored, strict=True):
+            part.data = data
 
 
 def _differing_tensors(
@@ -139,9 +158,16 @@ def _differing_tensors(
     for name, source in source_of.items():
         if name not in stored:
             found.append(f"{name}: not replaced")
-        elif not torch.equal(stored[name].float(), expected[source].float()):
+        elif not _equal(stored[name], expected[source]):
             found.append(f"{name}: not the tensor that was to be saved")
     return sorted(found)
+
+
+def _equal(stored: Tensor, expected: Tensor) -> bool:
+    if stored.shape != expected.shape:
+        return False
+    parts = (tensor.flatten().split(BLOCK_ENTRIES) for tensor in (stored, expected))
+    return all(torch.equal(*map(Tensor.float, pair)) for pair in zip(*parts, strict=True))
 
 
 def _coarsest_spacing(folder: Path) -> float:

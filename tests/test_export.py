@@ -15,14 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, TaskType
 from peft_fixtures import logits, orientation, teacher_factors, tuned
 from reference import array, frobenius
 from safetensors.torch import load_file
 from strategies import layer_factors
 from tiny_models import ARCHITECTURES, TARGETS, save_pair, tiny_model
+from transformers import LlamaForSequenceClassification
 
 from peft_svdinit import LowRankFactors
 from peft_svdinit.cli import main
@@ -33,6 +35,7 @@ from peft_svdinit.extraction import factors_of_checkpoints
 from peft_svdinit.factors_file import FactorsMetadata, save_factors
 from peft_svdinit.initializers import SvdGuided
 from peft_svdinit.rounding import rounded, rounding_error
+from peft_svdinit.task_types import task_type_of
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -382,6 +385,46 @@ def test_the_base_and_its_revision_are_stored(tmp_path):
     config = LoraConfig.from_pretrained(str(exported.folder))
     assert (config.base_model_name_or_path, config.revision) == ("org/base", "abc")
     assert config.task_type is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "is_encoder_decoder", "task_type"),
+    [
+        ("LlamaForCausalLM", False, "CAUSAL_LM"),
+        ("GPT2LMHeadModel", False, "CAUSAL_LM"),
+        ("T5ForConditionalGeneration", True, "SEQ_2_SEQ_LM"),
+        ("LlavaForConditionalGeneration", False, None),
+        ("BertForSequenceClassification", False, "SEQ_CLS"),
+        ("BertForTokenClassification", False, "TOKEN_CLS"),
+        ("BertForQuestionAnswering", False, "QUESTION_ANS"),
+        ("BertForMaskedLM", False, None),
+        ("LlamaModel", False, None),
+    ],
+)
+def test_the_class_of_a_model_tells_its_task_type(architecture, is_encoder_decoder, task_type):
+    assert task_type_of(architecture, is_encoder_decoder) == task_type
+    assert hasattr(transformers, architecture)
+    assert task_type in (None, *TaskType)
+
+
+def test_the_task_type_is_that_of_the_base(tmp_path, base_folder):
+    classifier = tmp_path / "classifier"
+    config: Any = tiny_model().config
+    LlamaForSequenceClassification(config).save_pretrained(str(classifier))
+    factors = all_linear()
+    target = tmp_path / "adapter"
+
+    def task_type(**options: Any) -> str | None:
+        return config_of(export_adapter(factors, 2, target, **options))["task_type"]
+
+    assert task_type() == task_type(base=base_folder) == "CAUSAL_LM"
+    assert task_type(task_type="FEATURE_EXTRACTION", base=base_folder) == "FEATURE_EXTRACTION"
+    assert task_type(base=classifier) is None  # The adapter has no head.
+    score = {"score.weight": torch.ones(2, 16)}
+    assert task_type(base=classifier, modules_to_save=score) == "SEQ_CLS"
+    assert task_type(base=classifier, modules_to_save=score, task_type="SEQ_CLS") == "SEQ_CLS"
+    with pytest.raises(ValueError, match=r"task_type='SEQ_CLS': .* replaces score as a whole"):
+        task_type(base=classifier, task_type="SEQ_CLS")
 
 
 WHOLE = {

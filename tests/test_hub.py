@@ -16,7 +16,15 @@ import pytest
 from tiny_models import tiny_model, trained_adapter
 
 from peft_svdinit.cli import main as svdinit
+from peft_svdinit.sources import hub_pickles, resolve_file, resolve_folder
 
+TOKENIZER_FILES = ["merges.txt", "tokenizer.model", "vocab.txt"]
+FURTHER_WEIGHTS = [
+    "consolidated.00.safetensors",
+    "onnx/decoder.json",
+    "original/model.safetensors",
+    "pytorch_model.bin",
+]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -40,18 +48,23 @@ def hub(root: Path) -> type[BaseHTTPRequestHandler]:
             if not folder.is_dir():
                 self.error("RepoNotFound")
                 return
-            files = sorted(file for file in folder.iterdir())
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
             if rest[:1] == ["tree"]:
                 listing = [
-                    {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": etag(f)}
-                    for f in files
+                    {
+                        "type": "file",
+                        "path": file.relative_to(folder).as_posix(),
+                        "size": file.stat().st_size,
+                        "oid": etag(file),
+                    }
+                    for file in files
                 ]
                 self._send(200, json.dumps(listing).encode(), "application/json")
                 return
             info = {
                 "id": "/".join(folder.parts[-2:]),
                 "sha": COMMIT,
-                "siblings": [{"rfilename": file.name} for file in files],
+                "siblings": [{"rfilename": f.relative_to(folder).as_posix()} for f in files],
             }
             self._send(200, json.dumps(info).encode(), "application/json")
 
@@ -96,6 +109,14 @@ def endpoint(tmp_path: Path) -> Iterator[str]:
         f"synthesize --adapter {repositories}/adapter --base {repositories}/base --rank 6 "
         f"--lora_r 4 --plots false --output_dir {repositories}/factors".split()
     )
+    further = {
+        "base": [*TOKENIZER_FILES, *FURTHER_WEIGHTS],
+        "pickled": ["config.json", "pytorch_model-00001-of-00001.bin", "vocab.txt"],
+    }
+    for repository, names in further.items():
+        for name in names:
+            (repositories / repository / name).parent.mkdir(exist_ok=True)
+            (repositories / repository / name).write_bytes(b"{}")
     server = ThreadingHTTPServer(("127.0.0.1", 0), hub(tmp_path / "hub"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -103,11 +124,13 @@ def endpoint(tmp_path: Path) -> Iterator[str]:
 
 
 SCRIPT = """
+import json
 import sys
 from transformers import AutoModelForCausalLM
 from peft import get_peft_model
 from peft_svdinit import SvdLoraConfig
 from peft_svdinit.deltas import CheckpointPair, LoraAdapter
+from peft_svdinit.sources import hub_pickles, resolve_folder
 
 adapter = LoraAdapter("user/adapter")
 CheckpointPair("user/base", "user/base", target_modules=list(adapter))
@@ -122,7 +145,13 @@ try:
     get_peft_model(base, SvdLoraConfig(r=4, svd_factors="user/base"))
 except FileNotFoundError as error:
     assert "factors.safetensors" in str(error), error
-    print("all found")
+
+folder = resolve_folder("user/base", argument="base")
+print(json.dumps({
+    "files": sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.*")),
+    "pickles": [hub_pickles(f"user/{name}") for name in ("adapter", "pickled", "absent")],
+    "of a revision": hub_pickles("user/pickled", "main"),
+}))
 """
 
 
@@ -139,4 +168,28 @@ def test_ids_of_the_hub_work_wherever_paths_do(endpoint, tmp_path):
         [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert "all found" in done.stdout
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {"config.json", "model.safetensors", *TOKENIZER_FILES} <= set(found["files"])
+    assert not set(FURTHER_WEIGHTS) & set(found["files"])
+    pickles = ["pytorch_model-00001-of-00001.bin"]
+    assert found["pickles"] == [[], pickles, []] and found["of a revision"] == pickles
+
+
+def test_a_path_has_no_pickles_of_the_hub(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert hub_pickles(tmp_path) == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_revision_of_a_path_is_refused(tmp_path, there):
+    path = tmp_path / "model"
+    if there:
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+        assert resolve_folder(path, argument="base") == path
+        assert resolve_file(path, "config.json", argument="base") == path / "config.json"
+    message = "base: a revision belongs to a repository of the Hub, got 'main' for the path .*model"
+    with pytest.raises(ValueError, match=message):
+        resolve_folder(path, argument="base", revision="main")
+    with pytest.raises(ValueError, match=message):
+        resolve_file(path, "config.json", argument="base", revision="main")

@@ -160,6 +160,63 @@ def test_an_adaptive_rank_stops_before_a_full_factorisation(monkeypatch):
     assert len(adaptive_svd(matrix, energy=0.99).S) == 4
 
 
+@pytest.mark.parametrize(("cap", "smaller"), [(16, 256), (31, 256), (32, 256), (100, 640)])
+def test_a_cap_between_whole_blocks_needs_no_full_factorisation(monkeypatch, cap, smaller):
+    monkeypatch.setattr(adaptive, "gram_svd", None)
+    matrix = torch.randn(smaller + 20, smaller, generator=torch.Generator().manual_seed(0))
+    assert len(adaptive_svd(matrix, energy=0.99, max_rank=cap).S) == cap
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("asked", [0.0, 1e-5, 5e-4, 1e-3, 3e-3])
+def test_a_small_error_is_met_or_refused(asked, dtype):
+    spectrum = [1.0] * 4 + [5e-5] * 196
+    matrix = matrix_of_spectrum((210, 200), spectrum, seed=0).to(dtype)
+    if 0 < asked < 1e-3 and dtype == torch.float32:
+        with pytest.raises(ValueError, match=r"error=.* resolution of float32 .* at least 0.001"):
+            truncated_svd(matrix, error=asked)
+        return
+    found = truncated_svd(matrix, error=asked)
+    if asked or dtype == torch.float64:
+        assert error(matrix, found) <= asked * found.norm * 1.01 + 1e-6
+    assert (len(found.S) == 4) == (asked >= 4e-4 or (not asked and dtype == torch.float32))
+
+
+@pytest.mark.parametrize("asked", [1e-3, 2e-3])
+def test_the_least_error_of_float32_is_met(asked):
+    matrix = matrix_of_spectrum((210, 200), [1.0] * 4 + [5e-4] * 196, seed=0).float()
+    found = truncated_svd(matrix, error=asked)
+    assert 0.8 * asked <= error(matrix, found) / found.norm <= 1.05 * asked
+    assert found.relative_error <= 1.05 * asked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_energy_beyond_float32_is_refused_and_all_energy_is_not(dtype):
+    matrix = torch.eye(60, dtype=dtype)
+    with pytest.raises(ValueError, match=r"energy=0.9999999 .* resolution of float32 .* 0.999999,"):
+        truncated_svd(matrix, energy=0.9999999)
+    assert len(truncated_svd(matrix, energy=1 - 1e-6).S) == 60
+    assert len(truncated_svd(matrix, energy=1.0).S) == 60
+    assert len(truncated_svd(matrix.double(), energy=0.9999999).S) == 60
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exponent"),
+    [(torch.float32, -136), (torch.float32, 120), (torch.float64, -997), (torch.float64, 997)],
+)
+@pytest.mark.parametrize("share", [0.9, 0.9999])
+def test_an_adaptive_rank_is_the_same_at_every_scale(share, dtype, exponent):
+    matrix = matrix_of_spectrum((300, 290), [1 / (1 + j) ** 2 for j in range(290)], seed=0)
+    scaled = (matrix * 2.0**exponent).to(dtype)
+    # The same entries, those rounded to subnormal numbers included.
+    usual = adaptive_svd((scaled.double() * 2.0**-exponent).to(dtype), energy=share)
+    found = adaptive_svd(scaled, energy=share)
+    assert found.norm * 2.0**-exponent == pytest.approx(usual.norm)
+    assert_close(found.U, usual.U, rtol=0, atol=1e-5)
+    assert_close(found.Vh, usual.Vh, rtol=0, atol=1e-5)
+    assert_close(found.S.double() * 2.0**-exponent, usual.S.double(), rtol=1e-5, atol=1e-3)
+
+
 def test_energy_and_error_are_two_words_for_one_target():
     matrix = matrix_of_spectrum((90, 80), POLYNOMIAL[:80], seed=2)
     by_error = adaptive_svd(matrix, error=0.1)
@@ -272,6 +329,76 @@ def test_a_tracker_goes_on_from_its_state_bit_by_bit():
     resumed.load_state_dict(first.state_dict())
     expected, found = whole.update(drifting(3)), resumed.update(drifting(3))
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_tracker_keeps_no_tensor_of_the_caller(decay):
+    reused, whole = SubspaceTracker(4, decay=decay), SubspaceTracker(4, decay=decay)
+    gradient = drifting(0)
+    reused.update(gradient)
+    gradient.zero_()
+    whole.update(drifting(0))
+    expected, found = whole.update(drifting(1)), reused.update(drifting(1))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_the_state_of_a_tracker_is_a_copy_both_ways():
+    whole, tracker, resumed = (SubspaceTracker(4) for _ in range(3))
+    whole.update(drifting(0))
+    tracker.update(drifting(0))
+    state = tracker.state_dict()
+    resumed.load_state_dict(state)
+    for tensor in state.values():
+        tensor.zero_()
+    expected = whole.update(drifting(1))
+    for copied in (tracker, resumed):
+        found = copied.update(drifting(1))
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e-41, 1e-38, 1e30, 1e37])
+def test_a_tracker_follows_matrices_of_every_scale(scale):
+    usual, scaled = SubspaceTracker(4), SubspaceTracker(4)
+    for step in range(3):
+        expected, found = usual.update(drifting(step)), scaled.update(drifting(step) * scale)
+        assert_close(found.S.double() / scale, expected.S.double(), rtol=1e-3, atol=0)
+        assert_close(found.Vh @ found.Vh.mT, torch.eye(4), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": torch.ones(1)}, r"has \['block', 'mean'\], got \['block', 'mean', 'rank'\]"),
+        ({"mean": None}, r"got \['block'\]"),
+        ({"block": None}, r"got \['mean'\]"),
+        ({"mean": torch.ones(80, 59)}, r"mean \(80, 59\) and block \(60, 12\)"),
+        ({"mean": torch.ones(60)}, r"mean \(60,\)"),
+        ({"block": torch.ones(60, 11)}, r"rank=4, oversampling=8 .*block \(60, 11\)"),
+        ({"block": torch.ones(12)}, r"block \(12,\)"),
+        ({"mean": torch.full((80, 60), math.inf)}, "NaN or infinite"),
+    ],
+)
+def test_a_tracker_refuses_the_state_of_another(change, message):
+    tracker = SubspaceTracker(4)
+    tracker.update(drifting(0))
+    before = tracker.state_dict()
+    state = {name: tensor for name, tensor in {**before, **change}.items() if tensor is not None}
+    with pytest.raises(ValueError, match=message):
+        tracker.load_state_dict(state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in tracker.state_dict().items())
+
+
+def test_a_tracker_without_decay_takes_its_own_state_alone():
+    tracker = SubspaceTracker(4, decay=0.0)
+    tracker.update(drifting(0))
+    resumed = SubspaceTracker(4, decay=0.0)
+    resumed.load_state_dict(tracker.state_dict())
+    assert torch.equal(resumed.state_dict()["block"], tracker.state_dict()["block"])
+    for width in (3, 13):
+        with pytest.raises(ValueError, match=rf"block \(60, {width}\)"):
+            resumed.load_state_dict({"block": torch.ones(60, width)})
+    resumed.load_state_dict({})
+    assert resumed.state_dict() == {}
 
 
 def test_a_tracker_refuses_what_it_cannot_follow_and_keeps_its_state():

@@ -59,8 +59,8 @@ def assert_singular_triplets(svd: TruncatedSVD, rank: int) -> None:
 
 
 def assert_canonical_signs(svd: TruncatedSVD) -> None:
-    peaks = svd.U.gather(0, svd.U.abs().argmax(dim=0, keepdim=True))
-    assert (peaks > 0).all()
+    # Of two largest entries of equal magnitude, one has to be positive.
+    assert (svd.U.amax(dim=0) >= -svd.U.amin(dim=0)).all()
 
 
 @given(case=matrices_with_rank())
@@ -264,6 +264,82 @@ def test_frobenius_norm_neither_underflows_nor_overflows(scale):
     assert frobenius_norm(matrix) == pytest.approx(scale * math.sqrt(630_000), rel=1e-6)
 
 
+@pytest.mark.parametrize("entries", [(3, 4), (70, 90)])
+@pytest.mark.parametrize("scale", [1e-310, 1e-300, 1e-160, 1e160, 1e300])
+def test_frobenius_norm_of_float64_neither_underflows_nor_overflows(scale, entries):
+    matrix = torch.full(entries, scale, dtype=torch.float64)
+    assert frobenius_norm(matrix) == pytest.approx(scale * math.sqrt(math.prod(entries)), rel=1e-12)
+
+
+def test_a_norm_beyond_float64_is_not_called_nan():
+    with pytest.raises(ValueError, match="beyond float64's range; scale it down"):
+        frobenius_norm(torch.full((9, 9), 1e308, dtype=torch.float64))
+
+
+SCALES = [
+    *((torch.float32, scale) for scale in (1e-44, 1e-41, 1e-38, 1e-30, 1e-16, 1e16, 1e30, 1e38)),
+    *((torch.float64, scale) for scale in (1e-300, 1e-155, 1e-17, 1e17, 1e155, 1e300)),
+]
+
+
+def of_scale(dtype: torch.dtype, scale: float) -> torch.Tensor:
+    """60 x 50 of norm 2 * scale, or of few entries above it where `scale` is almost nothing."""
+    matrix = matrix_of_spectrum((60, 50), [math.sqrt(2) ** -j for j in range(50)], seed=0)
+    return (matrix * (60.0 if scale < 1e-40 else 1.0)).mul(scale).to(dtype)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("dtype", "scale"), SCALES)
+def test_triplets_are_those_of_the_matrix_at_every_scale(method, dtype, scale):
+    matrix = of_scale(dtype, scale)
+    svd = truncated_svd(matrix, 6, method=method)
+    assert_singular_triplets(svd, len(svd.S))
+    assert_canonical_signs(svd)
+    # Numpy's LAPACK on the matrix scaled in float64, which holds every float32.
+    reach = matrix.double() / scale
+    expected = reference.singular_values(reach)[: len(svd.S)]
+    found = reference.array(svd.S.double() / scale)
+    # S is rounded to the nearest subnormal number.
+    near = 1e-4 * expected[0] + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / scale
+    assert np.abs(found - expected).max() <= near
+    assert svd.norm / scale == pytest.approx(reference.frobenius(reach), rel=1e-6)
+    approximation = reference.array(svd.U) * found @ reference.array(svd.Vh)
+    lost = reference.frobenius(reference.array(reach) - approximation)
+    assert lost <= 1.05 * reference.discarded(reach, len(svd.S)) + 3 * near
+
+
+@pytest.mark.parametrize(("dtype", "scale"), SCALES)
+def test_products_have_finite_triplets_at_every_scale(dtype, scale):
+    left, right = of_scale(dtype, scale)[:, :5], of_scale(torch.float64, 1.0).to(dtype)[:5]
+    svd = svd_of_product(left, right)
+    assert_singular_triplets(svd, 5)
+    expected = reference.singular_values((left.double() / scale) @ right.double())[0]
+    assert float(svd.S[0].double() / scale) == pytest.approx(expected, rel=0.2)
+    assert svd.norm / scale == pytest.approx(expected, rel=1.0)
+
+
+def test_a_product_with_a_column_of_almost_nothing_has_finite_triplets():
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(30, 3, generator=generator) * torch.tensor([1.0, 1.0, 1e-41])
+    svd = svd_of_product(left, torch.randn(3, 20, generator=generator))
+    assert_singular_triplets(svd, 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_singular_values_beyond_the_dtype_are_refused(method):
+    with pytest.raises(ValueError, match=r"beyond the range of torch.float32.* pass it in float64"):
+        truncated_svd(torch.full((60, 70), 1e38), 1, method=method)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_energy_and_stable_rank_hold_at_every_scale(scale):
+    S = torch.tensor([2.0, 1.0], dtype=torch.float64) * scale
+    norm = frobenius_norm(S)
+    assert energy(S[:1], norm) == pytest.approx(0.8)
+    assert stable_rank(S, norm) == pytest.approx(1.25)
+    assert [rank_for_energy(S, norm, share) for share in (0.79, 0.81, 1.0)] == [1, 2, 2]
+
+
 @pytest.mark.parametrize("defect", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_matrix_that_is_not_finite_is_refused(method, defect):
@@ -340,6 +416,26 @@ def test_all_energy_is_reached_by_all_triplets_in_float32():
         matrix = torch.randn(60, 50, generator=torch.Generator().manual_seed(seed))
         S = truncated_svd(matrix, 50).S
         assert rank_for_energy(S, frobenius_norm(matrix), 1.0) == 50
+
+
+@pytest.mark.parametrize("error", [1e-2, 1e-3, 3e-4, 1e-5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_slack_is_a_hundredth_of_what_may_be_lost(error, dtype):
+    # Of 100 equal small values, as many may be lost as make up the error.
+    tail = [error / 4] * 100
+    S = torch.tensor([1.0, *tail], dtype=dtype)
+    norm = math.hypot(1.0, *tail)
+    lost = 101 - (rank_for_energy(S, norm, 1 - error**2) or 0)
+    if dtype == torch.float64 or error >= 1e-3:
+        assert lost in (15, 16)
+        assert math.hypot(*tail[:lost]) <= error * norm * (1 + 1e-2)
+
+
+def test_all_energy_of_float64_values_is_more_than_float32_can_tell():
+    S = torch.tensor([1.0, 1e-4], dtype=torch.float64)
+    norm = math.hypot(1.0, 1e-4)
+    assert rank_for_energy(S, norm, 1.0) == 2
+    assert rank_for_energy(S.float(), norm, 1.0) == 1
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.01, math.nan])

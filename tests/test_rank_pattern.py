@@ -258,6 +258,21 @@ def test_layers_choose_their_ranks_on_their_own_and_zero_deltas_get_none():
     )
 
 
+@pytest.mark.parametrize("error", [1e-2, 2e-3, 1e-3, 1e-4])
+def test_a_small_error_is_kept_to_a_hundredth_of_what_may_be_lost(error):
+    # Of 100 equal values 16 make up the error; those that are not held count as lost.
+    tail = [error / 4] * 100
+    norm = math.hypot(1.0, *tail)
+    for held in (100, 95, 90):
+        factors = {"a": of_spectrum([1.0, *tail[:held]], (128, 128), norm)}
+        for ranks, short in (
+            ranks_for_error(factors, error),
+            ranks_for_energy(factors, 1 - error**2),
+        ):
+            lost = 101 - ranks["a"]
+            assert not short and lost in (15, 16)
+
+
 @pytest.mark.parametrize(
     ("choose", "message"),
     [

@@ -69,6 +69,8 @@ def test_the_bound_of_a_rule_is_its_rank_or_what_is_said():
         ({"rank": 4, "max_rank": 8}, "max_rank bounds the ranks of other rules"),
         ({"energy": 95, "max_rank": 8}, "write 95 % as 0.95"),
         ({"error": 1.0, "max_rank": 8}, "write 5 % as 0.05"),
+        ({"error": 1e-4, "max_rank": 8}, "tell no smaller one from rounding"),
+        ({"energy": 1 - 1e-8, "max_rank": 8}, "tell no larger one from rounding"),
     ],
 )
 def test_rules_that_make_no_sense_are_refused(options, message):

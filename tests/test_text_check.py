@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import weakref
 from pathlib import Path
@@ -16,13 +17,14 @@ from hypothesis import strategies as st
 from reference import array
 from strategies import seeds
 from tiny_models import SavedPair, rewrite_tensors, save_pair, tiny_model
+from transformers import BertConfig, LlamaConfig, T5Config
 
 import peft_svdinit.text_check
 from peft_svdinit.deltas import CheckpointPair
 from peft_svdinit.export import export_adapter
 from peft_svdinit.factors import LowRankFactors
 from peft_svdinit.sample_text import SAMPLE_TEXTS
-from peft_svdinit.text_check import compare_on_text, divergence
+from peft_svdinit.text_check import can_compare, compare_on_text, divergence
 
 
 def written(folder: Path, *, rank: int = 16, sign: float = 1.0, **options: Any) -> SavedPair:
@@ -108,6 +110,10 @@ def test_an_adapter_that_does_harm_is_warned_of(tmp_path, caplog):
         found = check(tmp_path)
     assert found.kl_adapted > found.kl_base
     assert "no nearer to the tuned one" in caplog.text
+    assert all(
+        cause in caplog.text
+        for cause in ("rank that is too low", "tensors outside the adapter", "configuration other")
+    )
 
 
 def test_models_run_in_the_dtype_that_they_are_stored_in(tmp_path, monkeypatch):
@@ -156,6 +162,96 @@ def test_a_model_whose_loss_is_no_number_is_named(tmp_path):
         path, lambda tensors: tensors.update({"model.norm.weight": torch.full((16,), torch.nan)})
     )
     with pytest.raises(ValueError, match="the loss of tuned on the sample is nan"):
+        check(tmp_path)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("place", ["base", "base + adapter"])
+def test_a_divergence_that_is_no_number_is_named(tmp_path, monkeypatch, value, place):
+    """A token of the tuned model that another rules out, while none of the sample is."""
+    written(tmp_path)
+    calls = []
+
+    def broken(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
+        calls.append(0)
+        return float(value) if (len(calls) % 2 == 1) == (place == "base") else 0.1
+
+    monkeypatch.setattr(peft_svdinit.text_check, "divergence", broken)
+    place = place.replace("+", r"\+")
+    with pytest.raises(ValueError, match=f"divergence of {place} from tuned .* is {value}"):
+        check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{"vocab.json": '{"a": 0}'}, {"tokenizer.model": "no model"}, {"tokenizer.json": "{"}],
+)
+def test_a_tokenizer_that_cannot_be_built_is_warned_of_and_random_tokens_are_used(
+    tmp_path, files, caplog
+):
+    written(tmp_path)
+    for name, text in files.items():
+        (tmp_path / "base" / name).write_text(text)
+    with caplog.at_level(logging.WARNING, logger="peft_svdinit"):
+        found = check(tmp_path)
+    assert found.sample == "random tokens" and found.kl_adapted < found.kl_base
+    assert "cannot be used, the models run on random tokens instead: ValueError" in (
+        caplog.text.replace("JSONDecodeError", "ValueError")
+    )
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_not_used(tmp_path, caplog):
+    written(tmp_path)
+    byte_tokenizer(adds_start=False).save_pretrained(tmp_path / "base")
+    with caplog.at_level(logging.WARNING, logger="peft_svdinit"):
+        assert check(tmp_path).sample == "random tokens"
+    assert "and the model has 64" in caplog.text
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def unknown_kind(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "nobody_knows"}))
+
+
+def no_class(folder: Path) -> None:
+    LlamaConfig(vocab_size=64).save_pretrained(folder)
+
+
+def classifier(folder: Path) -> None:
+    # BERT has a causal class too, as which the weights would be loaded with a head at random.
+    BertConfig(architectures=["BertForSequenceClassification"]).save_pretrained(folder)
+
+
+def translator(folder: Path) -> None:
+    config = T5Config(architectures=["T5ForConditionalGeneration"])
+    config.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("argument", ["base", "tuned"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (no_config, "has no config.json"),
+        (unknown_kind, "transformers cannot read"),
+        (no_class, "no class, which is no causal language model"),
+        (classifier, "BertForSequenceClassification, which is no causal language model"),
+        (translator, "T5ForConditionalGeneration, which is no causal language model"),
+    ],
+)
+def test_models_that_cannot_be_compared_are_known_by_their_configurations(
+    tmp_path, argument, change, reason
+):
+    pair = save_pair(tmp_path)
+    for folder in (pair.base_folder, pair.tuned_folder):
+        (folder / "model.safetensors").unlink()
+    assert can_compare(pair.base_folder, pair.tuned_folder) is None
+    change(tmp_path / argument)
+    found = can_compare(pair.base_folder, pair.tuned_folder)
+    assert found is not None and found.startswith(f"{argument}: ") and reason in found
+    with pytest.raises(ValueError, match=reason):
         check(tmp_path)
 
 

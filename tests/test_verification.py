@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -15,8 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftType
+from allocations import LargestResult
+from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraModel
 from peft_fixtures import logits, tokens
 from reference import array, frobenius
@@ -24,14 +27,15 @@ from safetensors.torch import load_file, save_file
 from test_stock_loading import STOCK_PROCESS
 from tiny_models import ARCHITECTURES, SavedPair, rewrite_tensors, save_pair, truncate
 from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
 
-import peft_svdinit
+import peft_svdinit.verification
 from peft_svdinit.deltas import CheckpointPair
 from peft_svdinit.export import export_adapter
 from peft_svdinit.exported import ExportedAdapter
 from peft_svdinit.factors import LowRankFactors
 from peft_svdinit.stock_loading import load_stock_adapter, weightless_model
-from peft_svdinit.verification import Verification, verify_adapter
+from peft_svdinit.verification import Verification, _equal, verify_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Q = "model.layers.0.self_attn.q_proj"
@@ -156,6 +160,87 @@ def test_a_tied_model_without_weights_is_tied(tmp_path):
     pair = save_pair(tmp_path, tie_word_embeddings=True)
     model: Any = weightless_model(pair.base_folder)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_copies_of_a_model_without_weights_take_no_memory_either(tmp_path):
+    """PEFT copies modules to save, whose weights then replace the copies."""
+    model = copy.deepcopy(weightless_model(save_pair(tmp_path).base_folder))
+    assert all(parameter.untyped_storage().nbytes() == 4 for parameter in model.parameters())
+
+
+def test_only_a_model_without_weights_takes_a_mapped_adapter(tmp_path):
+    written = write(tmp_path)
+    with pytest.raises(ValueError, match="only a weightless model can have a mapped adapter"):
+        load_stock_adapter(written.pair.base, written.folder, mapped=True)
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_of_a_mapped_adapter_are_the_bytes_of_its_file(tmp_path, dtype, base_dtype):
+    whole = ("model.embed_tokens.weight", "model.norm.weight")
+    written = write(tmp_path, whole=whole, dtype=dtype, model={"dtype": base_dtype})
+    model = weightless_model(written.pair.base_folder)
+    loaded = load_stock_adapter(model, written.folder, mapped=True)
+    weights = {
+        name: parameter
+        for name, parameter in loaded.named_parameters()
+        if "lora_" in name or "modules_to_save" in name
+    }
+    assert len(weights) == 2 * 14 + 2
+    assert {p.dtype for name, p in weights.items() if "lora_" in name} == {dtype}
+    assert all(parameter.abs().sum() > 0 for parameter in weights.values())
+    stored = (written.folder / WEIGHTS).read_bytes()
+    data = 8 + int.from_bytes(stored[:8], "little")
+    with open(written.folder / WEIGHTS, "r+b") as file:  # In place: the mapped file itself.
+        file.seek(data)
+        file.write(bytes(len(stored) - data))
+    assert all(parameter.abs().sum() == 0 for parameter in weights.values())
+
+
+def test_one_layer_of_a_half_precision_adapter_is_in_float32_at_a_time(tmp_path, monkeypatch):
+    written = write(tmp_path, dtype=torch.bfloat16)
+    found: list[PeftModel] = []
+    get_delta_weight = LoraLinear.get_delta_weight
+
+    def wide() -> int:
+        parameters = found[0].named_parameters()
+        return sum("lora_" in name and p.dtype == torch.float32 for name, p in parameters)
+
+    def load(*arguments: Any, **options: Any) -> PeftModel:
+        found.append(load_stock_adapter(*arguments, **options))
+        return found[0]
+
+    def watched(layer: Any, name: str) -> Tensor:
+        assert wide() == 2
+        return get_delta_weight(layer, name)
+
+    monkeypatch.setattr(peft_svdinit.verification, "load_stock_adapter", load)
+    monkeypatch.setattr(LoraLinear, "get_delta_weight", watched)
+    written.verify()
+    assert wide() == 0
+
+
+class Casts(LargestResult):
+    """Of the results of conversions only."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+def test_whole_tensors_are_compared_a_few_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(peft_svdinit.verification, "BLOCK_ENTRIES", 8)
+    stored = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wide = stored.float()
+    with Casts() as casts:
+        assert _equal(stored, wide) and _equal(stored[0, 0], wide[0, 0])
+    assert casts.entries == 8
+    for place in ((0, 0), (6, 2)):
+        other = stored.float()
+        other[place] += 1e-5
+        assert not _equal(stored, other)
+    assert not _equal(stored, stored[:6]) and not _equal(stored, stored.mT)
 
 
 def test_one_delta_is_in_memory_at_a_time(tmp_path):
@@ -345,6 +430,77 @@ def test_a_tied_head_that_was_left_behind_is_noticed(tmp_path):
     edit_config(written.folder, ensure_weight_tying=False, modules_to_save=["model.embed_tokens"])
     with pytest.raises(ValueError, match=r"in 1 places: lm_head\.weight: not replaced"):
         written.verify()
+
+
+def classifiers(folder: Path, change: Callable[[str], bool]) -> tuple[Any, Any]:
+    """A tiny BERT with a classification head and its fine-tune, in memory and in `folder`."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    base = BertForSequenceClassification(config).eval()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if change(name):
+                parameter += 0.2 * torch.randn(parameter.shape)
+    base.save_pretrained(str(folder / "base"))
+    tuned.save_pretrained(str(folder / "tuned"))
+    return base, tuned
+
+
+@pytest.mark.parametrize(
+    ("head", "task_type"), [("unchanged", None), ("low rank", None), ("whole", "SEQ_CLS")]
+)
+def test_an_adapter_of_a_classifier_is_verified_and_stock_peft_loads_it(tmp_path, head, task_type):
+    base, tuned = classifiers(
+        tmp_path,
+        lambda name: (
+            ("encoder" in name and name.endswith("dense.weight"))
+            or (head != "unchanged" and name == "classifier.weight")
+        ),
+    )
+    deltas = CheckpointPair(
+        tmp_path / "base",
+        tmp_path / "tuned",
+        exclude_modules=["classifier"] if head == "whole" else (),
+    )
+    whole = {
+        name: parameter.detach()
+        for name, parameter in tuned.named_parameters()
+        if head == "whole" and name.startswith("classifier.")
+    }
+    exported = export_adapter(
+        {name: LowRankFactors.from_delta(d, min(d.shape)) for name, d in deltas.items()},
+        16,
+        tmp_path / "adapter",
+        base=tmp_path / "base",
+        modules_to_save=whole,
+    )
+    verify_adapter(
+        exported.folder, tmp_path / "base", deltas, exported.errors, modules_to_save=whole
+    )
+    loaded = PeftModel.from_pretrained(base, str(exported.folder)).eval()
+    config: Any = loaded.peft_config["default"]
+    assert config.task_type == task_type
+    with torch.no_grad():
+        found, expected = (model(input_ids=tokens()).logits for model in (loaded, tuned))
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_a_task_type_of_another_class_is_one_clear_error(tmp_path):
+    classifiers(tmp_path, lambda name: "encoder" in name)
+    deltas = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
+    factors = {name: LowRankFactors.from_delta(d, min(d.shape)) for name, d in deltas.items()}
+    exported = export_adapter(factors, 4, tmp_path / "adapter", task_type="CAUSAL_LM")
+    message = "PEFT cannot load .* into a BertForSequenceClassification: AttributeError: "
+    with pytest.raises(ValueError, match=message):
+        verify_adapter(exported.folder, tmp_path / "base", deltas, exported.errors)
 
 
 # Conv1D turns weights, and ties by other names; the rest is one code for both architectures.

@@ -30,8 +30,8 @@ def ranks_for_energy(
 ) -> RankChoice:
     """Smallest rank per layer that keeps at least `share` of the layer's ‖delta‖_F².
 
-    A relative slack of 1e-6 absorbs float32 rounding, so that share=1 is reached by a layer whose
-    triplets are all held.
+    A slack of 1e-6 of the energy absorbs float32 rounding, so that share=1 is reached by a layer
+    whose triplets are all held; for any other share it is at most 1 % of what may be lost.
 
     Raises:
         ValueError: if `share` is not in (0, 1], `max_rank` is below 1, there is no layer, or one
@@ -39,7 +39,9 @@ def ranks_for_energy(
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share}; write 95 % as 0.95")
-    return _smallest(spectra, lambda norm: (1 - share + ENERGY_RESOLUTION) * norm**2, max_rank)
+    lost = 1.01 * (1 - share) if share < 1 else math.inf
+    lost = min(lost, 1 - share + ENERGY_RESOLUTION)
+    return _smallest(spectra, lambda norm: lost * norm**2, max_rank)
 
 
 def ranks_for_error(
@@ -67,9 +69,12 @@ def _smallest(
     ranks, short = {}, []
     for name, layer in spectra.items():
         squares = [value * value for value in singular_values(name, layer)]
-        missing = energy_not_held(squares, layer.norm)
-        # Summed from what is lost, as in `analyze_layer`: from the last triplet to the first.
         limit = allowed(layer.norm)
+        missing = layer.norm**2 - math.fsum(squares)
+        # Rounding may pass for nothing only where it is little beside what may be lost.
+        if missing <= 0.01 * limit:
+            missing = energy_not_held(squares, layer.norm)
+        # Summed from what is lost, as in `analyze_layer`: from the last triplet to the first.
         rank = len(squares)
         lost = [missing]
         while rank and math.fsum([*lost, squares[rank - 1]]) <= limit:

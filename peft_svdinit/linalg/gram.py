@@ -9,8 +9,7 @@ from torch import Tensor
 from .orthonormal import orthonormal_basis
 from .rayleigh_ritz import triplets_of_space
 from .sketch import sketch
-from .spectrum import frobenius_norm
-from .triplets import TruncatedSVD, check_rank, widened
+from .triplets import TruncatedSVD, balanced, check_rank
 
 _ROWS = 1024
 
@@ -26,10 +25,11 @@ def gram_svd(matrix: Float[Tensor, "rows cols"], rank: int) -> TruncatedSVD:
         ValueError: if `rank` is out of range, or an entry is NaN or infinite.
     """
     check_rank(rank, matrix.shape)
-    norm = frobenius_norm(matrix)
-    tall = _tall(matrix)
+    wide, norm, exponent = balanced(matrix)
+    tall = _tall(wide)
     vectors = torch.linalg.eigh(gram_matrix(tall)).eigenvectors.flip(1)[:, :rank]
-    return _of_domain(matrix, tall, vectors.to(tall.dtype).contiguous(), rank, norm, optimal=True)
+    vectors = vectors.to(tall.dtype).contiguous()
+    return _of_domain(wide, tall, vectors, rank, norm, optimal=True).scaled(exponent)
 
 
 def gram_subspace_svd(
@@ -54,13 +54,14 @@ def gram_subspace_svd(
             f"oversampling must not be negative and iterations at least 1, got {oversampling} and "
             f"{iterations}"
         )
-    norm = frobenius_norm(matrix)
-    tall = _tall(matrix)
+    wide, norm, exponent = balanced(matrix)
+    tall = _tall(wide)
     gram = gram_matrix(tall)
     block = sketch(gram, min(rank + oversampling, gram.shape[0]), generator)
     for _ in range(iterations):
         block = orthonormal_basis(gram @ block)
-    return _of_domain(matrix, tall, block.to(tall.dtype), rank, norm, optimal=False)
+    found = _of_domain(wide, tall, block.to(tall.dtype), rank, norm, optimal=False)
+    return found.scaled(exponent)
 
 
 def gram_matrix(tall: Float[Tensor, "rows cols"]) -> Float[Tensor, "cols cols"]:
@@ -73,8 +74,7 @@ def gram_matrix(tall: Float[Tensor, "rows cols"]) -> Float[Tensor, "cols cols"]:
 
 
 def _tall(matrix: Tensor) -> Tensor:
-    wide = widened(matrix)
-    return wide if wide.shape[0] >= wide.shape[1] else wide.mT
+    return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
 
 
 def _of_domain(

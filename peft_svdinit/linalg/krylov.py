@@ -10,7 +10,7 @@ from .orthonormal import orthonormal_basis
 from .rayleigh_ritz import triplets_of_space
 from .sketch import sketch
 from .spectrum import frobenius_norm
-from .triplets import TruncatedSVD, check_rank, widened
+from .triplets import TruncatedSVD, balanced, check_rank
 
 
 def krylov_svd(
@@ -50,12 +50,11 @@ def krylov_svd(
             f"passes={passes} of block={block} span {block * (passes // 2)} directions, "
             f"rank={rank} needs as many; raise passes or block"
         )
-    wide = widened(matrix)
-    norm = frobenius_norm(wide)
+    wide, norm, exponent = balanced(matrix)
     space = KrylovSpace(wide, block, generator)
     for _ in range(passes):
         space.multiply()
-    return triplets_of_space(*space.last(), rank, norm)
+    return triplets_of_space(*space.last(), rank, norm).scaled(exponent)
 
 
 def default_block(rank: int) -> int:

@@ -9,11 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .spectrum import frobenius_norm
-from .triplets import TruncatedSVD, widened
+from .triplets import TruncatedSVD, balanced
 
 # Where a condition number may be squared in float64 without loss of float32's digits: mean square
 # of the inverse of the scaled triangle, and the smallest singular value over the largest.
 _LARGEST_INVERSE, _SMALLEST_SHARE = 16.0, 1e-4
+# Lengths of columns whose reciprocals float32 has with room to spare.
+_SHORTEST_COLUMN = 1e-30
 
 
 def svd_of_product(
@@ -27,18 +29,20 @@ def svd_of_product(
     of Householder's QR, which serves all else. Works in float32 or wider and returns that dtype,
     with the sign convention of `TruncatedSVD.with_canonical_signs`.
     """
-    left, right = widened(left), widened(right)
+    left, _, left_exponent = balanced(left)
+    right, _, right_exponent = balanced(right)
     dtype = left.dtype
     squared = dtype == torch.float32  # Nothing is wider than float64 to square it in.
     near, far = _factorised(left, squared), _factorised(right.mT, squared)
     core_U, S, core_V = _core_svd(near.triangle @ far.triangle.mT, squared)
-    return TruncatedSVD(
+    found = TruncatedSVD(
         near.turned(core_U, dtype),
         S.to(dtype),
         far.turned(core_V, dtype).mT,
         norm=frobenius_norm(S),
         optimal=True,
-    ).with_canonical_signs()
+    )
+    return found.with_canonical_signs().scaled(left_exponent + right_exponent)
 
 
 class _Factorised(NamedTuple):
@@ -63,7 +67,8 @@ def _factorised(columns: Tensor, squared: bool) -> _Factorised:
         if not failed:
             identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
             inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            if float(inverse.square().sum()) <= _LARGEST_INVERSE * len(lower):
+            well = float(inverse.square().sum()) <= _LARGEST_INVERSE * len(lower)
+            if well and float(scale.min()) > _SHORTEST_COLUMN:
                 return _Factorised(lower.mT * scale, columns, inverse.mT / scale[:, None])
     basis, triangle = torch.linalg.qr(columns)
     return _Factorised(triangle.double(), basis, None)

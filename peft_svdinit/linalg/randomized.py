@@ -9,8 +9,7 @@ from torch import Tensor
 from .orthonormal import orthonormal_basis
 from .rayleigh_ritz import triplets_of_space
 from .sketch import sketch
-from .spectrum import frobenius_norm
-from .triplets import TruncatedSVD, check_rank, widened
+from .triplets import TruncatedSVD, balanced, check_rank
 
 
 def randomized_svd(
@@ -47,8 +46,7 @@ def randomized_svd(
             f"oversampling must not be negative and passes at least 2, got {oversampling} and "
             f"{passes}"
         )
-    wide = widened(matrix)
-    norm = frobenius_norm(wide)
+    wide, norm, exponent = balanced(matrix)
     block = sketch(wide, min(rank + oversampling, *wide.shape), generator)
     image = wide @ block
     of_range = False
@@ -56,4 +54,4 @@ def randomized_svd(
         # Between products columns need only be kept apart; the last block is a basis.
         block, of_range = orthonormal_basis(image, rounds=2 if left == 1 else 1), not of_range
         image = (block.mT @ wide).mT if of_range else wide @ block
-    return triplets_of_space(block, image, of_range, rank, norm)
+    return triplets_of_space(block, image, of_range, rank, norm).scaled(exponent)

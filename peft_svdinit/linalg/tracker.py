@@ -10,7 +10,7 @@ from .orthonormal import orthonormal_basis
 from .rayleigh_ritz import triplets_of_space
 from .sketch import sketch
 from .spectrum import frobenius_norm
-from .triplets import TruncatedSVD, check_rank, widened
+from .triplets import TruncatedSVD, balanced, check_rank, widened
 
 
 class SubspaceTracker:
@@ -69,25 +69,55 @@ class SubspaceTracker:
                     f"{tuple(matrix.shape)}"
                 )
             mean = torch.lerp(mean, self._mean, self.decay)
-        norm = frobenius_norm(mean)
+        wide, norm, exponent = balanced(mean)
         block = self._block
         if block is None:
             width = min(self.rank + self.oversampling, *matrix.shape)
             # One power step makes up for the missing past.
-            start = orthonormal_basis(mean @ sketch(mean, width, self._generator))
-            block = orthonormal_basis((start.mT @ mean).mT)
-        basis = orthonormal_basis(mean @ block)
-        image = (basis.mT @ mean).mT
-        svd = triplets_of_space(basis, image, True, self.rank, norm)
+            start = orthonormal_basis(wide @ sketch(wide, width, self._generator))
+            block = orthonormal_basis((start.mT @ wide).mT)
+        basis = orthonormal_basis(wide @ block)
+        image = (basis.mT @ wide).mT
+        svd = triplets_of_space(basis, image, True, self.rank, norm).scaled(exponent)
         self._block = orthonormal_basis(image)
-        self._mean = mean if self.decay else None
+        if self.decay:
+            # The first mean may be the caller's own tensor, which the next backward overwrites.
+            self._mean = mean.clone() if mean is matrix else mean
         return svd
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The mean and the block, for a resume; empty before the first update."""
+        """Copies of the mean and the block, for a resume; empty before the first update."""
         held = {"mean": self._mean, "block": self._block}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
+        return {name: tensor.clone() for name, tensor in held.items() if tensor is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state_dict` returned."""
-        self._mean, self._block = state.get("mean"), state.get("block")
+        """Go on from a copy of what `state_dict` of a tracker with the same options returned.
+
+        Raises:
+            ValueError: if names or shapes are not those of such a tracker, or an entry is NaN or
+                infinite; the state is then unchanged.
+        """
+        names = ["block", "mean"] if self.decay else ["block"]
+        if state and sorted(state) != names:
+            raise ValueError(
+                f"the state of a tracker with decay={self.decay} has {names}, got {sorted(state)}"
+            )
+        copies = {name: widened(tensor).clone() for name, tensor in state.items()}
+        if copies:
+            self._check_shapes(**{name: tuple(copy.shape) for name, copy in copies.items()})
+        for copy in copies.values():
+            frobenius_norm(copy)
+        self._mean, self._block = copies.get("mean"), copies.get("block")
+
+    def _check_shapes(self, block: tuple[int, ...], mean: tuple[int, ...] | None = None) -> None:
+        """Raise ValueError unless these are the shapes of a state of this tracker."""
+        most = self.rank + self.oversampling
+        fits = len(block) == 2 and self.rank <= block[1] <= min(most, block[0])
+        if mean is not None:
+            fits = fits and len(mean) == 2 and block == (mean[1], min(most, *mean))
+        if not fits:
+            raise ValueError(
+                f"the state of a tracker with rank={self.rank}, oversampling={self.oversampling} "
+                f"has a mean (rows, cols) and a block (cols, {most} or the smaller side), got "
+                f"mean {mean} and block {block}"
+            )

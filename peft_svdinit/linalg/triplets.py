@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,7 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .spectrum import energy, relative_error
+from .scaling import times_power_of_two
+from .spectrum import energy, frobenius_norm, norm_times_power_of_two, relative_error
+
+# Norms within which neither squares nor reciprocals of float32 come near the ends of its range.
+_SMALLEST_NORM, _LARGEST_NORM = 1e-15, 1e15
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,23 @@ class TruncatedSVD:
             self.U[:, :rank], self.S[:rank], self.Vh[:rank], self.norm, self.optimal
         )
 
+    def scaled(self, exponent: int) -> TruncatedSVD:
+        """The triplets of the matrix times 2**exponent.
+
+        Raises:
+            ValueError: if its singular values or norm are beyond the range of their dtype.
+        """
+        if not exponent:
+            return self
+        S = times_power_of_two(self.S, exponent)
+        norm = norm_times_power_of_two(self.norm, exponent)
+        if not torch.isfinite(S).all():
+            raise ValueError(
+                f"the matrix has singular values beyond the range of {S.dtype}, its norm is "
+                f"{norm:.3g}; scale it down or pass it in float64"
+            )
+        return TruncatedSVD(self.U, S, self.Vh, norm, self.optimal)
+
     def with_canonical_signs(self) -> TruncatedSVD:
         """Flip pairs of vectors: the largest-magnitude entry of each column of `U` is positive."""
         flipped = self.U.amax(dim=0, keepdim=True) + self.U.amin(dim=0, keepdim=True) < 0
@@ -62,6 +84,23 @@ class TruncatedSVD:
 def widened(matrix: Tensor) -> Tensor:
     """`matrix` in float32 or wider, the precision of all factorisations here."""
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+
+
+def balanced(matrix: Tensor) -> tuple[Tensor, float, int]:
+    """(M, ‖M‖_F, e): `matrix` = M * 2**e, in float32 or wider, with e = 0 for all usual scales.
+
+    Of a matrix so small or large that squares or reciprocals of singular values would leave the
+    range of its dtype, e brings the norm near 1.
+
+    Raises:
+        ValueError: if an entry is NaN or infinite.
+    """
+    wide = widened(matrix)
+    norm = frobenius_norm(wide)
+    if norm == 0 or _SMALLEST_NORM <= norm <= _LARGEST_NORM:
+        return wide, norm, 0
+    _, exponent = math.frexp(norm)
+    return times_power_of_two(wide, -exponent), norm_times_power_of_two(norm, -exponent), exponent
 
 
 def check_rank(rank: int, shape: torch.Size | tuple[int, ...]) -> None:

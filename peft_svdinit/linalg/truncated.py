@@ -12,8 +12,7 @@ from .adaptive import adaptive_svd
 from .gram import gram_subspace_svd, gram_svd
 from .krylov import krylov_svd
 from .randomized import randomized_svd
-from .spectrum import frobenius_norm
-from .triplets import TruncatedSVD, check_rank, widened
+from .triplets import TruncatedSVD, balanced, check_rank
 
 Method = Literal["auto", "exact", "gram", "gram_subspace", "randomized", "krylov"]
 
@@ -42,7 +41,8 @@ def truncated_svd(
         rank: number of triplets kept, from 1 to `min(rows, cols)`; with `energy` or `error` the
             most that are kept.
         energy: share of ‖matrix‖_F² to hold, in (0, 1]; see `adaptive_svd`.
-        error: or ‖matrix − U S Vh‖_F / ‖matrix‖_F to stay within.
+        error: or ‖matrix − U S Vh‖_F / ‖matrix‖_F to stay within; 0, or at least 1e-3 unless the
+            matrix is float64.
         method: "exact" and "gram" are the optimum in both norms (Eckart-Young: the Frobenius error
             is √Σ_{i>rank} σ_i², the spectral error σ_{rank+1}); "gram_subspace", "randomized" and
             "krylov" come near it; "auto" takes the cheapest that comes within `tolerance`.
@@ -69,10 +69,10 @@ def truncated_svd(
     if method == "auto":
         method = cheapest_method(matrix.shape, rank, tolerance)
     if method == "exact":
-        norm = frobenius_norm(matrix)
-        U, S, Vh = torch.linalg.svd(widened(matrix), full_matrices=False)
+        wide, norm, exponent = balanced(matrix)
+        U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
         whole = TruncatedSVD(U, S, Vh, norm, optimal=True)
-        return whole.truncated(rank).with_canonical_signs()
+        return whole.truncated(rank).with_canonical_signs().scaled(exponent)
     if method == "gram":
         return gram_svd(matrix, rank)
     if method == "gram_subspace":
