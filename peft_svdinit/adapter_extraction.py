@@ -25,7 +25,7 @@ from .modules_to_save import whole_modules
 from .rank_rule import RankRule
 from .sample_text import SAMPLE_TEXTS
 from .sources import file_stamps
-from .text_check import TextCheck, compare_on_text
+from .text_check import can_compare, compare_on_text
 from .verification import Verification, verify_adapter
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,7 @@ def extract_adapter(
     factorise = factorisation(rule, seed=seed, device=device)
     whole = _whole(pair, form)
     refuse_unknown_parts(pair)
+    readable = _readable(pair, form)
     if pair.changed_settings:
         logger.warning(
             "The configurations differ in what no adapter can carry: %s",
@@ -135,7 +136,7 @@ def extract_adapter(
             modules_to_save=whole,
         )
         verification = _verified(written, pair, exported, whole, form)
-        text = _read(written, pair, form)
+        text = compare_on_text(*_folders(pair), written, form.texts) if readable else None
         missed = [tensor for tensor in pair.uncovered() if tensor.key not in whole]
         extracted = ExtractedAdapter(
             target,
@@ -215,14 +216,18 @@ def _verified(
     return verify_adapter(folder, base, pair, exported.errors, modules_to_save=whole)
 
 
-def _read(folder: Path, pair: CheckpointPair, form: AdapterForm) -> TextCheck | None:
+def _readable(pair: CheckpointPair, form: AdapterForm) -> bool:
+    """Whether the models will be run on text; decided and said before any work."""
     if form.verify != "full":
-        return None
-    if pair.sliced:
-        logger.warning("base and tuned predict different vocabularies: they are not run on text")
-        return None
-    base, tuned = (side.checkpoint.folder for side in (pair.base, pair.tuned))
-    return compare_on_text(base, tuned, folder, form.texts)
+        return False
+    reason = "they predict different vocabularies" if pair.sliced else can_compare(*_folders(pair))
+    if reason:
+        logger.warning("base and tuned are not run on text: %s", reason)
+    return reason is None
+
+
+def _folders(pair: CheckpointPair) -> tuple[Path, Path]:
+    return pair.base.checkpoint.folder, pair.tuned.checkpoint.folder
 
 
 def factorisation(rule: RankRule, *, seed: int = 0, device: str = "cpu") -> Factorisation:

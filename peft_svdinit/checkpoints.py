@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .linear_modules import LinearModule, is_chosen, linear_modules, model_skeleton
-from .sources import inside, read_json, resolve_folder
+from .sources import hub_pickles, inside, read_json, resolve_folder
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 SAMPLE_SIZE = 8
@@ -42,6 +43,7 @@ class Checkpoint:
     ) -> None:
         self.folder = resolve_folder(path_or_id, argument=argument, revision=revision)
         self.argument = argument
+        self._source, self._revision = path_or_id, revision
         self._file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -73,12 +75,9 @@ class Checkpoint:
             paths = [inside(self.folder, name) for name in sorted(set(map_.values()))]
         else:
             if any(self.folder.glob("pytorch_model*.bin")):
-                raise ValueError(
-                    f"{self.argument}: {self.folder} holds its weights as a pickle, which can run "
-                    'code when it is loaded. If you trust it, convert it once: python -c "from '
-                    "transformers import AutoModelForCausalLM; AutoModelForCausalLM."
-                    f"from_pretrained('{self.folder}').save_pretrained('{self.folder}')\""
-                )
+                self._refuse_pickle(self.folder, self.folder)
+            if hub_pickles(self._source, self._revision):
+                self._refuse_pickle(self._source, "converted")
             raise FileNotFoundError(
                 f"{self.argument}: the folder {self.folder} has neither {_SINGLE} nor {_INDEX}"
             )
@@ -88,6 +87,14 @@ class Checkpoint:
                 f"{self.argument}: {self.folder} lacks the shards {', '.join(missing)}"
             )
         return paths
+
+    def _refuse_pickle(self, source: str | os.PathLike, target: str | os.PathLike) -> NoReturn:
+        raise ValueError(
+            f"{self.argument}: {os.fspath(source)} holds its weights as a pickle, which can run "
+            'code when it is loaded. If you trust it, convert it once: python -c "from '
+            "transformers import AutoModelForCausalLM; AutoModelForCausalLM."
+            f"from_pretrained('{os.fspath(source)}').save_pretrained('{os.fspath(target)}')\""
+        )
 
     def tensor(self, key: str) -> Tensor:
         """One tensor; its file is reopened each time, so that no mapped pages pile up."""

@@ -108,3 +108,9 @@ def fit(
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return read_run(folder) if trainer.is_world_process_zero() else None
+
+
+def outcome(run: Run) -> str:
+    """The last evaluation in words, if there was one."""
+    loss = run.final_eval_loss
+    return "not evaluated" if loss is None else f"eval_loss {loss:.4f}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fit import Materials, fit
+from fit import Materials, fit, outcome
 
 from peft_svdinit.runs import Run
 from peft_svdinit.training import (
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     model, data, arguments = parse_options(classes, argv, description=__doc__ or "")
     run = train_full_teacher(Materials.prepare(model, data), model, arguments)
     if run is not None:
-        print(f"eval_loss {run.final_eval_loss:.4f}; model and record in {run.directory}")
+        print(f"{outcome(run)}; model and record in {run.directory}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from data_start import factors_from_data
-from fit import Materials, fit
+from fit import Materials, fit, outcome
 from lora_options import LoraOptions
 from peft import (
     PeftModel,
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     model, data, lora, arguments = parse_options(classes, argv, description=__doc__ or "")
     run = train_lora(Materials.prepare(model, data), model, lora, arguments)
     if run is not None:
-        print(f"eval_loss {run.final_eval_loss:.4f}; adapter and record in {run.directory}")
+        print(f"{outcome(run)}; adapter and record in {run.directory}")
 
 
 if __name__ == "__main__":

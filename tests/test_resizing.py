@@ -493,7 +493,7 @@ def test_not_a_number_is_refused_by_layer_and_nothing_is_written(tmp_path):
         ({"rank": 2, "energy": 0.5}, "exactly one of"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"energy": 95.0}, r"energy must be in \(0, 1\], got 95"),
-        ({"error": 1.0}, r"error must be in \(0, 1\), got 1"),
+        ({"error": 1.0}, r"error must be in \[0.001, 1\), got 1"),
         ({"max_parameters": 0}, "max_parameters must be at least 1"),
         ({"energy": 0.5, "max_rank": 0}, "max_rank must be at least 1"),
         ({"rank": 2, "max_rank": 4}, "leave it out with rank"),
