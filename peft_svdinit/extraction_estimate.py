@@ -13,7 +13,8 @@ import torch
 from .adapter_extraction import AdapterForm, refuse_other_files
 from .deltas import CheckpointPair
 from .linalg import krylov_svd
-from .linalg.truncated import krylov_plan
+from .linalg.krylov import default_block
+from .linalg.truncated import krylov_passes
 from .linear_modules import LinearModule
 from .rank_rule import RankRule
 
@@ -85,7 +86,7 @@ def estimate(
     kept = min(factors, rule.max_parameters or factors)
     largest = max(modules, key=lambda m: m.out_features * m.in_features)
     delta = _FLOAT32 * largest.out_features * largest.in_features
-    block, passes = krylov_plan(_rank(rule, largest), 1.003)
+    block, passes = _plan(rule, largest)
     spaces = 2 * _FLOAT32 * (largest.out_features + largest.in_features) * block * (passes // 2)
     checkpoint = pair.base.checkpoint
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -110,9 +111,13 @@ def _rank(rule: RankRule, module: LinearModule) -> int:
     return min(*sides, rule.most or min(sides))
 
 
+def _plan(rule: RankRule, module: LinearModule) -> tuple[int, int]:
+    return default_block(_rank(rule, module)), krylov_passes(1.003)
+
+
 def _multiplications(rule: RankRule, module: LinearModule) -> float:
     rows, cols = module.out_features, module.in_features
-    block, passes = krylov_plan(_rank(rule, module), 1.003)
+    block, passes = _plan(rule, module)
     width = min(block * (passes // 2), rows, cols)
     return passes * rows * cols * min(block, width) + 2 * (rows + cols) * width**2
 
@@ -121,7 +126,7 @@ def _rate(device: str) -> float:
     """Multiplications per second of a factorisation here."""
     probe = LinearModule("probe", _PROBE, _PROBE, transposed=False)
     matrix = torch.randn(_PROBE, _PROBE, device=device)
-    block, passes = krylov_plan(32, 1.003)
+    block, passes = _plan(RankRule(rank=32), probe)
     times = []
     for _ in range(3):
         began = time.perf_counter()

@@ -36,8 +36,10 @@ def rounding_error(exact: LoraInit, stored: LoraInit) -> float:
 
     With E = B − B̂ and F = A − Â the difference is E A + B̂ F = [E B̂] [A; F], whose squared norm
     is the inner product of the Gram matrices of [E B̂] and [A; F]: no out x in matrix is formed,
-    and as E and F are exact, nothing large cancels.
+    and as E and F are exact, nothing large cancels. Of one dtype `rounded` changes nothing.
     """
+    if (stored.lora_A.dtype, stored.lora_B.dtype) == (exact.lora_A.dtype, exact.lora_B.dtype):
+        return 0.0
     B, A = exact.lora_B.double(), exact.lora_A.double()
     B_hat = stored.lora_B.double()
     left = torch.cat([B - B_hat, B_hat], dim=1)

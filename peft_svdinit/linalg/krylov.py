@@ -27,12 +27,12 @@ def krylov_svd(
     alternate, and the whole space that they span on the side of the last product is kept, where
     power iteration keeps the last block alone. The image of that space is known from the products
     already made, so that no pass is spent on the projection. Blocks narrower than `rank` do, and
-    come closer to the optimum for the same work (arXiv:2305.02535).
+    come nearer to the optimum for the same work (arXiv:2305.02535).
 
     Args:
         matrix: any finite matrix; not modified.
         rank: number of triplets kept, from 1 to `min(rows, cols)`.
-        block: vectors per product; three quarters of the rank if None, 16 at least.
+        block: vectors per product; the rank rounded up to a multiple of 16 if None.
         passes: products, at least 2.
         generator: randomness of the first block; a fresh one with seed 0 if not given.
 
@@ -40,8 +40,8 @@ def krylov_svd(
         ValueError: if `rank` is out of range, the passes do not span `rank` directions, or the
             matrix has NaN or infinite entries.
 
-    Error over the optimum on gradients and deltas of fine-tuning at rank 16: about 1.03 with four
-    passes, 1.015 with five, 1.005 with six, 1.002 with seven.
+    Error over the optimum on gradients and deltas of fine-tuning at ranks 16 to 64: at most 1.04
+    with four passes, 1.017 with five, 1.005 with six, 1.002 with seven.
     """
     check_rank(rank, matrix.shape)
     block = min(default_block(rank) if block is None else block, *matrix.shape)
@@ -58,8 +58,8 @@ def krylov_svd(
 
 
 def default_block(rank: int) -> int:
-    """Vectors per product that serve a rank best."""
-    return max(-(-3 * rank // 4), min(rank + 4, 16))
+    """The rank rounded up to a multiple of 16, at which matrix products are fastest."""
+    return -(-rank // 16) * 16
 
 
 class KrylovSpace:
