@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from peft import LoHaConfig, LoKrConfig, PeftModel
 from reference import discarded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stock_process import run_without_us
 from tiny_models import rewrite_tensors, tiny_model, trained_adapter
 from torch import Tensor
 
@@ -112,18 +110,11 @@ def test_loha_and_lokr_become_optimal_loras(tmp_path, config, rank):
     assert peft_deltas(loaded).keys() == before.keys()
 
 
-STOCK_PROCESS = """
-import json, sys
-try:
-    import peft_svdinit
-except ImportError:
-    pass
-else:
-    raise SystemExit("peft_svdinit can be imported here")
-import torch
+DELTAS_OF_ADAPTER = """
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
+
 base, adapter, result = sys.argv[1:]
 model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).double()
 save_file({
@@ -138,17 +129,7 @@ def test_stock_peft_loads_what_varies_in_rank(tmp_path):
     resized = resize([tmp_path / "a"], tmp_path / "b", RankTarget(energy=0.8))
     assert len(set(ranks(resized))) > 1
     tiny_model().save_pretrained(str(tmp_path / "base"))
-    (tmp_path / "stock.py").write_text(STOCK_PROCESS)
-    arguments = [str(tmp_path / name) for name in ("stock.py", "base", "b", "deltas.safetensors")]
-    done = subprocess.run(
-        [sys.executable, "-I", *arguments],
-        cwd=tmp_path,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_without_us(tmp_path, DELTAS_OF_ADAPTER, "base", "b", "deltas.safetensors")
     assert_optimal(dense(tmp_path / "a"), load_file(tmp_path / "deltas.safetensors"), resized)
 
 

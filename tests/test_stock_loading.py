@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,52 +12,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft_fixtures import HELD_RANK, SPLITS, STARTS, Scene, logits, make_scene, tokens, train
 from safetensors.torch import load_file, save_file
+from stock_process import LOGITS_OF_ADAPTERS, run_without_us
 from tiny_models import ARCHITECTURES
 from torch import Tensor
 
 from peft_svdinit import initialize_lora_from_factors
-
-# Runs elsewhere: `python -I stock.py cases.json logits.safetensors`.
-STOCK_PROCESS = """
-import importlib.abc
-import json
-import sys
-
-
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("peft_svdinit", "trainer_callbacks"):
-            raise ModuleNotFoundError(name)
-        return None
-
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import peft_svdinit
-except ModuleNotFoundError:
-    pass
-else:
-    raise SystemExit("peft_svdinit can be imported: the test would prove nothing")
-
-import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-
-torch.set_num_threads(1)
-cases = json.load(open(sys.argv[1]))
-ids = load_file(cases.pop("ids"))["ids"]
-found = {}
-for name, case in cases.items():
-    base = AutoModelForCausalLM.from_pretrained(case["base"])
-    model = PeftModel.from_pretrained(base, case["adapter"]).eval()
-    assert type(model.peft_config["default"]).__name__ == "LoraConfig"
-    with torch.no_grad():
-        found[name] = model(input_ids=ids).logits.contiguous()
-        found[name + ".merged"] = model.merge_and_unload()(input_ids=ids).logits.contiguous()
-assert "peft_svdinit" not in sys.modules
-save_file(found, sys.argv[2])
-"""
 
 
 @dataclass(frozen=True)
@@ -144,17 +100,7 @@ def here_and_elsewhere(tmp_path_factory) -> dict[str, tuple[Tensor, Tensor, Tens
             "base": str(folder / f"base-{entry.architecture}"),
         }
     (folder / "cases.json").write_text(json.dumps(listed))
-    (folder / "stock.py").write_text(STOCK_PROCESS)
-    arguments = ["stock.py", "cases.json", "logits.safetensors"]
-    run = subprocess.run(
-        [sys.executable, "-I", *(str(folder / argument) for argument in arguments)],
-        cwd=folder,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    run_without_us(folder, LOGITS_OF_ADAPTERS, "cases.json", "logits.safetensors")
     elsewhere = load_file(folder / "logits.safetensors")
     return {name: (here[name], elsewhere[name], elsewhere[f"{name}.merged"]) for name in here}
 

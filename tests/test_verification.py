@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +21,7 @@ from peft.tuners.lora import LoraModel
 from peft_fixtures import logits, tokens
 from reference import array, frobenius
 from safetensors.torch import load_file, save_file
-from test_stock_loading import STOCK_PROCESS
+from stock_process import LOGITS_OF_ADAPTERS, run_without_us
 from tiny_models import ARCHITECTURES, SavedPair, rewrite_tensors, save_pair, truncate
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
@@ -524,16 +521,7 @@ def elsewhere(tmp_path_factory) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         expected[name] = logits(_dense(written))
         cases[name] = {"base": str(written.pair.base_folder), "adapter": str(written.folder)}
     (folder / "cases.json").write_text(json.dumps(cases))
-    (folder / "stock.py").write_text(STOCK_PROCESS)
-    run = subprocess.run(
-        [sys.executable, "-I", *(str(folder / n) for n in ("stock.py", "cases.json", "logits"))],
-        cwd=folder,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    run_without_us(folder, LOGITS_OF_ADAPTERS, "cases.json", "logits")
     found = load_file(folder / "logits")
     return {name: (expected[name], found[name], found[f"{name}.merged"]) for name in expected}
 
