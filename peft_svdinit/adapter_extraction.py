@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ from .deltas import CheckpointPair
 from .export import ExportedAdapter, export_adapter
 from .extraction import Factorisation, LayerStore, fill_store
 from .extraction_report import EXTRACTION_JSON, EXTRACTION_REPORT, ExtractedAdapter
+from .factors import LowRankFactors
 from .initializers import Split
 from .modules_to_save import whole_modules
 from .rank_rule import RankRule
@@ -100,19 +102,14 @@ def extract_adapter(
     refuse_other_files(target)
     factorise = factorisation(rule, seed=seed, device=device)
     whole = _whole(pair, form)
-    refuse_unknown_parts(pair)
     readable = _readable(pair, form)
     if pair.changed_settings:
         logger.warning(
             "The configurations differ in what no adapter can carry: %s",
             ", ".join(f"{k}: {a} > {b}" for k, (a, b) in pair.changed_settings.items()),
         )
-    stamps = pair_stamps(pair)
-    inputs = {"factorisation": repr(factorise), "pair": stamps}
-    with LayerStore(partial_folder(target), list(pair), inputs) as store:
-        fill_store(store, pair, factorise, read_ahead=read_ahead)
-        spectra = stored_spectra(store, pair)
-        ranks, short = rule.choose(spectra, uniform=form.uniform)
+    with factorised(pair, target, factorise, read_ahead=read_ahead) as (store, unchanged):
+        ranks, short = rule.choose(stored_spectra(store, pair), uniform=form.uniform)
         if short:
             logger.warning(
                 "%d layers, %s the first, do not reach the bound with rank %d; raise max_rank",
@@ -149,11 +146,41 @@ def extract_adapter(
         )
         write_json(written / EXTRACTION_JSON, extracted.as_dict())
         write_text(written / EXTRACTION_REPORT, extracted.as_text())
-        refuse_change(pair, stamps)
+        unchanged()
         with replacing(target) as temporary:
             os.replace(written, temporary)
-        store.remove()
     return extracted
+
+
+@contextmanager
+def factorised(
+    pair: CheckpointPair,
+    target: Path,
+    factorise: Callable[[str, Tensor], LowRankFactors],
+    *,
+    read_ahead: int = 1,
+) -> Iterator[tuple[LayerStore, Callable[[], None]]]:
+    """The factors of every layer in the working folder of `target`, which goes when all is done.
+
+    Yields the store, and a check to call before anything is published: it raises ValueError if the
+    checkpoints' files are not those that were read. After an error the store stays for a resume.
+
+    Raises:
+        ValueError: if tensors changed that no layer covers, or as `LayerStore` and `fill_store` do.
+    """
+    refuse_unknown_parts(pair)
+    stamps = pair_stamps(pair)
+
+    def unchanged() -> None:
+        if pair_stamps(pair) != stamps:
+            raise ValueError("base or tuned changed while they were read; run the extraction again")
+
+    inputs = {"factorisation": repr(factorise), "pair": stamps}
+    working = target.with_name(f"{target.name}.partial")
+    with LayerStore(working, list(pair), inputs) as store:
+        fill_store(store, pair, factorise, read_ahead=read_ahead)
+        yield store, unchanged
+        store.remove()
 
 
 def _whole(pair: CheckpointPair, form: AdapterForm) -> Mapping[str, Tensor]:
@@ -178,12 +205,6 @@ def refuse_unknown_parts(pair: CheckpointPair) -> None:
             f"{type(pair.base.skeleton).__name__} by these names (experts stored one by one?), and "
             "no adapter of its linear layers covers them; exclude_modules can leave them out"
         )
-
-
-def refuse_change(pair: CheckpointPair, stamps: list[Any]) -> None:
-    """Raise ValueError if the checkpoints' files are not those of `stamps` any more."""
-    if pair_stamps(pair) != stamps:
-        raise ValueError("base or tuned changed while they were read; run the extraction again")
 
 
 def _settings(
@@ -261,11 +282,6 @@ def pair_stamps(pair: CheckpointPair) -> list[Any]:
     """By what a change of the two checkpoints is noticed."""
     files = [file for side in (pair.base, pair.tuned) for file in side.checkpoint.files]
     return [[str(file.resolve()), file_stamps(file)] for file in files]
-
-
-def partial_folder(target: Path) -> Path:
-    """Where the work for `target` goes on until it is done."""
-    return target.with_name(f"{target.name}.partial")
 
 
 def refuse_other_files(target: Path) -> None:

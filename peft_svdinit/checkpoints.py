@@ -289,6 +289,14 @@ def _spellings(key: str, prefix: str) -> tuple[str, str, str]:
     return key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}"
 
 
+def is_recognised(found: Float[Tensor, " n"], sample: Float[Tensor, " n"]) -> bool:
+    """Whether two samples are of one weight, in half precision perhaps, which rounds by 0.4 %.
+
+    Two models differ by far more somewhere.
+    """
+    return torch.allclose(found, sample, rtol=0.02, atol=0.01 * sample.abs().max().item())
+
+
 def recognition_sample(weight: Float[Tensor, "out in"]) -> Float[Tensor, " n"]:
     """The first entries of a weight's first row, in float32: enough to tell base models apart."""
     return weight[0, :SAMPLE_SIZE].detach().float().cpu().clone()

@@ -12,14 +12,15 @@ import torch
 
 from .adapter_extraction import AdapterForm, refuse_other_files
 from .deltas import CheckpointPair
-from .linalg import krylov_svd
+from .extraction import Factorisation
+from .linalg import truncated_svd
 from .linalg.krylov import default_block
-from .linalg.truncated import krylov_passes
+from .linalg.truncated import krylov_multiplications, krylov_passes
 from .linear_modules import LinearModule
 from .rank_rule import RankRule
 
 _FLOAT32 = 4
-_PROBE = 1024
+_PROBE, _PROBE_RANK = 1024, 32
 # A process that has imported torch, transformers and PEFT.
 _IMPORTS = 500 << 20
 
@@ -86,7 +87,8 @@ def estimate(
     kept = min(factors, rule.max_parameters or factors)
     largest = max(modules, key=lambda m: m.out_features * m.in_features)
     delta = _FLOAT32 * largest.out_features * largest.in_features
-    block, passes = _plan(rule, largest)
+    block = default_block(_rank(rule, largest))
+    passes = krylov_passes(Factorisation.tolerance)
     spaces = 2 * _FLOAT32 * (largest.out_features + largest.in_features) * block * (passes // 2)
     checkpoint = pair.base.checkpoint
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -111,28 +113,21 @@ def _rank(rule: RankRule, module: LinearModule) -> int:
     return min(*sides, rule.most or min(sides))
 
 
-def _plan(rule: RankRule, module: LinearModule) -> tuple[int, int]:
-    return default_block(_rank(rule, module)), krylov_passes(1.003)
-
-
-def _multiplications(rule: RankRule, module: LinearModule) -> float:
-    rows, cols = module.out_features, module.in_features
-    block, passes = _plan(rule, module)
-    width = min(block * (passes // 2), rows, cols)
-    return passes * rows * cols * min(block, width) + 2 * (rows + cols) * width**2
+def _multiplications(rule: RankRule, module: LinearModule) -> int:
+    shape = (module.out_features, module.in_features)
+    return krylov_multiplications(shape, _rank(rule, module), Factorisation.tolerance)
 
 
 def _rate(device: str) -> float:
     """Multiplications per second of a factorisation here."""
-    probe = LinearModule("probe", _PROBE, _PROBE, transposed=False)
     matrix = torch.randn(_PROBE, _PROBE, device=device)
-    block, passes = _plan(RankRule(rank=32), probe)
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        float(krylov_svd(matrix, 32, block=block, passes=passes).S[0])
+        svd = truncated_svd(matrix, _PROBE_RANK, method="krylov", tolerance=Factorisation.tolerance)
+        float(svd.S[0])  # Waits for the device.
         times.append(time.perf_counter() - began)
-    return _multiplications(RankRule(rank=32), probe) / min(times)
+    return krylov_multiplications(matrix.shape, _PROBE_RANK, Factorisation.tolerance) / min(times)
 
 
 def _size(count: int) -> str:

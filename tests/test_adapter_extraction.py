@@ -193,12 +193,8 @@ def test_a_run_stopped_at_any_stage_publishes_nothing_and_is_resumed(
 
 def test_a_resumed_run_does_not_factorise_again(tmp_path, monkeypatch):
     pair = save_pair(tmp_path)
-
-    def stopped(*args, **kwargs):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(adapter_extraction, "export_adapter", stopped)
+        patched.setattr(adapter_extraction, "export_adapter", interrupted)
         extract(pair, tmp_path / "out", RankRule(rank=3))
     monkeypatch.setattr("peft_svdinit.extraction.factorisation.truncated_svd", None)
     extract(pair, tmp_path / "out", RankRule(rank=3))
@@ -226,12 +222,8 @@ def test_a_wrong_adapter_is_never_published(tmp_path, monkeypatch):
 
 def test_a_change_of_a_checkpoint_starts_afresh(tmp_path, monkeypatch):
     pair = save_pair(tmp_path)
-
-    def stopped(*args, **kwargs):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(adapter_extraction, "export_adapter", stopped)
+        patched.setattr(adapter_extraction, "export_adapter", interrupted)
         extract(pair, tmp_path / "out", RankRule(rank=3))
     rewrite_tensors(
         pair.tuned_folder / "model.safetensors",

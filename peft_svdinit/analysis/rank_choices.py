@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from .spectra import ENERGY_RESOLUTION, HasSpectrum, energy_not_held, singular_values
+from .spectra import HasSpectrum, energy_not_held, share_to_lose, singular_values
 
 
 class RankChoice(NamedTuple):
@@ -39,8 +39,7 @@ def ranks_for_energy(
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share}; write 95 % as 0.95")
-    lost = 1.01 * (1 - share) if share < 1 else math.inf
-    lost = min(lost, 1 - share + ENERGY_RESOLUTION)
+    lost = share_to_lose(share)
     return _smallest(spectra, lambda norm: lost * norm**2, max_rank)
 
 

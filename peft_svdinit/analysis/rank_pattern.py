@@ -20,7 +20,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from ..exact_pattern import exact_pattern
-from .spectra import ENERGY_RESOLUTION, HasSpectrum, energy_not_held, singular_values
+from .spectra import HasSpectrum, energy_not_held, share_to_lose, singular_values
 
 Limit = Literal["energy", "budget", "max_rank", "held"]
 
@@ -176,7 +176,7 @@ def recommend_ranks(
     lost = math.fsum(not_held.values()) + math.fsum(
         square for name, held in squares.items() for square in held[ranks[name] :]
     )
-    allowed = -math.inf if energy is None else (1 - energy + _slack(energy)) * total
+    allowed = -math.inf if energy is None else share_to_lose(energy) * total
     limit: Limit = "held"
     if max_rank is not None and any(any(held[max_rank:]) for held in squares.values()):
         limit = "max_rank"
@@ -216,11 +216,6 @@ def recommend_ranks(
 
 def _relative_error(lost: float, total: float) -> float:
     return min(1.0, math.sqrt(lost / total)) if total else 0.0
-
-
-def _slack(energy: float) -> float:
-    """What float32 cannot tell from zero, or 1 % of what may be lost."""
-    return ENERGY_RESOLUTION if energy == 1 else min(ENERGY_RESOLUTION, 0.01 * (1 - energy))
 
 
 def _share_kept(lost: float, total: float) -> float:

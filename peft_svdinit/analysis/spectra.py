@@ -41,6 +41,16 @@ class Spectrum:
     shape: tuple[int, int]
 
 
+def share_to_lose(energy: float) -> float:
+    """Share of the energy that may be lost to keep `energy`.
+
+    With what float32 cannot tell from zero, but at most 1 % of the share itself, so that keeping
+    all energy is possible and no other target is missed by more.
+    """
+    lost = 1 - energy
+    return lost + (min(ENERGY_RESOLUTION, 0.01 * lost) if lost else ENERGY_RESOLUTION)
+
+
 def singular_values(name: str, layer: HasSpectrum) -> list[float]:
     """The held singular values as float64.
 

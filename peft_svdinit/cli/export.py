@@ -14,7 +14,6 @@ from ..exported import ExportedAdapter
 from ..factors_file import FactorsFile
 from ..linalg import rank_for_energy
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_RANK = 16
 
 
@@ -78,7 +77,7 @@ def run(options: ExportOptions) -> None:
         base_model_revision=None if base else file.metadata.base_model_revision,
         base=base,
         split=options.split,
-        dtype=_DTYPES[options.dtype],
+        dtype=getattr(torch, options.dtype),
         uniform=options.uniform_rank,
     )
     _print(exported, options)

@@ -12,15 +12,12 @@ from ..adapter_extraction import (
     AdapterForm,
     extract_adapter,
     factorisation,
-    pair_stamps,
-    partial_folder,
-    refuse_change,
-    refuse_unknown_parts,
+    factorised,
     stored_spectra,
 )
 from ..deltas import CheckpointPair, LoraAdapter
 from ..embedded import resolve_model
-from ..extraction import Extraction, LayerStore, base_samples, factors_of_adapter, fill_store
+from ..extraction import Extraction, base_samples, factors_of_adapter
 from ..extraction_estimate import estimate
 from ..factors_file import FactorsMetadata
 from ..rank_rule import RankRule
@@ -229,12 +226,9 @@ def run(options: ExtractOptions) -> None:
 
 def _factors(pair: CheckpointPair, rule: RankRule, options: ExtractOptions) -> None:
     factorise = factorisation(rule, seed=options.seed, device=options.device)
-    refuse_unknown_parts(pair)
-    stamps = pair_stamps(pair)
-    inputs = {"factorisation": repr(factorise), "pair": stamps}
     target = Path(options.output_dir).expanduser().resolve()
-    with LayerStore(partial_folder(target), list(pair), inputs) as store:
-        fill_store(store, pair, factorise, read_ahead=options.read_ahead)
+    job = factorised(pair, target, factorise, read_ahead=options.read_ahead)
+    with job as (store, unchanged):
         stored_spectra(store, pair)
         metadata = FactorsMetadata(
             base_model_name_or_path=options.base,
@@ -244,11 +238,10 @@ def _factors(pair: CheckpointPair, rule: RankRule, options: ExtractOptions) -> N
             seed=options.seed,
         )
         uncovered = {tensor.key: tensor.relative_change for tensor in pair.uncovered()}
-        refuse_change(pair, stamps)
+        unchanged()
         _write_factors(
             Extraction(store, metadata, base_samples(pair)), options, {"uncovered": uncovered}
         )
-        store.remove()
     if uncovered:
         print(
             f"Not covered: {len(uncovered)} changed tensors outside the linear layers "

@@ -93,6 +93,14 @@ def krylov_passes(tolerance: float) -> int:
     return 6 if tolerance >= 1.01 else 7
 
 
+def krylov_multiplications(shape: torch.Size | tuple[int, ...], rank: int, tolerance: float) -> int:
+    """What `krylov_svd` costs within `tolerance`: its products, and keeping blocks orthonormal."""
+    larger, smaller = max(shape), min(shape)
+    block, passes = min(default_block(rank), smaller), krylov_passes(tolerance)
+    width = min(block * (passes // 2), smaller)
+    return passes * larger * smaller * block + 2 * (larger + smaller) * width**2
+
+
 def cheapest_method(shape: torch.Size | tuple[int, ...], rank: int, tolerance: float) -> Method:
     """The method that needs least time for this shape, by multiplications and measured rates."""
     larger, smaller = max(shape), min(shape)
@@ -104,8 +112,6 @@ def cheapest_method(shape: torch.Size | tuple[int, ...], rank: int, tolerance: f
     costs: dict[Method, int] = {"gram": 2 * larger * smaller**2 + 25 * smaller**3}
     if rank <= smaller // 4:
         costs["gram_subspace"] = 2 * larger * smaller**2 + 15 * smaller**2 * (rank + 8)
-    block, passes = default_block(rank), krylov_passes(tolerance)
-    width = block * (passes // 2)
-    if width <= smaller // 2:
-        costs["krylov"] = passes * larger * smaller * block + 2 * (larger + smaller) * width**2
+    if default_block(rank) * (krylov_passes(tolerance) // 2) <= smaller // 2:
+        costs["krylov"] = krylov_multiplications(shape, rank, tolerance)
     return min(costs, key=lambda method: costs[method])
