@@ -39,9 +39,9 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import peft_svdinit
-from peft_svdinit import LowRankFactors, SvdLoraConfig, initialize_lora_from_factors, tuner
+from peft_svdinit import LowRankFactors, SvdLoraConfig, initialize_lora_from_factors
 from peft_svdinit.factors_file import FactorsFile
-from peft_svdinit.tuner import SvdLoraModel
+from peft_svdinit.tuner import SvdLoraModel, svd_start
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +390,7 @@ def test_parameters_are_gathered_around_every_read_and_write(scene, monkeypatch)
         gathered.update(map(id, [parameters] if torch.is_tensor(parameters) else parameters))
         yield
 
-    monkeypatch.setattr(tuner, "gather_params_ctx", gather)
+    monkeypatch.setattr(svd_start, "gather_params_ctx", gather)
     model = scene.peft_model(use_dora=True)
     expected = {id(weight) for name, weight in model.named_parameters() if "lora_" in name}
     expected |= {id(layer.get_base_layer().weight) for layer in adapted_layers(model).values()}

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from peft import LoraConfig
 
-from .atomic import write_json
-from .factor_sources import PARTS, Part
-from .initializers import SvdGuided
-
-SIDECAR_NAME = "svdinit_config.json"
-INIT_MARKER = "svd_guided"
-ALIAS_PREFIX = f"{INIT_MARKER}:"
+from ..factor_sources import PARTS, Part
+from ..initializers import SvdGuided
+from .stock_saved import StockSavedConfig
 
 Coverage = Literal["strict", "partial"]
 # The functions behind sources that a config cannot ask for.
@@ -27,12 +19,14 @@ _FROM_DATA = {"gradient": "gradient_factors", "activation": "activation_factors"
 
 
 @dataclass
-class SvdLoraConfig(LoraConfig):
+class SvdLoraConfig(StockSavedConfig):
     """LoRA whose weights start from the SVD of a delta, or of the base weights themselves.
 
     Use it wherever a LoraConfig goes. What is saved is a stock LoRA adapter: `adapter_config.json`
     is that of a LoraConfig, and the options below go to `svdinit_config.json` beside it.
     """
+
+    init_marker: ClassVar[str] = "svd_guided"
 
     svd_source: Literal["teacher", "weight"] = field(
         default="teacher",
@@ -90,11 +84,6 @@ class SvdLoraConfig(LoraConfig):
                 "in memory"
             )
         self._check_source()
-        if self.init_lora_weights not in (True, INIT_MARKER):
-            raise ValueError(
-                "init_lora_weights must stay True with svd_factors, which initialises the adapter, "
-                f"got {self.init_lora_weights!r}"
-            )
         if self.svd_coverage not in ("strict", "partial"):
             raise ValueError(
                 f'svd_coverage must be "strict" or "partial", got {self.svd_coverage!r}'
@@ -104,15 +93,7 @@ class SvdLoraConfig(LoraConfig):
                 'svd_start="reference" cannot be combined with use_dora: the magnitudes have no '
                 'initial product to subtract; use svd_start="delta"'
             )
-        others = ", ".join(_other_variants(self))
-        if others:
-            raise ValueError(
-                f"{others} cannot be combined with svd_factors: the update of the layers would not "
-                "be B A; leave one of the two out"
-            )
-        # Stock PEFT refuses this value by name, where it would silently start at random from True:
-        # in a mixed model, say, or after unregister().
-        self.init_lora_weights = INIT_MARKER  # pyright: ignore[reportAttributeAccessIssue]
+        self.mark()
         self.initializer()
 
     def _check_source(self) -> None:
@@ -149,82 +130,19 @@ class SvdLoraConfig(LoraConfig):
         """The initialiser these options describe."""
         return SvdGuided(self.svd_start, self.svd_split)
 
-    @contextmanager
-    def as_stock_start(self) -> Iterator[None]:
-        """While PEFT creates the layers, let it give them its default start."""
-        self.init_lora_weights = True
-        try:
-            yield
-        finally:
-            self.init_lora_weights = INIT_MARKER  # pyright: ignore[reportAttributeAccessIssue]
-
     def stock(self) -> LoraConfig:
         """The LoraConfig of the saved adapter.
 
         A "reference" adapter is saved with its initial factors stacked below the trained ones, at
         twice the rank; alpha grows so that the scaling stays.
         """
-        options = {**lora_options(self), "init_lora_weights": True}
+        stock = super().stock()
         if self.svd_start == "reference":
             growth = math.sqrt(2) if self.use_rslora else 2
-            options["r"] = 2 * self.r
-            options["lora_alpha"] = growth * self.lora_alpha
-            options["rank_pattern"] = {
-                key: 2 * rank for key, rank in (self.rank_pattern or {}).items()
+            stock.r *= 2
+            stock.lora_alpha = growth * stock.lora_alpha  # pyright: ignore[reportAttributeAccessIssue]
+            stock.rank_pattern = {key: 2 * r for key, r in (stock.rank_pattern or {}).items()}
+            stock.alpha_pattern = {
+                key: growth * alpha for key, alpha in (stock.alpha_pattern or {}).items()
             }
-            options["alpha_pattern"] = {
-                key: growth * alpha for key, alpha in (self.alpha_pattern or {}).items()
-            }
-        return LoraConfig(**options)
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json` of a stock LoRA and the sidecar with the svd options."""
-        self.stock().save_pretrained(save_directory, **kwargs)
-        options = {key: value for key, value in asdict(self).items() if key != "runtime_config"}
-        options = {k: sorted(v) if isinstance(v, set) else v for k, v in options.items()}
-        write_json(Path(save_directory) / SIDECAR_NAME, options)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> SvdLoraConfig:
-        """The config that an adapter folder was saved with, from its sidecar.
-
-        Raises:
-            ValueError: if the folder has no sidecar; LoraConfig.from_pretrained reads any adapter.
-        """
-        path = Path(pretrained_model_name_or_path, subfolder or "", SIDECAR_NAME)
-        if not path.is_file():
-            raise ValueError(
-                f"{path.parent} has no {SIDECAR_NAME}: it was not saved by a SvdLoraConfig, or it "
-                "is not a local folder; LoraConfig.from_pretrained reads it as the stock LoRA it is"
-            )
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
-
-
-def _other_variants(config: LoraConfig) -> list[str]:
-    """Options in use that replace LoRA's update; under DoRA and aLoRA it still begins at B A."""
-    return [
-        entry.name
-        for entry in fields(LoraConfig)
-        if entry.metadata.get("is_lora_variant")
-        and entry.name not in ("use_dora", "alora_invocation_tokens")
-        and getattr(config, entry.name)
-    ]
-
-
-def config_of_alias(config: LoraConfig) -> LoraConfig:
-    """`config`, or what its `init_lora_weights="svd_guided:<path-or-hub-id>"` means.
-
-    For tools that hand only a string through to PEFT.
-    """
-    alias = config.init_lora_weights
-    if not (isinstance(alias, str) and alias.startswith(ALIAS_PREFIX)):
-        return config
-    options = {**lora_options(config), "init_lora_weights": True}
-    return SvdLoraConfig(**options, svd_factors=os.path.expanduser(alias[len(ALIAS_PREFIX) :]))
-
-
-def lora_options(config: LoraConfig) -> dict[str, Any]:
-    """What a LoraConfig was made with, the fields of subclasses left out."""
-    return {entry.name: getattr(config, entry.name) for entry in fields(LoraConfig) if entry.init}
+        return stock

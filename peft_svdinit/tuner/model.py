@@ -1,0 +1,154 @@
+"""PEFT's LoRA tuner with starts of our own."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from torch import Tensor, nn
+
+from ..config import SvdLoraConfig, config_of_alias
+from ..factors_file import FactorsFile
+from ..layers.reference import stacked_factors
+from .adapter_layers import adapter_dtypes, weight_keys
+from .stacked_form import references, unstack
+from .svd_start import Factors, initialize_layers, weight_factors_under
+
+
+class SvdLoraModel(LoraModel):
+    """LoraModel that knows SvdLoraConfig and the string alias; any other config passes through."""
+
+    _just_started: tuple[str, Factors] | None = None
+    """The adapter whose weights nobody has touched since they were initialised, and from what."""
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        config = config_of_alias(cast(LoraConfig, self.peft_config[adapter_name]))
+        self.peft_config[adapter_name] = config
+        options = (autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        if not isinstance(config, SvdLoraConfig):
+            super().inject_adapter(model, adapter_name, *options)
+            return
+        opened = None
+        if config.svd_source == "teacher":  # Refuses a bad file before the model is touched.
+            opened = FactorsFile(config.svd_factors, revision=config.svd_factors_revision)
+        active = self.active_adapter
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            with config.as_stock_start():
+                super().inject_adapter(model, adapter_name, *options)
+            if opened is None:
+                factors = weight_factors_under(self.model, adapter_name, config)
+            else:
+                factors = opened
+            self._initialize(adapter_name, config, factors)
+        except Exception:
+            self._remove(adapter_name)
+            self.active_adapter = active
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            raise
+        self._just_started = (adapter_name, factors)
+
+    def _initialize(self, adapter_name: str, config: SvdLoraConfig, factors: Factors) -> None:
+        initialize_layers(
+            self.model,
+            factors,
+            adapter_name,
+            config.initializer(),
+            coverage=config.svd_coverage,
+            check_base=config.svd_check_base,
+        )
+
+    def _remove(self, adapter_name: str) -> None:
+        if set(self.peft_config) == {adapter_name}:
+            self.unload()
+        else:
+            self.delete_adapter(adapter_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        config = self.peft_config[adapter_name]
+        before = adapter_dtypes(self.model, adapter_name)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        started, self._just_started = self._just_started, None
+        if started is None or started[0] != adapter_name or not isinstance(config, SvdLoraConfig):
+            return
+        # PEFT creates adapters in the base's half precision and widens them here: initialise
+        # again, or the start keeps the rounding.
+        if before != adapter_dtypes(self.model, adapter_name):
+            self._initialize(adapter_name, config, started[1])
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        for name in adapters:
+            if references(self.model, name):
+                raise ValueError(
+                    f'adapters: {name!r} starts as svd_start="reference", whose update is not B A '
+                    "alone; save it and load it as the stock LoRA it is saved as, then combine that"
+                )
+        config = self.peft_config.get(next(iter(adapters), ""))
+        if not isinstance(config, SvdLoraConfig):
+            super().add_weighted_adapter(adapters, *args, **kwargs)
+            return
+        # The new adapter gets a copy of the first one's config and must not start from factors.
+        self.peft_config[adapters[0]] = config.stock()
+        try:
+            super().add_weighted_adapter(adapters, *args, **kwargs)
+        finally:
+            self.peft_config[adapters[0]] = config
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls, peft_model: nn.Module, peft_config: LoraConfig, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        if isinstance(peft_config, SvdLoraConfig):
+            raise ValueError(
+                "path_initial_model_for_weight_conversion subtracts what an initialisation took "
+                "from the base weights, and svd_factors took nothing: save without it"
+            )
+        return super()._convert_state_dict_for_initial_model(
+            peft_model, peft_config, *args, **kwargs
+        )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        tensors = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        for name, layer in references(model, adapter_name).items():
+            keys = weight_keys(name, adapter_name)
+            # Processes other than the main one are given no tensors in sharded training.
+            if tensors.keys() >= set(keys):
+                stacked = stacked_factors(layer, adapter_name, *(tensors[key] for key in keys))
+                tensors.update(zip(keys, stacked, strict=True))
+        return tensors
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: LoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        tensors = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        # A teacher's factors can be another's; a weight's own are the same but for rounding.
+        checked = not (isinstance(config, SvdLoraConfig) and config.svd_source == "weight")
+        for name, layer in references(model, adapter_name).items():
+            unstack(tensors, name, layer, adapter_name, checked=checked)
+        return tensors

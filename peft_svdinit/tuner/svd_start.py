@@ -1,0 +1,298 @@
+"""Starting the LoRA layers of a model from factors."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from functools import partial
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils.integrations import gather_params_ctx
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..checkpoints import is_recognised, recognition_sample
+from ..config import Coverage, SvdLoraConfig, lora_options
+from ..deltas.adapter import INITS_MOVING_BASE
+from ..factor_sources import WeightFactors, WeightSource
+from ..factors import LowRankFactors
+from ..factors_file import FactorsFile
+from ..initializers import LoraInit, Split, Start, SvdGuided
+from ..layers.base_weight import base_weight, dequantised_weight
+from ..layers.reference import (
+    ReferenceVariant,
+    attach_reference,
+    attach_zero_reference,
+    detach_reference,
+    lora_linears,
+)
+from .adapter_layers import given_memory, is_linear, lora_layers, module_name
+
+logger = logging.getLogger(__name__)
+
+Factors = FactorsFile | WeightFactors
+
+_IN_MEMORY = "<factors in memory>"
+
+
+def weight_factors_under(
+    model: nn.Module, adapter_name: str, config: SvdLoraConfig
+) -> WeightFactors:
+    """Factors of the weights under the adapter's layers, one weight in memory at a time."""
+    sources = {}
+    for path, layer in lora_layers(model, adapter_name):
+        name = module_name(path)
+        sources[name] = WeightSource(
+            read=partial(
+                base_weight,
+                layer.get_base_layer(),
+                name,
+                transposed=getattr(layer, "fan_in_fan_out", False),
+            ),
+            shape=(layer.out_features or 0, layer.in_features or 0),
+            rank=layer.r[adapter_name],
+        )
+    return WeightFactors(sources, config.svd_part)
+
+
+def initialize_layers(
+    model: nn.Module,
+    factors: Mapping[str, LowRankFactors],
+    adapter_name: str,
+    initializer: SvdGuided,
+    *,
+    coverage: Coverage = "strict",
+    check_base: bool = True,
+) -> None:
+    """Write the start of every LoRA layer of the adapter under `model`, all layers checked first.
+
+    Raises:
+        ValueError: if target layers and factors do not cover each other (strict), none matches,
+            a rank is above what is held, shapes differ, or the factors are of another base model.
+        TypeError: if a target layer is not a linear one.
+        RuntimeError: if the adapter is merged into the base weight.
+    """
+    layers = {module_name(name): layer for name, layer in lora_layers(model, adapter_name)}
+    if not layers:
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has no LoRA layer of that name")
+    _check_coverage(layers, factors, coverage)
+    matched = {name: layer for name, layer in layers.items() if name in factors}
+    for name, layer in matched.items():
+        _check_layer(name, layer, adapter_name, factors)
+    if initializer.start == "reference":
+        for name, layer in layers.items():
+            _check_can_subtract(name, layer, adapter_name)
+    if check_base and isinstance(factors, FactorsFile):
+        _check_base(model, matched, factors)
+    for name, layer in tqdm(matched.items(), desc="SVD start", unit="layer", disable=None):
+        init = initializer(
+            factors[name], rank=layer.r[adapter_name], scaling=layer.scaling[adapter_name]
+        )
+        _write(layer, adapter_name, init)
+    skipped = [layer for name, layer in layers.items() if name not in matched]
+    for layer in skipped:
+        _start_without_factors(layer, adapter_name, initializer)
+    if skipped:
+        logger.warning(
+            "%d of %d LoRA layers have no factors and start at random", len(skipped), len(layers)
+        )
+
+
+def initialize_lora_from_factors(
+    model: nn.Module,
+    factors: str | os.PathLike | Mapping[str, LowRankFactors],
+    *,
+    adapter_name: str = "default",
+    start: Start = "delta",
+    split: Split = "output",
+    coverage: Coverage = "strict",
+    check_base: bool = True,
+) -> None:
+    """Start an existing LoRA adapter from factors, in place.
+
+    Args:
+        model: a PeftModel, or a transformers model with an adapter added.
+        factors: a factors file, folder or Hub id, or factors by module name.
+        adapter_name: the adapter to initialise.
+        start, split, coverage, check_base: as `svd_start` and so on of `SvdLoraConfig`.
+
+    Raises:
+        ValueError, TypeError: as `SvdLoraConfig` and `initialize_layers` do, and if the adapter's
+            own initialisation moved the base weights.
+        RuntimeError: if the adapter is merged.
+    """
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
+    if config is None:
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has no adapter of that name")
+    previous = config.init_lora_weights
+    if isinstance(previous, str) and previous.lower().startswith(INITS_MOVING_BASE):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} was made with init_lora_weights={previous!r}, which "
+            "moved the base weights; make the adapter with init_lora_weights=True first"
+        )
+    in_memory = isinstance(factors, Mapping)
+    new_config = SvdLoraConfig(
+        **{**lora_options(config), "init_lora_weights": True},
+        svd_factors=_IN_MEMORY if in_memory else os.fspath(factors),
+        svd_start=start,
+        svd_split=split,
+        svd_coverage=coverage,
+        svd_check_base=check_base,
+    )
+    initialize_layers(
+        model,
+        factors if isinstance(factors, Mapping) else FactorsFile(factors),
+        adapter_name,
+        new_config.initializer(),
+        coverage=coverage,
+        check_base=check_base,
+    )
+    configs[adapter_name] = new_config
+
+
+def _check_coverage(
+    layers: Mapping[str, LoraLayer], factors: Mapping[str, LowRankFactors], coverage: Coverage
+) -> None:
+    missing = [name for name in layers if name not in factors]
+    unused = [name for name in factors if name not in layers]
+    if len(missing) == len(layers):
+        raise ValueError(
+            f"svd_factors match none of the {len(layers)} target layers: they are for "
+            f"{shortened(unused)}, the targets are {shortened(missing)}"
+        )
+    if coverage == "strict" and (missing or unused):
+        raise ValueError(
+            "svd_factors and target_modules differ: "
+            f"{len(missing)} target layers without factors ({shortened(missing)}), "
+            f"{len(unused)} factors without target layer ({shortened(unused)}); change "
+            'target_modules, or set svd_coverage="partial" to accept this'
+        )
+
+
+def shortened(names: list[str]) -> str:
+    listed = ", ".join(names[:5]) or "none"
+    return f"{listed}, …" if len(names) > 5 else listed
+
+
+def _check_layer(
+    name: str,
+    layer: LoraLayer,
+    adapter_name: str,
+    factors: Mapping[str, LowRankFactors],
+) -> None:
+    if not is_linear(layer, adapter_name):
+        raise TypeError(
+            f"layer {name} is a {type(layer).__name__}, which has no matrix delta; only linear "
+            "layers can start from factors: leave it out of target_modules"
+        )
+    if adapter_name in layer.merged_adapters:
+        raise RuntimeError(
+            f"layer {name}: adapter {adapter_name!r} is merged into the base weight; call "
+            "unmerge_adapter() before initialising it"
+        )
+    rank = layer.r[adapter_name]
+    if isinstance(factors, Factors):
+        held, shape = factors.rank_of(name), factors.shape_of(name)
+    else:
+        held, shape = factors[name].rank, factors[name].shape
+    if rank > held:
+        raise ValueError(
+            f"layer {name}: r={rank} is above the {held} triplets that its factors hold; lower r "
+            "(or set rank_pattern for this layer), or make factors of a higher rank"
+        )
+    expected = (layer.out_features, layer.in_features)
+    if shape != expected:
+        raise ValueError(
+            f"layer {name}: svd_factors are of a delta of shape {shape}, the layer's "
+            f"weight is {expected} (out, in): factors of another model?"
+        )
+
+
+def _check_can_subtract(name: str, layer: LoraLayer, adapter_name: str) -> None:
+    """Also of a layer without factors: its A and B are saved at the doubled rank of all others."""
+    kind = type(layer)
+    consults_variants = (
+        kind.lora_variants is not LoraLayer.lora_variants
+        or kind.resolve_lora_variant is not LoraLayer.resolve_lora_variant
+    )
+    if not is_linear(layer, adapter_name) or not consults_variants:
+        raise TypeError(
+            f"layer {name} is a {kind.__name__}, whose update can only be B A: leave it out of "
+            'target_modules, or use another start than svd_start="reference"'
+        )
+    variant = layer.lora_variant.get(adapter_name)
+    if not isinstance(variant, ReferenceVariant | None):
+        raise ValueError(
+            f'layer {name}: svd_start="reference" cannot be combined with {type(variant).__name__}'
+        )
+
+
+def _check_base(model: nn.Module, layers: Mapping[str, LoraLayer], factors: FactorsFile) -> None:
+    made_of = factors.metadata.base_model_name_or_path
+    for name, layer in layers.items():
+        sample = factors.base_sample(name)
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if sample is None or weight is None or not weight.is_floating_point() or weight.is_meta:
+            continue
+        with gather_params_ctx(weight):
+            if weight.dim() != 2 or weight.element_size() < 2:
+                continue
+            transposed = getattr(layer, "fan_in_fan_out", False)
+            found = recognition_sample(weight.mT if transposed else weight)
+        if not is_recognised(found, sample):
+            given = getattr(model, "name_or_path", None) or "unnamed"
+            raise ValueError(
+                f"svd_factors were taken from another base model ({made_of}) than this one "
+                f"({given}): the weights of layer {name} differ; make factors for this model, or "
+                "set svd_check_base=False if you mean it"
+            )
+
+
+@torch.no_grad()
+def _write(layer: LoraLayer, adapter_name: str, init: LoraInit) -> None:
+    values = (init.lora_A, init.lora_B)
+    for module, value in zip(lora_linears(layer, adapter_name), values, strict=True):
+        if given_memory(module, layer) and module.bias is not None:
+            module.bias.zero_()
+        with gather_params_ctx(module.parameters()):
+            module.weight.copy_(value)
+    if init.subtract_initial:
+        attach_reference(layer, adapter_name)
+    elif isinstance(layer.lora_variant.get(adapter_name), ReferenceVariant):
+        detach_reference(layer, adapter_name)
+    if adapter_name in layer.lora_magnitude_vector:
+        _refresh_magnitude(layer, adapter_name)
+
+
+@torch.no_grad()
+def _start_without_factors(layer: LoraLayer, adapter_name: str, initializer: SvdGuided) -> None:
+    if not is_linear(layer, adapter_name):
+        return
+    given = [given_memory(part, layer) for part in lora_linears(layer, adapter_name)]
+    if any(given):
+        layer.reset_lora_parameters(adapter_name, True)
+    if adapter_name in layer.lora_magnitude_vector:
+        _refresh_magnitude(layer, adapter_name)
+    if initializer.start == "reference":
+        attach_zero_reference(layer, adapter_name)
+
+
+def _refresh_magnitude(layer: LoraLayer, adapter_name: str) -> None:
+    """Set DoRA's magnitudes to the norms of base + update, in place: an optimizer may hold them."""
+    magnitude = cast(DoraLinearLayer, layer.lora_magnitude_vector[adapter_name])
+    lora_A, lora_B = lora_linears(layer, adapter_name)
+    base_layer = layer.get_base_layer()
+    given_memory(magnitude, layer)
+    read = [part.parameters() for part in (lora_A, lora_B, base_layer)]
+    with gather_params_ctx(chain.from_iterable(read)):
+        weight = dequantised_weight(base_layer).to(lora_A.weight.device)
+        product = lora_B.weight @ lora_A.weight
+        norm = magnitude.get_weight_norm(weight, product, layer.scaling[adapter_name])
+    with gather_params_ctx(magnitude.parameters()):
+        magnitude.weight.copy_(norm)
