@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from dataclasses import fields
 from typing import Any
 
 import datasets
@@ -16,6 +17,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_svdinit.embedded import BUILTIN_DATASETS
 from peft_svdinit.training.data import (
     DataOptions,
     completion_collator,
@@ -24,7 +26,9 @@ from peft_svdinit.training.data import (
     tokenize_examples,
 )
 
-BUILTIN = "builtin:stdlib-docstrings"
+DOCSTRINGS = "builtin:stdlib-docstrings"
+NAMES = "builtin:stdlib-names"
+TOPICS = "builtin:python-topics"
 TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -162,20 +166,48 @@ def test_the_collator_pads_labels_without_loss(side):
         assert learnt({"labels": batch["labels"][i].tolist()}) == learnt(row)
 
 
-@settings(max_examples=5, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from([0.02, 0.1, 0.5]))
-def test_no_module_is_on_both_sides_of_the_builtin_split(seed, fraction):
-    train, evaluation = load_examples(BUILTIN, seed=seed, eval_fraction=fraction)
-    assert not set(train["module"]) & set(evaluation["module"])
+@pytest.mark.parametrize(
+    ("name", "column"), [(DOCSTRINGS, "module"), (NAMES, "module"), (TOPICS, "topic")]
+)
+@settings(max_examples=4, deadline=None)
+@given(seed=st.integers(0, 2**31), fraction=st.sampled_from([0.05, 0.1, 0.5]))
+def test_no_group_is_on_both_sides_of_a_builtin_split(name, column, seed, fraction):
+    train, evaluation = load_examples(name, seed=seed, eval_fraction=fraction)
+    assert train.column_names == ["prompt", "completion", column]
+    assert not set(train[column]) & set(evaluation[column])
     total = len(train) + len(evaluation)
-    assert 0.8 * fraction * total <= len(evaluation) <= fraction * total
-    again = load_examples(BUILTIN, seed=seed, eval_fraction=fraction)
+    assert total == len(BUILTIN_DATASETS[name].rows())
+    slack = 1.1 if name == NAMES else 1  # its modules are chosen by their sizes in DOCSTRINGS
+    assert 0.8 * fraction * total <= len(evaluation) <= slack * fraction * total
+    again = load_examples(name, seed=seed, eval_fraction=fraction)
     assert [side.to_list() for side in again] == [train.to_list(), evaluation.to_list()]
 
 
-def test_another_seed_holds_out_other_modules():
-    first, second = (set(load_examples(BUILTIN, seed=seed)[1]["module"]) for seed in (0, 1))
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_what_one_task_of_the_library_holds_out_the_other_does_not_train_on(seed):
+    docstrings, names = (load_examples(name, seed=seed) for name in (DOCSTRINGS, NAMES))
+    for (train, _), (_, evaluation) in ((docstrings, names), (names, docstrings)):
+        assert not set(train["module"]) & set(evaluation["module"])
+
+
+def test_no_held_out_sentence_of_the_topics_is_trained_on():
+    train, evaluation = load_examples(TOPICS)
+    trained = set(train["completion"]) | {p.split("\n\n", 1)[1].strip() for p in train["prompt"]}
+    assert not trained & set(evaluation["completion"])
+
+
+@pytest.mark.parametrize(("name", "column"), [(NAMES, "module"), (TOPICS, "topic")])
+def test_another_seed_holds_out_other_groups(name, column):
+    first, second = (set(load_examples(name, seed=seed)[1][column]) for seed in (0, 1))
     assert first != second
+
+
+@pytest.mark.parametrize("name", [DOCSTRINGS, NAMES, TOPICS])
+def test_every_builtin_data_set_can_be_tokenised(name):
+    train, _ = load_examples(name, max_train_samples=20)
+    rows = tokenize_examples(train, PLAIN, 1024)
+    learnt_texts = [PLAIN.decode(learnt(row)) for row in rows]
+    assert learnt_texts == [completion + "</s>" for completion in train["completion"]]
 
 
 @pytest.fixture
@@ -196,7 +228,7 @@ def test_rows_are_split_by_seed_and_none_is_lost(jsonl):
     assert train.column_names == ["prompt", "completion"]
 
 
-@pytest.mark.parametrize("name", [BUILTIN, "jsonl"])
+@pytest.mark.parametrize("name", [TOPICS, "jsonl"])
 def test_a_smaller_draw_is_a_part_of_a_larger_one(name, jsonl):
     name = jsonl if name == "jsonl" else name
     draws = [
@@ -290,7 +322,8 @@ def test_wrong_options_are_refused(options, expected, jsonl):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("builtin:docstrings", None, "known one: builtin:stdlib-docstrings"),
+        ("builtin:docstrings", None, "known ones: .*; did you mean builtin:stdlib-docstrings"),
+        ("builtin:xyz", None, "unknown .* 'builtin:xyz'; known .*-names, builtin:python-topics"),
         ("./absent.jsonl", None, "there is no file or folder './absent.jsonl'"),
         ("absent.csv", None, "there is no file or folder"),
         ("data.pkl", "x", "must end in .json, .jsonl"),
@@ -308,15 +341,22 @@ def test_a_source_that_cannot_be_read_is_refused(name, content, expected, tmp_pa
         load_examples(name)
 
 
-def test_a_module_larger_than_the_held_out_part_is_not_held_out():
-    with pytest.raises(ValueError, match="smaller than any module"):
-        load_examples(BUILTIN, eval_fraction=1e-6)
+@pytest.mark.parametrize(("name", "column"), [(NAMES, "module"), (TOPICS, "topic")])
+def test_a_group_larger_than_the_held_out_part_is_not_held_out(name, column):
+    with pytest.raises(ValueError, match=f"smaller than any {column}"):
+        load_examples(name, eval_fraction=1e-6)
 
 
 def test_a_missing_datasets_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"peft-svdinit\[data\]"):
-        load_examples(BUILTIN)
+        load_examples(DOCSTRINGS)
+
+
+def test_the_help_of_dataset_name_lists_every_builtin_data_set():
+    (text,) = [f.metadata["help"] for f in fields(DataOptions) if f.name == "dataset_name"]
+    for name, builtin in BUILTIN_DATASETS.items():
+        assert f"{name} ({builtin.summary})" in text
 
 
 def test_the_options_prepare_both_sides(jsonl):

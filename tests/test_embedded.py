@@ -1,4 +1,4 @@
-"""The embedded model's conversion and cache, and the standard library's docstrings."""
+"""The embedded model's conversion and cache, and the rows of the built-in data sets."""
 
 from __future__ import annotations
 
@@ -15,8 +15,19 @@ from typing import Any
 import pytest
 import torch
 
+from peft_svdinit.embedded import (
+    BUILTIN_DATASETS,
+    docstrings,
+    find_builtin,
+    python_topics,
+    resolve_model,
+    signatures,
+    stdlib,
+    stdlib_docstrings,
+    stdlib_names,
+    topics,
+)
 from peft_svdinit.embedded import model as embedded_model
-from peft_svdinit.embedded import resolve_model, stdlib_docstrings
 from peft_svdinit.training import ModelOptions, load_model, load_tokenizer
 
 NAME = "builtin:smollm2-135m"
@@ -182,22 +193,40 @@ def test_the_embedded_model_answers_a_question():
     assert "Paris" in tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :])
 
 
-def test_docstrings_are_pairs_in_a_fixed_order():
-    pairs = stdlib_docstrings()
-    assert 3000 < len(pairs) < 7000
-    assert all(set(pair) == {"prompt", "completion", "module"} for pair in pairs)
-    modules = [pair["module"] for pair in pairs]
+@pytest.mark.parametrize(
+    ("rows", "count", "group", "longest_prompt", "longest_completion"),
+    [
+        (stdlib_docstrings, range(3000, 7000), "module", 240, 200),
+        (stdlib_names, range(3000, 7000), "module", 400, 200),
+        (python_topics, range(1000, 4000), "topic", 400, 240),
+    ],
+)
+def test_rows_are_short_distinct_pairs_in_a_fixed_order(
+    rows, count, group, longest_prompt, longest_completion
+):
+    found = rows()
+    assert len(found) in count
+    assert all(set(row) == {"prompt", "completion", group} for row in found)
+    assert len({row["prompt"] for row in found}) == len(found)
+    for row in found:
+        assert 12 <= len(row["completion"]) <= longest_completion
+        assert row["completion"] == row["completion"].strip()
+        assert "\n" not in row["completion"]
+        assert len(row["prompt"]) <= longest_prompt
+        assert row[group]
+    assert found == rows()
+    found[0]["prompt"] = "changed"
+    assert rows()[0]["prompt"] != "changed"
+
+
+@pytest.mark.parametrize("rows", [stdlib_docstrings, stdlib_names])
+def test_rows_of_the_library_are_in_the_order_of_the_modules(rows):
+    modules = [row["module"] for row in rows()]
     assert modules == sorted(modules)
-    assert pairs == stdlib_docstrings()
 
 
-def test_no_prompt_is_repeated_and_no_pair_is_empty():
-    pairs = stdlib_docstrings()
-    assert len({pair["prompt"] for pair in pairs}) == len(pairs)
-    for pair in pairs:
-        assert pair["prompt"].endswith('"""')
-        assert 12 <= len(pair["completion"]) <= 200
-        assert pair["completion"] == " ".join(pair["completion"].split())
+def test_a_docstrings_prompt_ends_where_the_docstring_begins():
+    assert all(row["prompt"].endswith('    """') for row in stdlib_docstrings())
 
 
 def test_prompt_and_completion_make_a_docstring_of_valid_source():
@@ -221,11 +250,6 @@ def test_a_well_known_docstring_is_there():
     } in stdlib_docstrings()
 
 
-def test_the_callers_changes_do_not_reach_the_next_caller():
-    stdlib_docstrings()[0]["prompt"] = "changed"
-    assert stdlib_docstrings()[0]["prompt"] != "changed"
-
-
 def test_private_names_and_skipped_modules_are_left_out():
     pairs = stdlib_docstrings()
     assert not {"test", "tkinter", "idlelib", "this"} & {pair["module"] for pair in pairs}
@@ -233,9 +257,180 @@ def test_private_names_and_skipped_modules_are_left_out():
     assert not any("def _" in pair["prompt"].replace("def __", "") for pair in pairs)
 
 
-def test_no_source_at_all_is_refused(tmp_path, monkeypatch):
-    from peft_svdinit.embedded import docstrings
-
+@pytest.mark.parametrize("module", [docstrings, signatures])
+def test_no_source_at_all_is_refused(module, tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    with pytest.raises(RuntimeError, match="sources of Python's standard library"):
-        docstrings._pairs.__wrapped__()
+    monkeypatch.setattr(module, "definitions", stdlib.definitions.__wrapped__)
+    with pytest.raises(RuntimeError, match=r"sources of Python's .* library, and .* has none"):
+        module._rows.__wrapped__()
+
+
+LIBRARY = '''
+class Flat:
+    class Inner(Flat, metaclass=Meta):
+        @property
+        async def area(self, *, unit: str = "m") -> float:
+            """Return the area
+            in `unit`.  Slow.
+            """
+    def _hidden(self):
+        "Return what nobody sees."
+    def __len__(self):
+        "Return how many there are"
+def short():
+    "Too short."
+'''
+
+
+def test_definitions_know_their_module_and_their_classes(tmp_path, monkeypatch):
+    package = tmp_path / "shapes"
+    package.mkdir()
+    (package / "__init__.py").write_text("class Shape:\n    'A shape of any kind.'\n")
+    (package / "_private.py").write_text("def area(shape):\n    'Return the area.'\n")
+    (package / "broken.py").write_text("def area(shape:\n")
+    (package / "flat.py").write_text(LIBRARY)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    found = stdlib.definitions.__wrapped__()
+    assert [
+        (d.module, [c.name for c in d.classes], stdlib.signature(d.node), d.sentence) for d in found
+    ] == [
+        ("shapes", [], "class Shape:", "A shape of any kind."),
+        (
+            "shapes.flat",
+            ["Flat", "Inner"],
+            "async def area(self, *, unit: str='m') -> float:",
+            "Return the area in `unit`.",
+        ),
+        ("shapes.flat", ["Flat"], "def __len__(self):", "Return how many there are"),
+    ]
+    assert stdlib.signature(found[1].classes[1]) == "class Inner(Flat, metaclass=Meta):"
+    assert {d.package for d in found} == {"shapes"}
+
+
+def test_well_known_signatures_are_there():
+    rows = stdlib_names()
+    prompt = "# module textwrap: Remove any common leading whitespace from every line in `text`.\n"
+    assert {"prompt": prompt, "completion": "def dedent(text):", "module": "textwrap"} in rows
+    methods = [row for row in rows if row["prompt"].startswith("# module json.encoder, class JSON")]
+    assert "def default(self, o):" in {row["completion"] for row in methods}
+    assert {row["module"] for row in methods} == {"json"}
+
+
+def test_prompt_and_completion_of_a_name_are_valid_source():
+    for row in stdlib_names()[::20]:
+        (node,) = ast.parse(f"{row['prompt']}{row['completion']}\n    pass").body
+        assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        assert stdlib.signature(node) == row["completion"]
+
+
+def test_names_are_the_reverse_of_docstrings():
+    told = {(row["module"], row["completion"]) for row in stdlib_docstrings()}
+    asked = {
+        (row["module"], row["prompt"].partition(": ")[2].rstrip("\n")) for row in stdlib_names()
+    }
+    assert len(told & asked) > 0.9 * len(told)
+
+
+REFERENCE = {
+    "whole": """\
+The whole
+*********
+
+The *first* sentence is
+here. It has a "second", e.g. "this one" [1].  Third-
+hand text ends:
+
+   code = "That is no sentence."
+
+   More code. That stays code.
+
+   rule ::= "That is no grammar."
+
+Heading
+=======
+
+x.method(a)
+
+   Do what the *method* does.
+
+   New in version 3.1: The method.
+
+   * An item.
+
+     After the item.
+
+Note:
+
+  Noted by the "*args" and "**kw".
+
++-----+
+| Cell. Cell. |
+
+Term
+   The term explained.
+   And more of it.
+
+Shared by both topics, in one
+line.
+
+What follows it is here.
+""",
+    "part": "The part\n========\n\nShared by both\ntopics, in one line.\n\nUnended",
+}
+
+
+def rows_of(reference: dict[str, str], monkeypatch) -> list[tuple[str, str, str]]:
+    monkeypatch.setattr(topics, "_topics", lambda: reference)
+    rows = topics._rows.__wrapped__()
+    return [(row["topic"], row["prompt"], row["completion"]) for row in rows]
+
+
+def test_a_topic_becomes_its_sentences_each_after_what_stands_before_it(monkeypatch):
+    title = "The whole\n\n"
+    second = 'It has a "second", e.g. "this one".'
+    assert rows_of(REFERENCE, monkeypatch) == [
+        ("part", "The part\n\n", "Shared by both topics, in one line."),
+        ("whole", title, "The first sentence is here."),
+        ("whole", f"{title}The first sentence is here.\n", second),
+        ("whole", f"{title}x.method(a)\n", "Do what the method does."),
+        # "An item." has fewer than 12 characters
+        ("whole", f"{title}An item.\n", "After the item."),
+        ("whole", f"{title}After the item.\n", 'Noted by the "*args" and "**kw".'),
+        ("whole", f"{title}Term\n", "The term explained."),
+        ("whole", f"{title}The term explained.\n", "And more of it."),
+    ]
+
+
+def test_the_order_of_the_topics_does_not_matter(monkeypatch):
+    forward = rows_of(REFERENCE, monkeypatch)
+    backward = rows_of(dict(reversed(REFERENCE.items())), monkeypatch)
+    assert forward == backward
+
+
+def test_no_sentence_of_a_topic_is_in_a_row_of_another():
+    owners: dict[str, str] = {}
+    for row in python_topics():
+        before = row["prompt"].split("\n\n", 1)[1].strip()
+        for text in (before, row["completion"]):
+            assert not text or owners.setdefault(text, row["topic"]) == row["topic"]
+
+
+def test_topics_hold_no_grammar_no_code_and_no_tables():
+    for row in python_topics():
+        text = row["prompt"] + row["completion"]
+        assert not any(mark in text for mark in ("::=", ">>> ", "+--", "***", "====", "\n\n\n"))
+
+
+def test_a_python_without_topics_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(RuntimeError, match=r"needs the module pydoc_data\.topics.*another Python"):
+        topics._rows.__wrapped__()
+
+
+def test_a_builtin_data_set_is_found_by_its_name_alone():
+    for name, builtin in BUILTIN_DATASETS.items():
+        assert find_builtin(name) is builtin
+    for name in ("stdlib-names", "someone/data", "./builtin:stdlib-names", ""):
+        assert find_builtin(name) is None
+    with pytest.raises(ValueError, match="did you mean builtin:python-topics"):
+        find_builtin("builtin:python-topic")

@@ -2,5 +2,16 @@
 
 from .docstrings import stdlib_docstrings
 from .model import resolve_model
+from .registry import BUILTIN_DATASETS, BuiltinDataset, find_builtin
+from .signatures import stdlib_names
+from .topics import python_topics
 
-__all__ = ["resolve_model", "stdlib_docstrings"]
+__all__ = [
+    "BUILTIN_DATASETS",
+    "BuiltinDataset",
+    "find_builtin",
+    "python_topics",
+    "resolve_model",
+    "stdlib_docstrings",
+    "stdlib_names",
+]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from ..embedded import stdlib_docstrings
+from ..embedded import BUILTIN_DATASETS, BuiltinDataset, find_builtin
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
-_BUILTIN = "builtin:stdlib-docstrings"
 _TEXT_TYPES = ("string", "large_string")
 _FORMATS = {
     ".json": "json",
@@ -38,10 +37,11 @@ class DataOptions:
     _argument_group_name = "data"
 
     dataset_name: str = field(
-        default=_BUILTIN,
+        default="builtin:stdlib-docstrings",
         metadata={
-            "help": "Hub id, folder, or .json, .jsonl, .csv, .parquet or .txt file; "
-            f"or {_BUILTIN}, docstrings of this Python's standard library"
+            "help": "Hub id, folder, or .json, .jsonl, .csv, .parquet or .txt file; or, without a "
+            "download, "
+            + ", ".join(f"{name} ({known.summary})" for name, known in BUILTIN_DATASETS.items())
         },
     )
     dataset_config: str | None = field(
@@ -129,34 +129,37 @@ def load_examples(
 ) -> tuple[Dataset, Dataset]:
     """Examples to train on and examples to evaluate on.
 
-    Without `eval_split`, `eval_fraction` of `train_split` is held out: whole modules of the
-    built-in data set, so that no module is on both sides, and rows of any other.
+    Without `eval_split`, `eval_fraction` of `train_split` is held out: whole modules or topics of
+    a built-in data set, so that none is on both sides, and rows of any other. With one `seed` and
+    `eval_fraction`, the two built-in data sets of the standard library hold out the same modules.
 
     Args:
-        dataset_name: `builtin:stdlib-docstrings`, a file, a folder (of `save_to_disk` or of data
-            files), or a Hub id.
+        dataset_name: a key of `BUILTIN_DATASETS` such as `builtin:stdlib-docstrings`, a file, a
+            folder (of `save_to_disk` or of data files), or a Hub id.
         max_train_samples: keep so many of the training examples, drawn with `seed`; a smaller
             number keeps a part of what a larger one keeps. `max_eval_samples` likewise.
         seed: of the split and the draws.
 
     Returns:
         Training and evaluation set, both with the columns `prompt` and `completion`, or
-        `messages`, or `text`: the first of these that the data set has. The built-in one has
-        `module` besides.
+        `messages`, or `text`: the first of these that the data set has. The built-in ones have
+        `module` or `topic` besides.
 
     Raises:
         ValueError: if the data set, a split or the columns are not there, or a side is empty.
         ModuleNotFoundError: without the package `datasets`.
+        RuntimeError: if this Python lacks what a built-in data set is read from.
     """
     _check_split(eval_fraction, max_train_samples, max_eval_samples)
-    splits = _load_splits(dataset_name, dataset_config)
+    builtin = find_builtin(dataset_name)
+    splits = _load_splits(dataset_name, dataset_config, builtin)
     train = _named_split(splits, train_split, "train_split", dataset_name)
     if eval_split is not None:
         if eval_split == train_split:
             raise ValueError(f"eval_split must differ from train_split, both are {eval_split!r}")
         evaluation = _named_split(splits, eval_split, "eval_split", dataset_name)
-    elif dataset_name == _BUILTIN:
-        train, evaluation = _split_by_module(train, eval_fraction, seed)
+    elif builtin:
+        train, evaluation = _split_by_group(train, builtin, eval_fraction, seed)
     else:
         train, evaluation = _split_by_row(train, eval_fraction, seed)
     columns = {
@@ -165,8 +168,9 @@ def load_examples(
         "messages": messages_column,
         "text": text_column,
     }
-    train = _with_standard_columns(train, columns, dataset_name)
-    evaluation = _with_standard_columns(evaluation, columns, dataset_name)
+    extra = [builtin.group_column] if builtin else []
+    train = _with_standard_columns(train, columns, extra, dataset_name)
+    evaluation = _with_standard_columns(evaluation, columns, extra, dataset_name)
     return _draw(train, max_train_samples, seed), _draw(evaluation, max_eval_samples, seed)
 
 
@@ -222,7 +226,9 @@ def completion_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSe
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED_LABEL)
 
 
-def _load_splits(name: str, config: str | None) -> Mapping[Any, Dataset]:
+def _load_splits(
+    name: str, config: str | None, builtin: BuiltinDataset | None
+) -> Mapping[Any, Dataset]:
     try:
         import datasets
         from datasets.exceptions import DatasetsError
@@ -230,10 +236,8 @@ def _load_splits(name: str, config: str | None) -> Mapping[Any, Dataset]:
         raise ModuleNotFoundError(
             'data sets need the package datasets; run: pip install "peft-svdinit[data]"'
         ) from None
-    if name == _BUILTIN:
-        return {"train": datasets.Dataset.from_list(stdlib_docstrings())}
-    if name.startswith("builtin:"):
-        raise ValueError(f"unknown built-in data set {name!r}; the known one: {_BUILTIN}")
+    if builtin:
+        return {"train": datasets.Dataset.from_list(builtin.rows())}
     path = Path(name).expanduser()
     if path.is_file() and path.suffix not in _FORMATS:
         raise ValueError(f"dataset_name: a file must end in {', '.join(_FORMATS)}, got {name!r}")
@@ -264,23 +268,26 @@ def _named_split(
     return splits[split]
 
 
-def _split_by_module(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Hold out modules, in an order that only `seed` and their names decide, up to `fraction`."""
-    modules = list(dataset["module"])
-    sizes = Counter(modules)
+def _split_by_group(
+    dataset: Dataset, builtin: BuiltinDataset, fraction: float, seed: int
+) -> tuple[Dataset, Dataset]:
+    """Hold out groups, in an order that only `seed` and their names decide, up to `fraction`."""
+    column = builtin.group_column
+    sizes = Counter(row[column] for row in builtin.split_rows())
     held_out: set[str] = set()
-    room = fraction * len(dataset)
-    for module in sorted(sizes, key=lambda m: hashlib.sha256(f"{seed} {m}".encode()).digest()):
-        if sizes[module] <= room:
-            held_out.add(module)
-            room -= sizes[module]
-    if not held_out:
+    room = fraction * sizes.total()
+    for group in sorted(sizes, key=lambda g: hashlib.sha256(f"{seed} {g}".encode()).digest()):
+        if sizes[group] <= room:
+            held_out.add(group)
+            room -= sizes[group]
+    is_held_out = [group in held_out for group in dataset[column]]
+    if not any(is_held_out):
         raise ValueError(
-            f"eval_fraction={fraction} of {len(dataset)} examples is smaller than any module"
+            f"eval_fraction={fraction} of {len(dataset)} examples is smaller than any {column}"
         )
     return (
-        dataset.select([row for row, m in enumerate(modules) if m not in held_out]),
-        dataset.select([row for row, m in enumerate(modules) if m in held_out]),
+        dataset.select([row for row, is_out in enumerate(is_held_out) if not is_out]),
+        dataset.select([row for row, is_out in enumerate(is_held_out) if is_out]),
     )
 
 
@@ -296,9 +303,9 @@ def _split_by_row(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset
 
 
 def _with_standard_columns(
-    dataset: Dataset, columns: Mapping[str, str], dataset_name: str
+    dataset: Dataset, columns: Mapping[str, str], extra: list[str], dataset_name: str
 ) -> Dataset:
-    """Only what is learnt from, under the names `prompt`, `completion`, `messages`, `text`."""
+    """What is learnt from, as `prompt` and `completion`, `messages` or `text`, and `extra`."""
     for names in (("prompt", "completion"), ("messages",), ("text",)):
         if not all(columns[name] in dataset.column_names for name in names):
             continue
@@ -310,7 +317,6 @@ def _with_standard_columns(
                     f"{name}_column: {columns[name]!r} of {dataset_name!r} must hold {kind}, "
                     f"it holds {feature}; convert it first, or name another column"
                 )
-        extra = ["module"] if dataset_name == _BUILTIN else []
         kept = dataset.select_columns([columns[name] for name in names] + extra)
         return kept.rename_columns({columns[name]: name for name in names})
     raise ValueError(
