@@ -3,7 +3,7 @@
 Importing this package registers it with PEFT; `unregister()` undoes that.
 """
 
-from .config import SvdLoraConfig
+from .config import LoriConfig, SvdLoraConfig
 from .factor_sources import (
     LineSearch,
     activation_factors,
@@ -27,6 +27,7 @@ __all__ = [
     "FactorsFile",
     "FactorsMetadata",
     "LineSearch",
+    "LoriConfig",
     "LowRankFactors",
     "SvdGuided",
     "SvdLoraConfig",

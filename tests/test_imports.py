@@ -20,7 +20,8 @@ LAYERS = [
     {"linalg", "atomic", "sources", "linear_modules", "module_names", "tensor_writer"},
     {"factors", "checkpoints", "layers"},
     {"factors_file", "deltas", "initializers", "factor_sources"},
-    {"extraction", "config"},
+    {"extraction", "masks"},
+    {"config"},
     {"tuner"},
     {"registration"},
 ]
@@ -122,7 +123,7 @@ def test_linalg_imports_torch_and_nothing_else_from_outside():
 
 
 @pytest.mark.parametrize(
-    "part", ["factors", "initializers", "factors_file", "factor_sources", "extraction"]
+    "part", ["factors", "initializers", "factors_file", "factor_sources", "masks", "extraction"]
 )
 def test_the_numerical_core_does_not_know_peft(part):
     for module in files():

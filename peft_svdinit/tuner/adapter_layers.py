@@ -62,3 +62,8 @@ def lora_scalings(model: nn.Module, adapter_name: str = "default") -> dict[str, 
         module_name(name): layer.scaling[adapter_name]
         for name, layer in lora_layers(model, adapter_name)
     }
+
+
+def shortened(names: list[str]) -> str:
+    listed = ", ".join(names[:5]) or "none"
+    return f"{listed}, …" if len(names) > 5 else listed

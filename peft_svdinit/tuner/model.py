@@ -8,19 +8,20 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
-from ..config import SvdLoraConfig, config_of_alias
-from ..factors_file import FactorsFile
+from ..config import LoriConfig, StockSavedConfig, SvdLoraConfig, config_of_alias
 from ..layers.reference import stacked_factors
 from .adapter_layers import adapter_dtypes, weight_keys
+from .lori_start import LoriStart
+from .sparse_form import densify, renamed, sparsify
 from .stacked_form import references, unstack
-from .svd_start import Factors, initialize_layers, weight_factors_under
+from .svd_start import SvdStart
 
 
 class SvdLoraModel(LoraModel):
-    """LoraModel that knows SvdLoraConfig and the string alias; any other config passes through."""
+    """LoraModel that knows our configurations and their aliases; any other passes through."""
 
-    _just_started: tuple[str, Factors] | None = None
-    """The adapter whose weights nobody has touched since they were initialised, and from what."""
+    _just_started: tuple[str, SvdStart | LoriStart] | None = None
+    """The adapter whose weights nobody has touched since they were initialised, and by what."""
 
     def inject_adapter(
         self,
@@ -33,39 +34,23 @@ class SvdLoraModel(LoraModel):
         config = config_of_alias(cast(LoraConfig, self.peft_config[adapter_name]))
         self.peft_config[adapter_name] = config
         options = (autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        if not isinstance(config, SvdLoraConfig):
+        if not isinstance(config, StockSavedConfig):
             super().inject_adapter(model, adapter_name, *options)
             return
-        opened = None
-        if config.svd_source == "teacher":  # Refuses a bad file before the model is touched.
-            opened = FactorsFile(config.svd_factors, revision=config.svd_factors_revision)
+        start = _start_of(config)
         active = self.active_adapter
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             with config.as_stock_start():
                 super().inject_adapter(model, adapter_name, *options)
-            if opened is None:
-                factors = weight_factors_under(self.model, adapter_name, config)
-            else:
-                factors = opened
-            self._initialize(adapter_name, config, factors)
+            start(self.model, adapter_name)
         except Exception:
             self._remove(adapter_name)
             self.active_adapter = active
             for parameter in trainable:
                 parameter.requires_grad_(True)
             raise
-        self._just_started = (adapter_name, factors)
-
-    def _initialize(self, adapter_name: str, config: SvdLoraConfig, factors: Factors) -> None:
-        initialize_layers(
-            self.model,
-            factors,
-            adapter_name,
-            config.initializer(),
-            coverage=config.svd_coverage,
-            check_base=config.svd_check_base,
-        )
+        self._just_started = (adapter_name, start)
 
     def _remove(self, adapter_name: str) -> None:
         if set(self.peft_config) == {adapter_name}:
@@ -74,16 +59,15 @@ class SvdLoraModel(LoraModel):
             self.delete_adapter(adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        config = self.peft_config[adapter_name]
         before = adapter_dtypes(self.model, adapter_name)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         started, self._just_started = self._just_started, None
-        if started is None or started[0] != adapter_name or not isinstance(config, SvdLoraConfig):
+        if started is None or started[0] != adapter_name:
             return
         # PEFT creates adapters in the base's half precision and widens them here: initialise
         # again, or the start keeps the rounding.
         if before != adapter_dtypes(self.model, adapter_name):
-            self._initialize(adapter_name, config, started[1])
+            started[1](self.model, adapter_name)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         for name in adapters:
@@ -93,10 +77,10 @@ class SvdLoraModel(LoraModel):
                     "alone; save it and load it as the stock LoRA it is saved as, then combine that"
                 )
         config = self.peft_config.get(next(iter(adapters), ""))
-        if not isinstance(config, SvdLoraConfig):
+        if not isinstance(config, StockSavedConfig):
             super().add_weighted_adapter(adapters, *args, **kwargs)
             return
-        # The new adapter gets a copy of the first one's config and must not start from factors.
+        # The new adapter gets a copy of the first one's config and must not start as that one did.
         self.peft_config[adapters[0]] = config.stock()
         try:
             super().add_weighted_adapter(adapters, *args, **kwargs)
@@ -107,10 +91,11 @@ class SvdLoraModel(LoraModel):
     def _convert_state_dict_for_initial_model(
         cls, peft_model: nn.Module, peft_config: LoraConfig, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        if isinstance(peft_config, SvdLoraConfig):
+        if isinstance(peft_config, StockSavedConfig):
             raise ValueError(
                 "path_initial_model_for_weight_conversion subtracts what an initialisation took "
-                "from the base weights, and svd_factors took nothing: save without it"
+                f"from the base weights, and a {type(peft_config).__name__} takes nothing: save "
+                "without it"
             )
         return super()._convert_state_dict_for_initial_model(
             peft_model, peft_config, *args, **kwargs
@@ -134,6 +119,7 @@ class SvdLoraModel(LoraModel):
             if tensors.keys() >= set(keys):
                 stacked = stacked_factors(layer, adapter_name, *(tensors[key] for key in keys))
                 tensors.update(zip(keys, stacked, strict=True))
+        densify(tensors, model, adapter_name)
         return tensors
 
     @classmethod
@@ -145,10 +131,19 @@ class SvdLoraModel(LoraModel):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         tensors = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
+            model, config, adapter_name, renamed(state_dict, model, adapter_name)
         )
         # A teacher's factors can be another's; a weight's own are the same but for rounding.
         checked = not (isinstance(config, SvdLoraConfig) and config.svd_source == "weight")
         for name, layer in references(model, adapter_name).items():
             unstack(tensors, name, layer, adapter_name, checked=checked)
+        if isinstance(config, LoriConfig):
+            sparsify(tensors, model, adapter_name)
         return tensors
+
+
+def _start_of(config: StockSavedConfig) -> SvdStart | LoriStart:
+    """What the configuration asks for; a bad file is refused before the model is touched."""
+    if isinstance(config, LoriConfig):
+        return LoriStart(config)
+    return SvdStart(cast(SvdLoraConfig, config))

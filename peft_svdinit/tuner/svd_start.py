@@ -31,18 +31,42 @@ from ..layers.reference import (
     detach_reference,
     lora_linears,
 )
-from .adapter_layers import given_memory, is_linear, lora_layers, module_name
+from .adapter_layers import given_memory, is_linear, lora_layers, module_name, shortened
 
 logger = logging.getLogger(__name__)
-
-Factors = FactorsFile | WeightFactors
 
 _IN_MEMORY = "<factors in memory>"
 
 
-def weight_factors_under(
-    model: nn.Module, adapter_name: str, config: SvdLoraConfig
-) -> WeightFactors:
+class SvdStart:
+    """What a `SvdLoraConfig` asks for, its file opened before any model is touched.
+
+    Raises:
+        FileNotFoundError, ValueError: as `FactorsFile`.
+    """
+
+    def __init__(self, config: SvdLoraConfig) -> None:
+        self.config = config
+        self._factors: FactorsFile | WeightFactors | None = None
+        if config.svd_source == "teacher":
+            self._factors = FactorsFile(config.svd_factors, revision=config.svd_factors_revision)
+
+    def __call__(self, model: nn.Module, adapter_name: str) -> None:
+        """`initialize_layers` as the configuration says."""
+        config = self.config
+        if self._factors is None:  # A second call, after PEFT widened the adapter, has them.
+            self._factors = _weight_factors(model, adapter_name, config)
+        initialize_layers(
+            model,
+            self._factors,
+            adapter_name,
+            config.initializer(),
+            coverage=config.svd_coverage,
+            check_base=config.svd_check_base,
+        )
+
+
+def _weight_factors(model: nn.Module, adapter_name: str, config: SvdLoraConfig) -> WeightFactors:
     """Factors of the weights under the adapter's layers, one weight in memory at a time."""
     sources = {}
     for path, layer in lora_layers(model, adapter_name):
@@ -175,11 +199,6 @@ def _check_coverage(
         )
 
 
-def shortened(names: list[str]) -> str:
-    listed = ", ".join(names[:5]) or "none"
-    return f"{listed}, …" if len(names) > 5 else listed
-
-
 def _check_layer(
     name: str,
     layer: LoraLayer,
@@ -197,7 +216,7 @@ def _check_layer(
             "unmerge_adapter() before initialising it"
         )
     rank = layer.r[adapter_name]
-    if isinstance(factors, Factors):
+    if isinstance(factors, FactorsFile | WeightFactors):
         held, shape = factors.rank_of(name), factors.shape_of(name)
     else:
         held, shape = factors[name].rank, factors[name].shape

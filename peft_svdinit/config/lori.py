@@ -1,0 +1,123 @@
+"""`LoriConfig`: a LoraConfig with a frozen random A and a B of which a few entries are trained."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..masks import MASK_FILE_NAME, LoriMask, check_density, check_scope, save_mask
+from .stock_saved import StockSavedConfig
+
+RANDOM = "random"
+
+
+@dataclass
+class LoriConfig(StockSavedConfig):
+    """LoRI (arXiv 2504.07448): A is random and frozen, and a sparse mask says what of B is trained.
+
+    Use it wherever a LoraConfig goes. What is saved is a stock LoRA adapter; the options below go
+    to `svdinit_config.json` and the mask to `lori_mask.safetensors` beside it. With
+    `lori_density=1` all of B is trained: the calibration run whose B a mask is taken from (LoRI-D).
+    """
+
+    init_marker: ClassVar[str] = "lori"
+
+    lori_density: float = field(
+        default=0.1,
+        metadata={"help": "Share of B that is trained; 1 for all of it, as calibration does."},
+    )
+    lori_mask: str = field(
+        default=RANDOM,
+        metadata={
+            "help": "Mask file, or a folder or Hub id that holds lori_mask.safetensors; or random."
+        },
+    )
+    lori_scope: str = field(
+        default="global",
+        metadata={
+            "help": "Of a random mask, what has one budget: global, type, layer, matrix, row, N:M."
+        },
+    )
+    lori_floor: float = field(
+        default=0.0,
+        metadata={"help": "Of a random mask: share of every matrix that is kept in any case."},
+    )
+    lori_seed: int = field(
+        default=0, metadata={"help": "Seed of A, and of a random mask; a mask belongs to one A."}
+    )
+    lori_start: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of an adapter with the same A: B begins there, and its "
+            "entries off the mask stay as they are."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.lori_mask = os.path.expanduser(os.fspath(self.lori_mask))
+        if self.lori_start is not None:
+            self.lori_start = os.path.expanduser(os.fspath(self.lori_start))
+        check_density(self.lori_density)
+        check_scope(self.lori_scope, self.lori_density)
+        if not self.lori_mask:
+            raise ValueError('lori_mask must name a mask file, or be "random"; it is empty')
+        if not 0 <= self.lori_floor <= self.lori_density:
+            raise ValueError(
+                f"lori_floor must be in [0, lori_density={self.lori_density}], got "
+                f"{self.lori_floor}"
+            )
+        if self.lora_bias:
+            raise ValueError(
+                "lora_bias cannot be combined with LoRI: B is replaced by its trained entries; "
+                "leave it out"
+            )
+        if self.lori_start and self.use_dora:
+            raise ValueError(
+                "lori_start cannot be combined with use_dora: the magnitudes would begin elsewhere"
+            )
+        self._made: LoriMask | None = None
+        self.mark()
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a mask is in use: not in the calibration run."""
+        return self.lori_density < 1 or self.lori_mask != RANDOM
+
+    @property
+    def mask(self) -> LoriMask | None:
+        """The mask of the model that was made with this configuration last."""
+        return self._made
+
+    def remember(self, mask: LoriMask) -> None:
+        """Keep the mask that is in use, so that it is saved with the adapter."""
+        self._made = mask
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As every configuration of ours, with the mask in use."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self._made is not None:
+            save_mask(Path(save_directory), self._made)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> LoriConfig:
+        """The config that a local adapter folder was saved with, whole in itself.
+
+        Its mask is the one in the folder, and so is the adapter it starts from, of which a saved
+        one keeps the entries off the mask.
+
+        Raises:
+            ValueError: if the folder has no sidecar of a LoriConfig.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        # Paths in a file from elsewhere are not followed.
+        if config.is_sparse:
+            config.lori_mask = str(folder / MASK_FILE_NAME)
+        if config.lori_start is not None:
+            config.lori_start = str(folder)
+        return config

@@ -1,0 +1,46 @@
+"""Masks that the reference implementation of LoRI wrote (`*_mask.pt`)."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+_PREFIX, _MIDDLE = "base_model.model.", ".lora_B."
+
+
+def read_reference_mask(path: str | os.PathLike) -> dict[str, Bool[Tensor, "out rank"]]:
+    """Masks by module name, of a file that the reference's `extract_mask.py` wrote.
+
+    Its positions belong to an A that the file does not record: over another A only the number of
+    entries per layer and per row keeps its meaning.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds anything else than tensors, which is never run, or no masks of B.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"mask: there is no file {file}")
+    try:
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(
+            f"mask: {file} is damaged, or holds more than tensors and was not loaded, for that "
+            "could run code; ask its author for a file that torch.load reads with weights_only=True"
+        ) from error
+    if not isinstance(stored, dict) or not stored:
+        raise ValueError(f"mask: {file} must map names of lora_B to masks")
+    masks = {}
+    for key, mask in stored.items():
+        name, middle, _ = str(key).partition(_MIDDLE)
+        if not middle or not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise ValueError(f"mask: {key} in {file} is no mask of a lora_B of a linear layer")
+        if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"mask: {key} in {file} has entries other than 0 and 1")
+        masks[name.removeprefix(_PREFIX)] = mask.bool()
+    return masks

@@ -1,0 +1,211 @@
+"""The file of a mask, and of an adapter that stores nothing else than its mask and values.
+
+One safetensors file: `<module>.mask`, the entries of an (out, rank) mask row by row as packed bits,
+the first entry the highest bit; in a compact adapter also `<module>.values`, the entries of B that
+the mask keeps, in the same order. The header's one metadata entry is JSON: format version, density,
+scope, seed of A, source, per layer the shape and the hash of its A, and of a compact adapter the
+`adapter_config.json` of the stock LoRA it stands for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..atomic import replacing
+from ..module_names import natural_order
+from ..sources import resolve_file
+from ..tensor_writer import TensorWriter
+from .mask import LoriMask, MaskedLayer
+
+MASK_FILE_NAME = "lori_mask.safetensors"
+COMPACT_FILE_NAME = "lori_adapter.safetensors"
+FORMAT_VERSION = 1
+_HEADER_KEY = "peft_svdinit.lori"
+_FIELDS = ("density", "seed", "scope", "floor", "source", "base_model_name_or_path")
+
+
+@dataclass(frozen=True)
+class CompactAdapter:
+    """A LoRI adapter as its mask, its trained entries and its seed.
+
+    Attributes:
+        mask: the masks, and the seed that draws every A.
+        values: the entries of B that the masks keep, by module name, in the order of rows.
+        config: `adapter_config.json` of the stock LoRA it stands for.
+    """
+
+    mask: LoriMask
+    values: Mapping[str, Float[Tensor, " kept"]]
+    config: Mapping[str, Any]
+
+
+def save_mask(path: str | os.PathLike, mask: LoriMask) -> Path:
+    """Write a mask to `path` (a folder gets `lori_mask.safetensors` inside), atomically.
+
+    The same mask gives the same bytes.
+
+    Raises:
+        ValueError: if the mask has no layer, or keeps nothing in one.
+    """
+    return _write(_target(path, MASK_FILE_NAME), mask, {}, None)
+
+
+def save_compact(path: str | os.PathLike, adapter: CompactAdapter) -> Path:
+    """Write a compact adapter to `path` (a folder gets `lori_adapter.safetensors` inside).
+
+    Raises:
+        ValueError: as `save_mask`, and if values do not fit their mask or are not finite.
+    """
+    target = _target(path, COMPACT_FILE_NAME)
+    for name, layer in adapter.mask.layers.items():
+        values = adapter.values[name]
+        if values.shape != (layer.kept,):
+            raise ValueError(
+                f"layer {name}: the mask keeps {layer.kept} entries, values are of shape "
+                f"{tuple(values.shape)}"
+            )
+        if not torch.isfinite(values).all():
+            raise ValueError(f"layer {name}: values have NaN or infinite entries")
+    return _write(target, adapter.mask, adapter.values, adapter.config)
+
+
+def load_mask(path_or_id: str | os.PathLike, *, revision: str | None = None) -> LoriMask:
+    """The mask of a file, or of a folder or Hub repository with `lori_mask.safetensors`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a pickle, truncated, no mask, of another format version, keeps nothing
+            in a layer, or contradicts itself.
+    """
+    path = resolve_file(path_or_id, MASK_FILE_NAME, revision=revision, argument="lori_mask")
+    with _opened(path) as (file, header):
+        return _mask(path, file, header)
+
+
+def load_compact(path_or_id: str | os.PathLike, *, revision: str | None = None) -> CompactAdapter:
+    """The adapter of a file, or of a folder or Hub repository with `lori_adapter.safetensors`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_mask`, and if the file is a mask without values.
+    """
+    path = resolve_file(path_or_id, COMPACT_FILE_NAME, revision=revision, argument="adapter")
+    with _opened(path) as (file, header):
+        if not isinstance(header.get("config"), dict):
+            raise ValueError(f"adapter: {path} is a mask without trained values")
+        mask = _mask(path, file, header)
+        values = {name: file.get_tensor(f"{name}.values") for name in mask.layers}
+    for name, layer in mask.layers.items():
+        if values[name].shape != (layer.kept,) or not torch.isfinite(values[name]).all():
+            raise ValueError(
+                f"{path}: layer {name} needs {layer.kept} finite values for its mask; write the "
+                "file again"
+            )
+    return CompactAdapter(mask, values, header["config"])
+
+
+def pack(mask: Bool[Tensor, "out rank"]) -> UInt8[Tensor, " bytes"]:
+    """The entries row by row as bits, eight to a byte, the last byte filled up with zeros."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
+
+
+def unpack(bits: UInt8[Tensor, " bytes"], shape: tuple[int, int]) -> Bool[Tensor, "out rank"]:
+    """The mask of `shape` that `pack` made `bits` of."""
+    count = shape[0] * shape[1]
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool().reshape(shape)
+
+
+def _target(path: str | os.PathLike, file_name: str) -> Path:
+    target = Path(path).expanduser()
+    return target if target.suffix == ".safetensors" else target / file_name
+
+
+def _write(
+    target: Path, mask: LoriMask, values: Mapping[str, Tensor], config: Mapping[str, Any] | None
+) -> Path:
+    if not mask.layers:
+        raise ValueError("the mask has no layer")
+    _refuse_empty_layers("the mask", mask.layers)
+    layers = {
+        name: [*layer.mask.shape, layer.in_features, layer.hash_A]
+        for name, layer in mask.layers.items()
+    }
+    header: dict[str, Any] = {"format_version": FORMAT_VERSION, "layers": layers}
+    header.update({key: getattr(mask, key) for key in _FIELDS})
+    header["source"] = dict(mask.source)
+    if config is not None:
+        header["config"] = dict(config)
+    tensors = {f"{name}.mask": pack(layer.mask) for name, layer in mask.layers.items()}
+    tensors |= {f"{name}.values": entries for name, entries in values.items()}
+    layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    entry = json.dumps(header, sort_keys=True, allow_nan=False)
+    with (
+        replacing(target) as temporary,
+        TensorWriter(temporary, layout, {_HEADER_KEY: entry}) as writer,
+    ):
+        for key, tensor in tensors.items():
+            writer.write(key, tensor)
+    return target
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_HEADER_KEY)
+            if text is None:
+                raise ValueError(
+                    f"{path} is a safetensors file but no LoRI mask; make one with `svdinit mask`"
+                )
+            header = json.loads(text)
+            version = header.get("format_version")
+            if version != FORMAT_VERSION:
+                raise ValueError(
+                    f"{path} has format version {version}, this peft-svdinit reads "
+                    f"{FORMAT_VERSION}: upgrade peft-svdinit or write the file again"
+                )
+            yield file, header
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}): truncated while copying? Fetch "
+            "or write it again"
+        ) from error
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} has a damaged header ({error!r}); write it again") from error
+
+
+def _mask(path: Path, file: Any, header: Mapping[str, Any]) -> LoriMask:
+    layers = {}
+    for name in sorted(header["layers"], key=natural_order):
+        rows, rank, in_features, hash_A = header["layers"][name]
+        bits = file.get_tensor(f"{name}.mask")
+        if bits.dtype != torch.uint8 or len(bits) != -(-rows * rank // 8):
+            raise ValueError(
+                f"{path}: the mask of layer {name} has {len(bits)} bytes, which is not the size of "
+                f"{rows} x {rank} bits; write the file again"
+            )
+        layers[name] = MaskedLayer(unpack(bits, (rows, rank)), in_features, hash_A)
+    if not layers:
+        raise ValueError(f"{path} has no layer")
+    _refuse_empty_layers(str(path), layers)
+    return LoriMask(layers, **{key: header[key] for key in _FIELDS})
+
+
+def _refuse_empty_layers(what: str, layers: Mapping[str, MaskedLayer]) -> None:
+    for name, layer in layers.items():
+        if not layer.kept:
+            raise ValueError(
+                f"{what} keeps nothing in layer {name}, which would never be trained: choose again "
+                'with a floor, such as floor=0.01, or scope="matrix"'
+            )

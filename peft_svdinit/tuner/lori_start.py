@@ -1,0 +1,172 @@
+"""Making the LoRA layers of a model LoRI's: A drawn and frozen, B sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import _register_frozen_peft_weight
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor, nn
+
+from ..config import LoriConfig
+from ..config.lori import RANDOM
+from ..deltas import LoraAdapter
+from ..initializers import random_projection, tensor_hash
+from ..layers.reference import lora_linears
+from ..layers.sparse_factor import SparseFactor
+from ..masks import LoriMask, load_mask, mask_from_scores, random_scores
+from .adapter_layers import given_memory, is_linear, lora_layers, module_name, shortened
+from .sparse_form import is_same_projection
+
+
+class LoriStart:
+    """What a `LoriConfig` asks for, its files opened and checked before any model is touched.
+
+    Raises:
+        FileNotFoundError, ValueError: if the mask or the adapter to start from cannot be read, or
+            the mask is for another seed or density than the configuration's.
+    """
+
+    def __init__(self, config: LoriConfig) -> None:
+        self.config = config
+        self._mask = None if config.lori_mask == RANDOM else _opened(config)
+        self._start = None if config.lori_start is None else LoraAdapter(config.lori_start)
+
+    def __call__(self, model: nn.Module, adapter_name: str) -> None:
+        """Write A and B of every layer of the adapter, all layers checked first.
+
+        Raises:
+            TypeError: if a target layer is not a linear one.
+            ValueError: if mask, adapter to start from and target layers do not fit each other.
+        """
+        config = self.config
+        layers = {module_name(name): layer for name, layer in lora_layers(model, adapter_name)}
+        for name, layer in layers.items():
+            if not is_linear(layer, adapter_name):
+                raise TypeError(
+                    f"layer {name} is a {type(layer).__name__}, whose B is no matrix; LoRI is for "
+                    "linear layers: leave it out of target_modules"
+                )
+        shapes = {
+            name: (layer.out_features or 0, layer.r[adapter_name]) for name, layer in layers.items()
+        }
+        mask = None
+        if config.is_sparse:
+            mask = self._mask or _random_mask(config, shapes, layers)
+            _check_layers(mask, shapes, layers)
+            config.remember(mask)
+        for name, layer in layers.items():
+            lora_A = random_projection(
+                name, layer.r[adapter_name], layer.in_features or 0, config.lori_seed
+            )
+            if mask is not None and tensor_hash(lora_A) != mask.layers[name].hash_A:
+                raise ValueError(
+                    f"lori_mask: layer {name} has another A than the mask was made with, although "
+                    "the seed is the same; make the mask again with this version"
+                )
+            start = None if self._start is None else _started(self._start, name, lora_A, layer)
+            _write(layer, adapter_name, lora_A, start, mask and mask.layers[name].mask)
+
+
+def _opened(config: LoriConfig) -> LoriMask:
+    mask = load_mask(config.lori_mask)
+    if abs(mask.density - config.lori_density) > 1e-9:
+        raise ValueError(
+            f"lori_mask {config.lori_mask} has density {mask.density}, lori_density is "
+            f"{config.lori_density}; set lori_density={mask.density}"
+        )
+    if mask.seed != config.lori_seed:
+        raise ValueError(
+            f"lori_mask {config.lori_mask} belongs to the A of seed {mask.seed}, lori_seed is "
+            f"{config.lori_seed}; set lori_seed={mask.seed}"
+        )
+    return mask
+
+
+def _random_mask(
+    config: LoriConfig, shapes: Mapping[str, tuple[int, int]], layers: Mapping[str, LoraLayer]
+) -> LoriMask:
+    return mask_from_scores(
+        random_scores(shapes, config.lori_seed),
+        {name: layer.in_features or 0 for name, layer in layers.items()},
+        density=config.lori_density,
+        seed=config.lori_seed,
+        scope=config.lori_scope,
+        floor=config.lori_floor,
+        source={"kind": RANDOM, "seed": config.lori_seed},
+        base_model_name_or_path=config.base_model_name_or_path,
+    )
+
+
+def _check_layers(
+    mask: LoriMask, shapes: Mapping[str, tuple[int, int]], layers: Mapping[str, LoraLayer]
+) -> None:
+    missing = [name for name in shapes if name not in mask.layers]
+    unused = [name for name in mask.layers if name not in shapes]
+    if missing or unused:
+        raise ValueError(
+            f"lori_mask and target_modules differ: {len(missing)} target layers without mask "
+            f"({shortened(missing)}), {len(unused)} masks without target layer "
+            f"({shortened(unused)}); a mask of another model? Change target_modules or make a mask"
+        )
+    for name, (rows, rank) in shapes.items():
+        masked, in_features = mask.layers[name], layers[name].in_features
+        if masked.rank != rank:
+            raise ValueError(
+                f"layer {name}: lori_mask is for rank {masked.rank}, r is {rank}; set "
+                f"r={masked.rank}"
+            )
+        if (masked.mask.shape[0], masked.in_features) != (rows, in_features):
+            raise ValueError(
+                f"layer {name}: lori_mask is for a weight of shape "
+                f"{(masked.mask.shape[0], masked.in_features)}, this one is {(rows, in_features)} "
+                "(out, in): a mask of another model?"
+            )
+
+
+def _started(adapter: LoraAdapter, name: str, lora_A: Tensor, layer: LoraLayer) -> Tensor:
+    """B of the adapter to start from, if its A is ours."""
+    if name not in adapter:
+        raise ValueError(
+            f"lori_start: {adapter.folder} has no layer {name}; start from an adapter with the "
+            "same target_modules"
+        )
+    saved = adapter[name]
+    if saved.shape != (layer.out_features, layer.in_features) or not is_same_projection(
+        saved.lora_A, lora_A
+    ):
+        raise ValueError(
+            f"lori_start: layer {name} of {adapter.folder} has another A than lori_seed draws; "
+            "start from an adapter of the same lori_seed and r"
+        )
+    return saved.lora_B
+
+
+@torch.no_grad()
+def _write(
+    layer: LoraLayer,
+    adapter_name: str,
+    lora_A: Tensor,
+    start: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    part_A, part_B = lora_linears(layer, adapter_name)
+    given_memory(part_A, layer)
+    with gather_params_ctx(part_A.parameters()):
+        part_A.weight.copy_(lora_A)
+    _register_frozen_peft_weight(layer, adapter_name, "lora_A")
+    if mask is None:
+        given_memory(part_B, layer)
+        with gather_params_ctx(part_B.parameters()):
+            if start is None:
+                part_B.weight.zero_()
+            else:
+                part_B.weight.copy_(start)
+        return
+    like = part_A.weight
+    sparse = SparseFactor(mask, start, dtype=like.dtype, device=like.device)
+    trained = next(part_B.parameters())
+    sparse.requires_grad_(trained.requires_grad)
+    layer.lora_B[adapter_name] = sparse.train(part_B.training)
