@@ -101,6 +101,7 @@ def write_peft_folder(
     output: Path,
     weights: Mapping[str, tuple[Tensor, Tensor]],
     report: Mapping[str, Any],
+    report_name: str = REPORT,
 ) -> None:
     """Write (lora_A, lora_B) by layer as a stock LoRA of scaling 1 (alpha = r), and the report.
 
@@ -125,7 +126,7 @@ def write_peft_folder(
     with replacing(output) as temporary:
         config.save_pretrained(os.fspath(temporary))
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        write_json(temporary / REPORT, report)
+        write_json(temporary / report_name, report)
 
 
 def _carried_over(adapters: Sequence[StoredAdapter], names: list[str]) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..training import parse_options
-from . import analyze, compare, environment, export, extract, resize, synthesize
+from . import analyze, compare, environment, export, extract, merge, resize, synthesize
 
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "synthesize": (synthesize.SynthesizeOptions, synthesize.run),
     "extract": (extract.ExtractOptions, extract.run),
     "resize": (resize.ResizeOptions, resize.run),
+    "merge": (merge.MergeOptions, merge.run),
     "analyze": (analyze.AnalyzeOptions, analyze.run),
     "export": (export.ExportOptions, export.run),
     "compare": (compare.CompareOptions, compare.run),

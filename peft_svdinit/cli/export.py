@@ -1,4 +1,4 @@
-"""`svdinit export`: from factors to a stock LoRA adapter."""
+"""`svdinit export`: from factors, or a compact LoRI adapter, to a stock LoRA adapter."""
 
 from __future__ import annotations
 
@@ -8,21 +8,39 @@ from typing import Literal
 
 import torch
 
+from ..compact import compact_adapter_folder, write_stock_adapter
 from ..embedded import resolve_model
 from ..export import export_adapter
 from ..exported import ExportedAdapter
 from ..factors_file import FactorsFile
 from ..linalg import rank_for_energy
+from ..masks import load_compact
 
 _DEFAULT_RANK = 16
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Write factors, truncated to a rank, as a LoRA adapter that stock PEFT loads."""
+    """Write factors, or a compact LoRI adapter, as a LoRA adapter that stock PEFT loads."""
 
-    factors: str = field(metadata={"help": "Factors file, folder or Hub id."})
     output_dir: str = field(metadata={"help": "Folder of the adapter."})
+    factors: str | None = field(
+        default=None, metadata={"help": "Factors file, folder or Hub id, truncated to a rank."}
+    )
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Or a compact LoRI adapter: lori_adapter.safetensors, its folder or Hub id; "
+            "with compact, the folder of a LoRI adapter."
+        },
+    )
+    compact: bool = field(
+        default=False,
+        metadata={
+            "help": "The other way round: write the LoRI adapter as lori_adapter.safetensors, its "
+            "mask, trained entries and seed alone."
+        },
+    )
     lora_r: int | None = field(
         default=None,
         metadata={"help": f"Rank of the adapter; {_DEFAULT_RANK} if energy is not given either."},
@@ -41,8 +59,11 @@ class ExportOptions:
             "vLLM want; give base too, for short names of the target modules."
         },
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Precision of the adapter's weights."}
+    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the weights; float32 by default, bfloat16 of a compact adapter."
+        },
     )
     base: str | None = field(
         default=None, metadata={"help": "Base model; with it target modules get short names."}
@@ -56,14 +77,49 @@ class ExportOptions:
     )
 
     def __post_init__(self) -> None:
+        if (self.factors is None) == (self.adapter is None):
+            raise ValueError("give either factors or adapter")
+        if self.adapter is None and self.compact:
+            raise ValueError("compact needs adapter, the folder of a LoRI adapter")
+        of_factors = ("lora_r", "energy", "uniform_rank", "base")
+        beside = [name for name in of_factors if getattr(self, name)]
+        if self.adapter is not None and (beside or self.split != "output"):
+            raise ValueError(
+                f"{', '.join(beside) or 'split'} belongs to factors: an adapter keeps its rank"
+            )
         if self.lora_r is not None and self.energy is not None:
             raise ValueError("lora_r and energy exclude each other; give one of them")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ValueError(f"energy must be in (0, 1], got {self.energy}")
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype or ("bfloat16" if self.compact else "float32"))
+
 
 def run(options: ExportOptions) -> None:
-    file = FactorsFile(options.factors)
+    if options.factors is not None:
+        _export_factors(options, options.factors)
+    elif options.adapter is not None:
+        _export_adapter(options, options.adapter)
+
+
+def _export_adapter(options: ExportOptions, adapter: str) -> None:
+    if options.compact:
+        file = compact_adapter_folder(adapter, options.output_dir, dtype=options.torch_dtype)
+        print(f"Compact adapter of {file.stat().st_size:,} bytes: {file}")
+        return
+    compact = load_compact(adapter)
+    folder = write_stock_adapter(compact, options.output_dir, dtype=options.torch_dtype)
+    mask = compact.mask
+    print(
+        f"Stock LoRA of {len(mask.layers)} layers, {mask.kept:,} of {mask.size:,} entries of B "
+        f"not zero: {folder}"
+    )
+
+
+def _export_factors(options: ExportOptions, factors: str) -> None:
+    file = FactorsFile(factors)
     base = resolve_model(options.base) if options.base else None
     if options.energy is not None:
         ranks = {name: _rank_of(file, name, options.energy) for name in file}
@@ -77,7 +133,7 @@ def run(options: ExportOptions) -> None:
         base_model_revision=None if base else file.metadata.base_model_revision,
         base=base,
         split=options.split,
-        dtype=getattr(torch, options.dtype),
+        dtype=options.torch_dtype,
         uniform=options.uniform_rank,
     )
     _print(exported, options)
@@ -106,7 +162,8 @@ def _print(exported: ExportedAdapter, options: ExportOptions) -> None:
     )
     print(f"Adapter of {ranks} for {len(kept)} layers: {exported.folder}")
     print(
-        f"It keeps {exported.energy:.2%} of the deltas' energy. Rounding to {options.dtype} "
+        f"It keeps {exported.energy:.2%} of the deltas' energy. Rounding to "
+        f"{str(options.torch_dtype).removeprefix('torch.')} "
         f"changes them by {exported.relative_rounding_error:.2g} of their norm."
     )
     if exported.omitted:

@@ -1,0 +1,96 @@
+"""`svdinit merge`: several adapters as one, with its error and the interference of each pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..merging import MajoritySign, Merged, MergeMethod, Method, merge
+from ..merging.report import PAIR_COLUMNS, in_words, pair_cells, shown_error, worst_layers
+from ..resizing import Dtype
+
+_WORST = 5
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """Merge LoRA adapters: exactly, recompressed, or by PEFT's linear, TIES and DARE.
+
+    The error against the exact weighted sum is measured, and the interference of each pair.
+    """
+
+    adapter: list[str] = field(metadata={"help": "PEFT LoRA folders or Hub ids, two at least."})
+    output: str = field(metadata={"help": "Folder of the merged adapter and the reports."})
+    method: Method = field(
+        default="cat",
+        metadata={
+            "help": "cat: exact, ranks add up. shared: exact at one rank, for adapters with one A. "
+            "svd: best approximation at rank. The others: PEFT's add_weighted_adapter."
+        },
+    )
+    weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per adapter; 1 each by default."}
+    )
+    rank: int | None = field(
+        default=None, metadata={"help": "Of the result, for svd and the methods in _svd."}
+    )
+    density: float | None = field(
+        default=None, metadata={"help": "Share of entries kept, for ties, dare, magnitude_prune."}
+    )
+    majority_sign_method: MajoritySign | None = field(
+        default=None, metadata={"help": "How ties elects signs; total by default."}
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "Of the entries that dare drops; 0 by default."}
+    )
+    dtype: Dtype | None = field(
+        default=None, metadata={"help": "Of the output; by default that of the inputs."}
+    )
+
+    def __post_init__(self) -> None:
+        self.merge_method  # noqa: B018 - contradictory options are refused before any work
+        if self.weights is not None and len(self.weights) != len(self.adapter):
+            raise ValueError(
+                f"weights must be one per adapter, got {len(self.weights)} for {len(self.adapter)}"
+            )
+
+    @property
+    def merge_method(self) -> MergeMethod:
+        return MergeMethod(
+            self.method, self.rank, self.density, self.majority_sign_method, self.seed
+        )
+
+
+def run(options: MergeOptions) -> None:
+    merged = merge(
+        options.adapter,
+        options.output,
+        options.merge_method,
+        weights=options.weights,
+        dtype=options.dtype,
+        progress=True,
+    )
+    print("\n".join(_summary(merged)))
+
+
+def _summary(merged: Merged) -> list[str]:
+    lines = [in_words(merged), f"{'worst layers':<60} {'rank':>5} {'error':>9}"]
+    for layer in worst_layers(merged, _WORST):
+        error = shown_error(layer.relative_error)
+        lines.append(f"{layer.name[-60:]:<60} {layer.rank:>5} {error:>9}")
+    if merged.left_out:
+        lines.append(f"Left out, for their weight is 0: {', '.join(merged.left_out)}.")
+    if merged.only_in_some:
+        lines.append(
+            f"{len(merged.only_in_some)} layers are in some of the adapters only; see the report."
+        )
+    if merged.pairs:
+        widths = (8, 9, 12, 15, 15, 8, 9)
+        header = [f"{name:>{width}}" for name, width in zip(PAIR_COLUMNS, widths, strict=True)]
+        lines.append(" ".join([f"{'pair':<6}", *header]))
+        for pair in merged.pairs:
+            found = pair_cells(pair.interference)
+            cells = [f"{cell:>{width}}" for cell, width in zip(found, widths, strict=True)]
+            lines.append(" ".join([f"{f'{pair.first + 1}, {pair.second + 1}':<6}", *cells]))
+    if merged.shares_A and merged.method.name != "shared":
+        lines.append("The adapters share A: --method shared is exact at the rank of one adapter.")
+    return [*lines, f"Adapter: {merged.output}"]

@@ -1,0 +1,124 @@
+"""The adapters to be merged: opened, checked against the method, and read layer by layer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from ..adapter_formats import WeightedSum
+from ..adapter_formats.peft_folder import CONFIG
+from ..deltas import LoraProduct
+from .methods import MergeMethod
+from .terms import Term
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MergeInputs:
+    """LoRA adapters with weights that are not 0.
+
+    Attributes:
+        left_out: adapters whose weight is 0.
+    """
+
+    adapters: WeightedSum
+    left_out: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        paths: Sequence[str | os.PathLike],
+        weights: Sequence[float] | None,
+        method: MergeMethod,
+    ) -> MergeInputs:
+        """Open the adapters; see `merge` for what is refused."""
+        given = WeightedSum(paths, weights)
+        pairs = list(zip(given.paths, given.weights, strict=True))
+        if len(pairs) < 2:
+            raise ValueError("adapters must be two at least; svdinit resize is for one")
+        _require_loras(given)
+        chosen = [(path, weight) for path, weight in pairs if weight]
+        if len(chosen) < (2 if method.through_peft else 1):
+            raise ValueError(
+                f"weights: {len(pairs) - len(chosen)} of {len(pairs)} are 0, which leaves too few "
+                f"adapters for method {method.name}"
+            )
+        negative = [f"{path} has {weight}" for path, weight in chosen if weight < 0]
+        if negative and method.elects_signs:
+            raise ValueError(
+                f"weights must be positive with method {method.name}, but {negative[0]}: PEFT "
+                "elects the signs before it applies weights, so an adapter to be subtracted would "
+                "vote as if it were added; use cat, svd or dare_linear"
+            )
+        _warn_of_other_bases(given)
+        if len(chosen) < len(pairs):
+            given = WeightedSum([path for path, _ in chosen], [weight for _, weight in chosen])
+        return cls(given, tuple(path for path, weight in pairs if not weight))
+
+    @contextmanager
+    def terms(self) -> Iterator[Callable[[str], list[Term]]]:
+        """A reader of a layer's summands, for as long as the context lasts."""
+        with ExitStack() as stack:
+            opened = [
+                (weight, adapter, stack.enter_context(adapter.opened()))
+                for weight, adapter in zip(
+                    self.adapters.weights, self.adapters.adapters, strict=True
+                )
+            ]
+
+            def read(name: str) -> list[Term]:
+                return [
+                    Term(index, weight, cast(LoraProduct, reader(name)))
+                    for index, (weight, adapter, reader) in enumerate(opened)
+                    if name in adapter.layers
+                ]
+
+            yield read
+
+    def checked_output(self, path: str | os.PathLike) -> Path:
+        """The folder, if it may be written.
+
+        Raises:
+            ValueError: if it is an input, a file, or holds anything but an adapter.
+        """
+        output = Path(path).expanduser()
+        inputs = {adapter.file.path.parent.resolve() for adapter in self.adapters.adapters}
+        inputs |= {Path(path).expanduser().resolve() for path in self.left_out}
+        if output.resolve() in inputs:
+            raise ValueError(f"output must not be an input, got {output}; choose another name")
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"output must be a folder, but {output} is a file")
+        if output.is_dir() and any(output.iterdir()) and not (output / CONFIG).is_file():
+            raise ValueError(
+                f"output must be a new folder, an empty one or an adapter's, which is replaced; "
+                f"{output} is none of these"
+            )
+        return output
+
+
+def _require_loras(given: WeightedSum) -> None:
+    for path, adapter in zip(given.paths, given.adapters, strict=True):
+        if adapter.style is not None or adapter.config.get("peft_type") != "LORA":
+            raise ValueError(
+                f"adapters must be PEFT folders of type LORA, got {path}; svdinit resize adds up "
+                "adapters of other kinds"
+            )
+
+
+def _warn_of_other_bases(given: WeightedSum) -> None:
+    bases = {
+        path: adapter.config.get("base_model_name_or_path")
+        for path, adapter in zip(given.paths, given.adapters, strict=True)
+    }
+    if len(set(filter(None, bases.values()))) > 1:
+        logger.warning(
+            "The adapters name different base models: %s. Their shapes agree, and the merged "
+            "adapter names the first; are these one model?",
+            ", ".join(f"{path}: {base}" for path, base in bases.items()),
+        )
