@@ -67,7 +67,7 @@ def save_compact_adapter(
             f"adapter_name={adapter_name!r} has more than A and B, {min(stored)} for one; "
             "save it as stock LoRA with save_pretrained"
         )
-    return _write(path, config.mask, dense, stock_options(config), dtype)
+    return _write(path, config.mask, dense, _stock_options(config), dtype)
 
 
 def compact_adapter_folder(
@@ -139,11 +139,9 @@ def write_stock_adapter(
     return target
 
 
-def stock_options(config: LoriConfig) -> dict[str, Any]:
+def _stock_options(config: LoriConfig) -> dict[str, Any]:
     """`adapter_config.json` of the stock LoRA."""
-    options = config.stock().to_dict()
-    options["inference_mode"] = True
-    return {k: sorted(v) if isinstance(v, set) else v for k, v in options.items()}
+    return {**config.stock().to_dict(), "inference_mode": True}
 
 
 def _projection(name: str, layer: MaskedLayer, seed: int) -> Tensor:
@@ -163,6 +161,10 @@ def _write(
     config: dict[str, Any],
     dtype: torch.dtype,
 ) -> Path:
+    # PEFT writes sets in any order; the same adapter is to give the same bytes.
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), (set, list)):
+            config[key] = sorted(config[key])
     layers, values = {}, {}
     for name, layer in mask.layers.items():
         lora_B = dense[name].detach().cpu()

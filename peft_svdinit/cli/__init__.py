@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..training import parse_options
-from . import analyze, compare, environment, export, extract, merge, resize, synthesize
+from . import analyze, compare, environment, export, extract, mask, merge, resize, synthesize
 
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "synthesize": (synthesize.SynthesizeOptions, synthesize.run),
@@ -16,6 +16,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "resize": (resize.ResizeOptions, resize.run),
     "merge": (merge.MergeOptions, merge.run),
     "analyze": (analyze.AnalyzeOptions, analyze.run),
+    "mask": (mask.MaskOptions, mask.run),
     "export": (export.ExportOptions, export.run),
     "compare": (compare.CompareOptions, compare.run),
     "env": (environment.EnvironmentOptions, environment.run),

@@ -3,12 +3,13 @@
 One safetensors file: `<module>.mask`, the entries of an (out, rank) mask row by row as packed bits,
 the first entry the highest bit; in a compact adapter also `<module>.values`, the entries of B that
 the mask keeps, in the same order. The header's one metadata entry is JSON: format version, density,
-scope, seed of A, source, per layer the shape and the hash of its A, and of a compact adapter the
-`adapter_config.json` of the stock LoRA it stands for.
+scope, seed of A, source, per layer the shape, the inputs and the hash of its A, a checksum of all
+bits, and of a compact adapter the `adapter_config.json` of the stock LoRA it stands for.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -28,12 +29,22 @@ from ..module_names import natural_order
 from ..sources import resolve_file
 from ..tensor_writer import TensorWriter
 from .mask import LoriMask, MaskedLayer
+from .selection import check_density, check_scope
 
 MASK_FILE_NAME = "lori_mask.safetensors"
 COMPACT_FILE_NAME = "lori_adapter.safetensors"
 FORMAT_VERSION = 1
 _HEADER_KEY = "peft_svdinit.lori"
 _FIELDS = ("density", "seed", "scope", "floor", "source", "base_model_name_or_path")
+# Of JSON values; a number such as 1 may be written without a point.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "density": (int, float),
+    "seed": (int,),
+    "scope": (str,),
+    "floor": (int, float),
+    "source": (dict,),
+    "base_model_name_or_path": (str, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,9 @@ def save_compact(path: str | os.PathLike, adapter: CompactAdapter) -> Path:
         ValueError: as `save_mask`, and if values do not fit their mask or are not finite.
     """
     target = _target(path, COMPACT_FILE_NAME)
+    other = adapter.values.keys() ^ adapter.mask.layers.keys()
+    if other:
+        raise ValueError(f"layer {min(other)} has a mask without values, or values without a mask")
     for name, layer in adapter.mask.layers.items():
         values = adapter.values[name]
         if values.shape != (layer.kept,):
@@ -146,7 +160,9 @@ def _write(
     header["source"] = dict(mask.source)
     if config is not None:
         header["config"] = dict(config)
-    tensors = {f"{name}.mask": pack(layer.mask) for name, layer in mask.layers.items()}
+    packed = {name: pack(layer.mask) for name, layer in mask.layers.items()}
+    header["checksum"] = _checksum(packed)
+    tensors = {f"{name}.mask": bits for name, bits in packed.items()}
     tensors |= {f"{name}.values": entries for name, entries in values.items()}
     layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     entry = json.dumps(header, sort_keys=True, allow_nan=False)
@@ -186,20 +202,50 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def _mask(path: Path, file: Any, header: Mapping[str, Any]) -> LoriMask:
-    layers = {}
+    layers: dict[str, MaskedLayer] = {}
+    packed: dict[str, Tensor] = {}
     for name in sorted(header["layers"], key=natural_order):
-        rows, rank, in_features, hash_A = header["layers"][name]
+        rows, rank, in_features, hash_A = _layer_entry(path, name, header["layers"][name])
         bits = file.get_tensor(f"{name}.mask")
-        if bits.dtype != torch.uint8 or len(bits) != -(-rows * rank // 8):
+        if bits.dtype != torch.uint8 or bits.shape != (-(-rows * rank // 8),):
             raise ValueError(
-                f"{path}: the mask of layer {name} has {len(bits)} bytes, which is not the size of "
-                f"{rows} x {rank} bits; write the file again"
+                f"{path}: the mask of layer {name} is {bits.dtype} of shape {tuple(bits.shape)}, "
+                f"which is not that of {rows} x {rank} bits; write the file again"
             )
+        packed[name] = bits
         layers[name] = MaskedLayer(unpack(bits, (rows, rank)), in_features, hash_A)
     if not layers:
         raise ValueError(f"{path} has no layer")
+    if header["checksum"] != _checksum(packed):
+        raise ValueError(
+            f"{path}: the masks are not those of the header's checksum: damaged while copying? "
+            "Fetch or write it again"
+        )
     _refuse_empty_layers(str(path), layers)
-    return LoriMask(layers, **{key: header[key] for key in _FIELDS})
+    fields = {key: header[key] for key in _FIELDS}
+    for key, value in fields.items():
+        if not isinstance(value, _KINDS[key]) or isinstance(value, bool):
+            raise ValueError(f"{path} has a damaged header: {key} is {value!r}")
+    check_density(fields["density"])
+    check_scope(fields["scope"], fields["density"])
+    return LoriMask(layers, **fields)
+
+
+def _layer_entry(path: Path, name: str, entry: Any) -> tuple[int, int, int, str]:
+    """(out, rank, in, hash of A) of a layer, as the header has it."""
+    if isinstance(entry, list) and len(entry) == 4:
+        *sizes, hash_A = entry
+        if isinstance(hash_A, str) and all(type(size) is int and size > 0 for size in sizes):
+            return sizes[0], sizes[1], sizes[2], hash_A
+    raise ValueError(f"{path} has a damaged header: layer {name} is {entry!r}")
+
+
+def _checksum(packed: Mapping[str, UInt8[Tensor, " bytes"]]) -> str:
+    """SHA-256 of all bits, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in sorted(packed):
+        digest.update(packed[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _refuse_empty_layers(what: str, layers: Mapping[str, MaskedLayer]) -> None:

@@ -46,7 +46,7 @@ class GradientScores:
 
     def __init__(self, *, weighted: bool) -> None:
         self.weighted = weighted
-        self._sums: Scores = {}
+        self.sums: Scores = {}
 
     @torch.no_grad()
     def add(
@@ -57,10 +57,10 @@ class GradientScores:
         """Take one batch in, both by module name."""
         for name, gradient in gradients.items():
             part = (lora_B[name] * gradient).abs() if self.weighted else gradient
-            if name in self._sums:
-                self._sums[name] += part
+            if name in self.sums:
+                self.sums[name] += part
             else:
-                self._sums[name] = part.float().clone()
+                self.sums[name] = part.float().clone()
 
     def scores(self) -> Scores:
         """The scores of all batches so far.
@@ -68,9 +68,9 @@ class GradientScores:
         Raises:
             RuntimeError: if there was none.
         """
-        if not self._sums:
+        if not self.sums:
             raise RuntimeError("no batch was added: the gradients of lora_B were never seen")
-        return {name: total.abs() for name, total in self._sums.items()}
+        return {name: total.abs() for name, total in self.sums.items()}
 
 
 def teacher_scores(
@@ -78,8 +78,9 @@ def teacher_scores(
 ) -> Scores:
     """|B| of the best B for a teacher's delta over the given A, without any training.
 
-    B minimises ‖delta − B A‖_F: B = delta Aᵀ (A Aᵀ)⁻¹, with delta = U diag(S) Vᵀ never formed. The
-    scaling of the adapter changes no order within a model that has one.
+    B minimises ‖delta − B A‖_F: B = delta A⁺ with the pseudoinverse A⁺, which is Aᵀ (A Aᵀ)⁻¹ unless
+    the rank is above the inputs; delta = U diag(S) Vᵀ is never formed. The scaling of the adapter
+    changes no order within a model that has one.
 
     Args:
         factors: of the teacher's deltas, by module name.
@@ -100,8 +101,6 @@ def teacher_scores(
                 f"layer {name}: the factors are of a delta with {layer.shape[1]} inputs, its A has "
                 f"{wide.shape[1]}: factors of another model?"
             )
-        # (A Aᵀ) X = A V diag(S), whose transpose times Uᵀ is B.
-        right = (wide @ layer.Vh.double().mT) * layer.S.double()
-        solved = torch.linalg.solve(wide @ wide.mT, right)
-        scores[name] = (layer.U.double() @ solved.mT).abs().float()
+        right = layer.S.double().unsqueeze(1) * (layer.Vh.double() @ torch.linalg.pinv(wide))
+        scores[name] = (layer.U.double() @ right).abs().float()
     return scores

@@ -45,7 +45,8 @@ def select(
     Raises:
         ValueError: for a density outside (0, 1], an unknown scope, a floor outside [0, density], a
             budget of no entry, scores that are NaN, infinite, negative or zero everywhere, a layer
-            of which no entry is kept, or fewer entries left than the budget needs.
+            of which no entry or less than the floor is kept, fewer entries left than the budget
+            needs, or entries to exclude of other layers or shapes.
     """
     check_density(density)
     if not 0 <= floor <= density:
@@ -61,6 +62,9 @@ def select(
             "scores are zero everywhere, which ranks nothing: was B trained at all? Calibrate with "
             "more steps or a higher learning rate, or take a random mask"
         )
+    unknown = sorted(set(exclude or ()) - scores.keys(), key=natural_order)
+    if unknown:
+        raise ValueError(f"exclude: there is no layer {unknown[0]} to choose entries of")
     usable = {name: _usable(name, scores[name], exclude) for name in names}
     if period is not None:
         masks = {name: _kept_in_periods(name, usable[name], *period) for name in names}
@@ -75,6 +79,12 @@ def select(
             raise ValueError(
                 f"layer {name} keeps no entry with scope={scope!r} and density={density}; set a "
                 'floor, such as floor=0.01, or scope="matrix"'
+            )
+        kept, least = int(masks[name].sum()), _at_least(masks[name].numel(), floor)
+        if kept < least:
+            raise ValueError(
+                f"layer {name} keeps {kept} entries with scope={scope!r} and density={density}, "
+                f"floor={floor} asks for {least}; lower it"
             )
     return masks
 
@@ -125,6 +135,11 @@ def _usable(
     scores = scores.float() if scores.dtype.itemsize < 4 else scores
     if exclude is None or name not in exclude:
         return scores
+    if exclude[name].shape != scores.shape:
+        raise ValueError(
+            f"exclude: the mask of layer {name} is of shape {tuple(exclude[name].shape)}, its "
+            f"scores of shape {tuple(scores.shape)}; exclude masks of the same rank and model"
+        )
     return scores.masked_fill(exclude[name].to(scores.device), -1)
 
 
@@ -163,6 +178,11 @@ def budget(size: int, density: float, what: str) -> int:
     return count
 
 
+def _at_least(size: int, floor: float) -> int:
+    """floor · size, rounded up; 0.07 · 100, which float64 puts above 7, is 7."""
+    return ceil(round(floor * size, 6))
+
+
 def _kept_in_group(
     scores: dict[str, Tensor], density: float, floor: float, scope: str
 ) -> dict[str, Tensor]:
@@ -175,7 +195,7 @@ def _kept_in_group(
         start = 0
         for name, size in zip(scores, sizes, strict=True):
             part = slice(start, start + size)
-            kept[part] = _largest(flat[part], ceil(floor * size), f"layer {name}")
+            kept[part] = _largest(flat[part], _at_least(size, floor), f"layer {name}")
             start += size
     count -= int(kept.sum())
     if count < 0:

@@ -1,0 +1,230 @@
+"""`svdinit mask`: which entries of B a LoRI adapter trains, made, drawn and compared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from ..analysis.mask_overlap import Delta, compare_masks
+from ..analysis.mask_report import REPORT, write_mask_comparison, write_mask_report
+from ..analysis.mask_words import comparison_in_words, mask_in_words
+from ..deltas import LoraAdapter
+from ..embedded import resolve_model
+from ..mask_sources import (
+    AdapterShapes,
+    Choice,
+    magnitude_mask,
+    random_mask,
+    reference_mask,
+    shapes_of_factors,
+    teacher_mask,
+)
+from ..masks import LoriMask, check_density, check_scope, load_mask, save_mask
+from ..sources import resolve_folder
+
+Source = Literal["magnitude", "teacher", "random", "reference", "gradient"]
+# What each source reads; the first of them that is given is enough.
+_READS = {
+    "magnitude": ("adapter",),
+    "teacher": ("factors",),
+    "random": ("adapter", "factors"),
+    "reference": ("adapter", "base"),
+}
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """Make the mask of a LoRI adapter and draw it, or draw and compare masks that exist.
+
+    LoRI (arXiv:2504.07448) trains a few entries of B over a frozen random A, which a seed draws.
+    """
+
+    output: str = field(metadata={"help": "Folder of the mask, the report and the figures."})
+    source: Source | None = field(
+        default=None,
+        metadata={
+            "help": "magnitude: the largest |B| of a trained adapter. teacher: of the best B for a "
+            "teacher's factors, without training. random. reference: a *_mask.pt of the reference "
+            "implementation. Masks by gradients are made by recipes/train_lori.py."
+        },
+    )
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "PEFT folder or Hub id: a LoRI-D adapter (lori_density=1) for magnitude; for "
+            "random and reference any with the same layers."
+        },
+    )
+    factors: str | None = field(default=None, metadata={"help": "Factors file, folder or Hub id."})
+    reference_mask: str | None = field(
+        default=None, metadata={"help": "The *_mask.pt of source reference."}
+    )
+    base: str | None = field(
+        default=None, metadata={"help": "Base model of source reference, in place of an adapter."}
+    )
+    rank: int | None = field(default=None, metadata={"help": "Of the adapter, with factors."})
+    seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of A. By default that of the adapter if it is LoRI's; 0 for teacher and "
+            "random. Needed where A is another one."
+        },
+    )
+    density: float | None = field(
+        default=None, metadata={"help": "Share of B that is trained; 0.1 by default."}
+    )
+    scope: str | None = field(
+        default=None,
+        metadata={
+            "help": "What shares one budget: global (default), type, layer, matrix, row, N:M."
+        },
+    )
+    floor: float | None = field(
+        default=None, metadata={"help": "Share of every matrix kept in any case; 0 by default."}
+    )
+    exclude: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Masks, files or folders, none of whose entries is taken."},
+    )
+    show: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "In place of a source: masks, or adapters saved with one, to draw; several are "
+            "compared, entry by entry and by their deltas."
+        },
+    )
+    plots: bool = field(default=True, metadata={"help": "Draw the figures."})
+
+    def __post_init__(self) -> None:
+        if bool(self.show) == (self.source is not None):
+            raise ValueError(
+                "give either source, to make a mask, or show, to draw masks that exist"
+            )
+        if self.show:
+            self._refuse("show", self._choosing())
+            return
+        if self.source == "gradient":
+            raise ValueError(
+                "source gradient needs the model and its data: run recipes/train_lori.py "
+                "--mask_source gradient"
+            )
+        reads = _READS[str(self.source)]
+        if not any(getattr(self, option) for option in reads):
+            raise ValueError(f"source {self.source} needs {' or '.join(reads)}")
+        inputs = {"adapter", "factors", "base", "reference_mask"}
+        own = {*reads, "reference_mask"} if self.source == "reference" else set(reads)
+        self._refuse(
+            f"source {self.source}", {name for name in inputs - own if getattr(self, name)}
+        )
+        if self.source == "reference":
+            if not self.reference_mask or self.seed is None:
+                raise ValueError(
+                    "source reference needs reference_mask and seed: the seed of the adapter to be "
+                    "trained, for the file records none"
+                )
+            self._refuse("source reference", self._choosing() & {"density", "scope", "floor"})
+            self._refuse("source reference", {"exclude"} if self.exclude else set())
+        if bool(self.factors) != (self.rank is not None) or (self.factors and self.adapter):
+            raise ValueError("give factors and rank together, and no adapter beside them")
+        density = 0.1 if self.density is None else self.density
+        check_density(density)
+        check_scope(self.scope or "global", density)
+
+    def _choosing(self) -> set[str]:
+        """Options in use that say how a mask is made."""
+        options = ("adapter", "factors", "reference_mask", "base", "rank", "seed", "density")
+        given = {name for name in (*options, "scope", "floor") if getattr(self, name) is not None}
+        return given | ({"exclude"} if self.exclude else set())
+
+    @staticmethod
+    def _refuse(what: str, options: set[str]) -> None:
+        if options:
+            raise ValueError(f"{what} does not use {', '.join(sorted(options))}; leave it out")
+
+
+def run(options: MaskOptions) -> None:
+    output = Path(options.output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output must be a folder, but {output} is a file")
+    if options.show:
+        _show(options.show, output, options.plots)
+        return
+    mask, lora_B = _made(options)
+    statistics = write_mask_report(mask, output, lora_B=lora_B, plots=options.plots)
+    path = save_mask(output, mask)
+    print("\n".join(mask_in_words(mask, statistics)))
+    print(f"Mask: {path}\nReport: {output / f'{REPORT}.md'}")
+
+
+def _made(options: MaskOptions) -> tuple[LoriMask, dict[str, Tensor] | None]:
+    """The mask, and the B to measure it by."""
+    choice = Choice(
+        density=0.1 if options.density is None else options.density,
+        scope=options.scope or "global",
+        floor=options.floor or 0.0,
+        exclude=tuple(load_mask(path) for path in options.exclude),
+    )
+    adapter = None if options.adapter is None else AdapterShapes(options.adapter)
+    if options.source == "magnitude" and adapter is not None:
+        return magnitude_mask(adapter, choice, options.seed), adapter.lora_B
+    if options.source == "teacher" and options.factors and options.rank is not None:
+        return teacher_mask(options.factors, options.rank, choice, options.seed or 0)
+    if options.source == "reference" and options.reference_mask and options.seed is not None:
+        base = None if options.base is None else resolve_model(options.base)
+        return (
+            reference_mask(options.reference_mask, options.seed, adapter=adapter, base=base),
+            None,
+        )
+    if adapter is not None:
+        seed = adapter.recorded_seed() if options.seed is None else options.seed
+        mask = random_mask(adapter.shapes, adapter.in_features, choice, seed or 0, adapter.base)
+        return mask, adapter.lora_B
+    shapes, in_features, base = shapes_of_factors(str(options.factors), options.rank or 0)
+    return random_mask(shapes, in_features, choice, options.seed or 0, base), None
+
+
+def _show(paths: list[str], output: Path, plots: bool) -> None:
+    masks, adapters = {}, {}
+    for label, path in _labels(paths).items():
+        masks[label] = load_mask(path)
+        if not Path(path).is_file():
+            folder = resolve_folder(path, argument="show")
+            if (folder / "adapter_config.json").is_file():
+                adapters[label] = LoraAdapter(folder)
+    if len(masks) == 1:
+        (label,) = masks
+        lora_B = {name: p.lora_B for name, p in adapters[label].items()} if adapters else None
+        statistics = write_mask_report(masks[label], output, lora_B=lora_B, plots=plots)
+        print("\n".join(mask_in_words(masks[label], statistics)))
+    else:
+        deltas = {label: _reader(adapter) for label, adapter in adapters.items()}
+        comparison = compare_masks(masks, deltas)
+        write_mask_comparison(comparison, masks, output, plots=plots)
+        print("\n".join(comparison_in_words(comparison)).replace("**", ""))
+    print(f"Report: {output / f'{REPORT}.md'}")
+
+
+def _labels(paths: list[str]) -> dict[str, str]:
+    """Short names of the paths, whole ones where these would be ambiguous."""
+    if len(set(paths)) < len(paths):
+        raise ValueError("show names a path twice; give each mask once")
+    names = {
+        path: Path(path).parent.name if Path(path).is_file() else Path(path).name for path in paths
+    }
+    counts = Counter(names.values())
+    return {
+        names[path] if names[path] and counts[names[path]] == 1 else path: path for path in paths
+    }
+
+
+def _reader(adapter: LoraAdapter) -> Callable[[str], Delta]:
+    def read(name: str) -> Delta:
+        layer = adapter[name]
+        return layer.lora_B, layer.lora_A, layer.scaling
+
+    return read

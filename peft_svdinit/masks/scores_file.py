@@ -1,0 +1,140 @@
+"""The file of scores, from which masks of any density and scope are chosen later.
+
+One safetensors file: `<module>.scores`, an (out, rank) float32 tensor for every B. The header's one
+metadata entry is JSON: format version, seed of A, columns of every A, source, model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..atomic import replacing
+from ..sources import resolve_file
+from ..tensor_writer import TensorWriter
+from .making import mask_from_scores
+from .mask import LoriMask
+
+SCORES_FILE_NAME = "lori_scores.safetensors"
+FORMAT_VERSION = 1
+_HEADER_KEY = "peft_svdinit.lori_scores"
+_SUFFIX = ".scores"
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """Scores of the entries of every B, and the A that they belong to.
+
+    Attributes:
+        scores: by module name. Sums on the way to scores, in a checkpoint, may be negative.
+        in_features: columns of every A.
+        seed: of A.
+        source: what they measure: a "kind" such as "magnitude", and its details.
+        base_model_name_or_path: the model.
+    """
+
+    scores: Mapping[str, Float[Tensor, "out rank"]]
+    in_features: Mapping[str, int]
+    seed: int
+    source: Mapping[str, Any]
+    base_model_name_or_path: str | None = None
+
+    def mask(
+        self,
+        density: float,
+        *,
+        scope: str = "global",
+        floor: float = 0.0,
+        exclude: Iterable[LoriMask] = (),
+    ) -> LoriMask:
+        """The mask of the entries of highest score, as `mask_from_scores` chooses it."""
+        return mask_from_scores(
+            self.scores,
+            self.in_features,
+            density=density,
+            seed=self.seed,
+            scope=scope,
+            floor=floor,
+            exclude=exclude,
+            source=self.source,
+            base_model_name_or_path=self.base_model_name_or_path,
+        )
+
+
+def save_scores(path: str | os.PathLike, layers: LayerScores) -> Path:
+    """Write scores to `path` (a folder gets `lori_scores.safetensors` inside), atomically.
+
+    Raises:
+        ValueError: if one is NaN or infinite.
+    """
+    target = Path(path).expanduser()
+    if target.suffix != ".safetensors":
+        target = target / SCORES_FILE_NAME
+    for name, scores in layers.scores.items():
+        if not torch.isfinite(scores).all():
+            raise ValueError(
+                f"layer {name}: scores have NaN or infinite entries: the calibration diverged; "
+                "lower its learning rate"
+            )
+    header = {
+        "format_version": FORMAT_VERSION,
+        "in_features": {name: layers.in_features[name] for name in layers.scores},
+        "seed": layers.seed,
+        "source": dict(layers.source),
+        "base_model_name_or_path": layers.base_model_name_or_path,
+    }
+    entry = json.dumps(header, sort_keys=True, allow_nan=False)
+    tensors = {
+        f"{name}{_SUFFIX}": scores.detach().float().cpu().contiguous()
+        for name, scores in layers.scores.items()
+    }
+    layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    with (
+        replacing(target) as temporary,
+        TensorWriter(temporary, layout, {_HEADER_KEY: entry}) as writer,
+    ):
+        for key, tensor in tensors.items():
+            writer.write(key, tensor)
+    return target
+
+
+def load_scores(path_or_id: str | os.PathLike) -> LayerScores:
+    """The scores of a file, or of a folder or Hub repository with `lori_scores.safetensors`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, holds no scores, or is of another format version.
+    """
+    path = resolve_file(path_or_id, SCORES_FILE_NAME, revision=None, argument="scores")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_HEADER_KEY)
+            if text is None:
+                raise ValueError(f"{path} is a safetensors file, but holds no scores of a LoRI B")
+            header = json.loads(text)
+            if header["format_version"] != FORMAT_VERSION:
+                raise ValueError(
+                    f"{path} has format version {header['format_version']}, this peft-svdinit "
+                    f"reads {FORMAT_VERSION}: upgrade peft-svdinit or write the file again"
+                )
+            names = header["in_features"]
+            scores = {name: file.get_tensor(f"{name}{_SUFFIX}") for name in names}
+            return LayerScores(
+                scores, names, header["seed"], header["source"], header["base_model_name_or_path"]
+            )
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a readable file of scores ({error}): truncated while copying? Fetch or "
+            "write it again"
+        ) from error
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} has a damaged header ({error!r}); write it again") from error
