@@ -15,7 +15,9 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_svdinit.runs import Run, read_run
@@ -85,12 +87,15 @@ def fit(
         The run's record, on the main process.
     """
     folder = Path(str(arguments.output_dir))
+    resume = arguments.resume_from_checkpoint
+    if resume == "last":
+        resume = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     record = ComparisonCallback(name=folder.name, extra=extra)
     trainer = Trainer(
         model=model,
         args=arguments,
         data_collator=completion_collator(materials.tokenizer),
-        train_dataset=materials.train,
+        train_dataset=_rest(materials.train, arguments, resume),
         eval_dataset=materials.evaluation,
         processing_class=materials.tokenizer,
         callbacks=[record, *callbacks],
@@ -100,14 +105,25 @@ def fit(
         trainer.remove_callback(PrinterCallback)
         if shown:
             trainer.add_callback(shown)
-    resume = arguments.resume_from_checkpoint
-    if resume == "last":
-        resume = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return read_run(folder) if trainer.is_world_process_zero() else None
+
+
+def _rest(train: Dataset, arguments: RecipeArguments, resume: str | None) -> Dataset:
+    """The training examples; one step's if the checkpoint to resume from is that of the last step.
+
+    Within an epoch the Trainer would take one step more. After an epoch of one step it takes none.
+    """
+    state = Path(resume or "", TRAINER_STATE_NAME)
+    if resume is None or arguments.max_steps < 1 or not state.is_file():
+        return train
+    if TrainerState.load_from_json(str(state)).global_step < arguments.max_steps:
+        return train
+    step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return train.select(range(min(step, len(train))))
 
 
 def outcome(run: Run) -> str:

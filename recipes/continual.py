@@ -1,0 +1,92 @@
+"""Learn a second task on top of a first, and measure what of the first is forgotten.
+
+    python recipes/continual.py
+    accelerate launch recipes/continual.py --config recipes/configs/continual.yaml
+
+For each scheme of `--schemes` and each of `--seeds`, stage one trains an adapter on task one and
+stage two goes on with task two; both tasks are evaluated before and after each stage. Every scheme
+trains for as many steps on the same examples (shared: with both of its parts); what calibrations
+take comes on top and is reported. The same command again skips what is done and goes on where it
+was killed. The folder then holds `continual.md` with the table, `continual.png` and
+`continual.json`.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import datasets
+import transformers
+from accelerate import PartialState
+from continual_options import (
+    TASKS,
+    ContinualArguments,
+    ContinualDataOptions,
+    ContinualOptions,
+    ContinualSetting,
+)
+from continual_plan import Plan
+from fit import Materials
+from lori_options import SparseOptions
+from lori_stages import check_selection, target_layers
+
+from peft_svdinit.continual import write_continual
+from peft_svdinit.pipeline import run_tasks
+from peft_svdinit.training import ModelOptions, parse_options
+
+
+def main(argv: list[str] | None = None) -> None:
+    began = time.monotonic()
+    classes = (
+        ContinualOptions, ModelOptions, ContinualDataOptions, SparseOptions, ContinualArguments
+    )  # fmt: skip
+    options = parse_options(classes, argv, description=__doc__ or "")
+    state = PartialState()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        setting = ContinualSetting(*options)
+        materials = cache(
+            lambda: {t: Materials.prepare(setting.model, setting.data_of[t]) for t in TASKS}
+        )
+        with state.main_process_first():
+            layers = target_layers(setting.model, setting.sparse)
+            check_selection(layers, setting.sparse, seed=0)
+            materials()
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    plan = Plan(setting, materials)
+    run_tasks(
+        plan.tasks,
+        ("calibrate", "mask", "train"),
+        report=print if state.is_main_process else (lambda line: None),
+        is_main=state.is_main_process,
+        barrier=state.wait_for_everyone,
+    )
+    if not state.is_main_process:
+        return
+    command = ["recipes/continual.py", *(sys.argv[1:] if argv is None else argv)]
+    learnt = setting.continual
+    context = {
+        "model": setting.model.model_name_or_path,
+        "task one": learnt.first_dataset_name,
+        "task two": learnt.second_dataset_name,
+        "evaluation examples": [len(each.evaluation) for each in materials().values()],
+        "rank": setting.sparse.lora_r,
+        "density": setting.sparse.lori_density,
+        "learning rates": {"lora": learnt.lora_learning_rate, "lori": learnt.lori_learning_rate},
+        "command": shlex.join(command),
+    }
+    output = Path(str(setting.arguments.output_dir))
+    report = write_continual([each.stages() for each in plan.schemes], context, output)
+    print(f"\n{report.read_text(encoding='utf-8')}")
+    print(f"Report, figure, numbers in {output}; runs and adapters in {setting.root}")
+    print(f"Finished in {(time.monotonic() - began) / 60:.1f} minutes.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""A callback that turns a calibration run of LoRI into the mask of the run after it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState, PartialState
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from peft_svdinit import LoriConfig
+from peft_svdinit.calibration import dense_factors, gradients_of, input_sizes
+from peft_svdinit.deltas import LoraAdapter
+from peft_svdinit.masks import (
+    GradientScores,
+    LoriMask,
+    check_density,
+    check_scope,
+    load_mask,
+    magnitude_scores,
+    random_scores,
+    save_mask,
+)
+from peft_svdinit.masks.scores_file import SCORES_FILE_NAME, LayerScores, load_scores, save_scores
+
+SCORES = ("magnitude", "magnitude_gradient", "gradient")
+
+
+class LoriCalibrationCallback(TrainerCallback):
+    """Choose LoRI's mask from the training of a `LoriConfig(lori_density=1)`, when that ends.
+
+    Writes `lori_mask.safetensors`, for the `lori_mask` of the sparse run, and
+    `lori_scores.safetensors`, from which masks of other densities and scopes can be chosen without
+    another calibration. The scores are
+
+    - "magnitude": |B| (arXiv 2504.07448, section 3.2); with `lori_start`, how far B moved from it;
+    - "magnitude_gradient": Σ |B ⊙ gradient| over all optimizer steps;
+    - "gradient": |Σ gradient| over all optimizer steps.
+
+    Gradients are those that the optimizer is given: over all micro-batches and processes, clipped.
+    Their sums lie in every checkpoint, so that a resumed run ends with the same scores.
+
+    Args:
+        output_dir: folder of the files; by default `TrainingArguments.output_dir`.
+        density: share of B that the mask keeps; None to write the scores alone.
+        scope, floor: as `peft_svdinit.masks.select` takes them.
+        score: what ranks the entries.
+        steps: end training after so many optimizer steps; by default it runs to its end.
+        exclude: masks, or their files or folders, none of whose entries is taken.
+        adapter_name: the adapter that is calibrated.
+
+    Raises:
+        FileNotFoundError, ValueError: for wrong options, here; where training begins, for a model
+            without a dense LoRI adapter, a mask that could not be chosen for it, or a checkpoint
+            without the sums; where it ends, for a B that is zero everywhere or not finite.
+    """
+
+    def __init__(
+        self,
+        *,
+        output_dir: str | os.PathLike | None = None,
+        density: float | None = 0.1,
+        scope: str = "global",
+        floor: float = 0.0,
+        score: str = "magnitude",
+        steps: int | None = None,
+        exclude: Sequence[LoriMask | str | os.PathLike] = (),
+        adapter_name: str = "default",
+    ) -> None:
+        if density is not None:
+            check_density(density)
+            check_scope(scope, density)
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        self.output_dir = output_dir
+        self.density, self.scope, self.floor = density, scope, floor
+        self.score = score
+        self.steps = steps
+        self.exclude = [each if isinstance(each, LoriMask) else load_mask(each) for each in exclude]
+        self.adapter_name = adapter_name
+        self._sums = GradientScores(weighted=score == "magnitude_gradient")
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._checked_config(model)
+        assert model is not None
+        self._check_training(args, state)
+        factors = dense_factors(model, self.adapter_name)
+        for name, factor in factors.items():
+            if not factor.requires_grad:
+                raise ValueError(
+                    f"layer {name}: lora_B is frozen, so that there is nothing to calibrate; load "
+                    "the adapter with is_trainable=True, or make it active"
+                )
+        if self.density is not None:
+            with gather_params_ctx(list(factors.values())):
+                shapes = {name: (len(part), part.shape[1]) for name, part in factors.items()}
+            # What cannot be chosen at the end is better known before training.
+            self._layers(model, random_scores(shapes, 0), 0).mask(
+                self.density, scope=self.scope, floor=self.floor, exclude=self.exclude
+            )
+        self._sums = GradientScores(weighted=self._sums.weighted)
+        if state.global_step > 0 and self.score != "magnitude":
+            self._sums.sums = self._resumed(args, state, factors)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.score != "magnitude" and model is not None:
+            factors = dense_factors(model, self.adapter_name)
+            self._sums.add(factors, gradients_of(factors))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.steps is not None and state.global_step >= self.steps:
+            control.should_training_stop = True
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.score != "magnitude" and args.should_save and model is not None:
+            layers = self._layers(model, self._sums.sums, state.global_step)
+            save_scores(_checkpoint(args, state), layers)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        # On SIGTERM the Trainer's just-in-time checkpoint ends training politely, to be resumed.
+        if args.enable_jit_checkpoint and state.global_step < (self.steps or state.max_steps):
+            return
+        # Every process chooses, so that an error ends all of them; one writes.
+        layers = self._layers(model, self._scores(model), state.global_step)
+        folder = Path(str(self.output_dir or args.output_dir))
+        if state.is_world_process_zero:
+            save_scores(folder, layers)
+        if self.density is not None:
+            mask = layers.mask(
+                self.density, scope=self.scope, floor=self.floor, exclude=self.exclude
+            )
+            if state.is_world_process_zero:
+                save_mask(folder, mask)
+        PartialState().wait_for_everyone()
+
+    def _checked_config(self, model: torch.nn.Module | None) -> LoriConfig:
+        configs: dict[str, Any] = getattr(model, "peft_config", {})
+        config = configs.get(self.adapter_name)
+        if not isinstance(config, LoriConfig):
+            found = ", ".join(f"{name}: {type(c).__name__}" for name, c in configs.items())
+            raise ValueError(
+                f"LoriCalibrationCallback needs an adapter {self.adapter_name!r} of a "
+                f"LoriConfig(lori_density=1); the model has {found or 'no adapter'}"
+            )
+        return config
+
+    def _check_training(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self.steps is not None and self.steps > state.max_steps:
+            raise ValueError(
+                f"steps must be at most the {state.max_steps} optimizer steps of the training, got "
+                f"{self.steps}; raise max_steps"
+            )
+        kind = AcceleratorState().distributed_type
+        if kind == DistributedType.FSDP:
+            raise ValueError("LoRI's B cannot be calibrated under FSDP, which splits it; use DDP")
+        if self.score != "magnitude" and (args.fp16 or kind == DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"score={self.score!r} needs gradients as they are, which fp16 scales and "
+                "DeepSpeed keeps to itself; use bf16 with DDP, or score='magnitude'"
+            )
+
+    def _resumed(
+        self, args: TrainingArguments, state: TrainerState, factors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The sums of the checkpoint that training goes on from."""
+        path = _checkpoint(args, state) / SCORES_FILE_NAME
+        if not path.is_file():
+            raise RuntimeError(
+                f"score={self.score!r} cannot go on from step {state.global_step}: {path}, with "
+                "the sums so far, does not exist; start again, or resume from a checkpoint that "
+                "this callback took part in"
+            )
+        stored = load_scores(path)
+        wanted = {"kind": self.score, "steps": state.global_step}
+        shapes = {name: scores.shape for name, scores in stored.scores.items()}
+        if stored.source != wanted or shapes != {n: f.shape for n, f in factors.items()}:
+            raise RuntimeError(
+                f"{path} holds sums of {dict(stored.source)} for other layers or steps than this "
+                f"run's {wanted}; start again"
+            )
+        return {name: scores.to(factors[name].device) for name, scores in stored.scores.items()}
+
+    def _scores(self, model: torch.nn.Module) -> dict[str, Tensor]:
+        factors = dense_factors(model, self.adapter_name)
+        with torch.no_grad(), gather_params_ctx(list(factors.values())):
+            if not any(factor.any() for factor in factors.values()):
+                raise ValueError(
+                    "lora_B is zero everywhere after the calibration, which ranks nothing: give it "
+                    "more steps or a higher learning rate"
+                )
+            if self.score != "magnitude":
+                return self._sums.scores()
+            trained = {name: factor.detach().float().cpu() for name, factor in factors.items()}
+        start = self._checked_config(model).lori_start
+        if start is not None:
+            began = LoraAdapter(start)
+            # As B holds it, in case that is narrower.
+            trained = {
+                name: trained[name] - began[name].lora_B.to(factors[name].dtype).float()
+                for name in trained
+            }
+        return magnitude_scores(trained)
+
+    def _layers(
+        self, model: torch.nn.Module, scores: Mapping[str, Tensor], step: int
+    ) -> LayerScores:
+        config = self._checked_config(model)
+        return LayerScores(
+            scores={name: part.detach().float().cpu() for name, part in scores.items()},
+            in_features=input_sizes(model, self.adapter_name),
+            seed=config.lori_seed,
+            source={"kind": self.score, "steps": step},
+            base_model_name_or_path=config.base_model_name_or_path,
+        )
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
