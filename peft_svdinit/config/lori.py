@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
+from ..deltas import options_beyond_the_product
 from ..masks import MASK_FILE_NAME, LoriMask, check_density, check_scope, save_mask
 from .stock_saved import StockSavedConfig
 
@@ -60,6 +63,8 @@ class LoriConfig(StockSavedConfig):
         self.lori_mask = os.path.expanduser(os.fspath(self.lori_mask))
         if self.lori_start is not None:
             self.lori_start = os.path.expanduser(os.fspath(self.lori_start))
+        if not isinstance(self.lori_seed, int) or isinstance(self.lori_seed, bool):
+            raise TypeError(f"lori_seed must be an integer, got {self.lori_seed!r}")
         check_density(self.lori_density)
         check_scope(self.lori_scope, self.lori_density)
         if not self.lori_mask:
@@ -74,9 +79,11 @@ class LoriConfig(StockSavedConfig):
                 "lora_bias cannot be combined with LoRI: B is replaced by its trained entries; "
                 "leave it out"
             )
-        if self.lori_start and self.use_dora:
+        beyond = [] if self.lori_start is None else options_beyond_the_product(vars(self))
+        if beyond:
             raise ValueError(
-                "lori_start cannot be combined with use_dora: the magnitudes would begin elsewhere"
+                f"lori_start cannot be combined with {', '.join(beyond)}: an adapter that others "
+                "can start from is B A alone; leave one of the two out"
             )
         self._made: LoriMask | None = None
         self.mark()
@@ -92,7 +99,17 @@ class LoriConfig(StockSavedConfig):
         return self._made
 
     def remember(self, mask: LoriMask) -> None:
-        """Keep the mask that is in use, so that it is saved with the adapter."""
+        """Keep the mask that is in use, so that it is saved with the adapter.
+
+        Raises:
+            ValueError: if another model has been given another mask by this configuration, with
+                which its adapter would then be saved.
+        """
+        if self._made is not None and not _are_equal(self._made, mask):
+            raise ValueError(
+                "this LoriConfig has made another mask for another model, which is saved from it; "
+                "make a LoriConfig of its own for each model"
+            )
         self._made = mask
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -121,3 +138,14 @@ class LoriConfig(StockSavedConfig):
         if config.lori_start is not None:
             config.lori_start = str(folder)
         return config
+
+
+def _are_equal(mask: LoriMask, other: LoriMask) -> bool:
+    """Whether two masks train the same entries of the same layers, over the same A."""
+    return (
+        mask.seed == other.seed
+        and mask.layers.keys() == other.layers.keys()
+        and all(
+            torch.equal(layer.mask, other.layers[name].mask) for name, layer in mask.layers.items()
+        )
+    )

@@ -41,6 +41,12 @@ _BEYOND_THE_PRODUCT = (
 INITS_MOVING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+def options_beyond_the_product(config: Mapping[str, Any]) -> list[str]:
+    """Options of an `adapter_config.json` in use under which the delta is not scaling * B @ A."""
+    beyond = [option for option in _BEYOND_THE_PRODUCT if config.get(option)]
+    return [*beyond, "bias"] if config.get("bias", "none") != "none" else beyond
+
+
 @dataclass(frozen=True)
 class LoraProduct:
     """`scaling * lora_B @ lora_A`, unmultiplied; (out, in) for Conv1D layers too."""
@@ -109,9 +115,7 @@ class LoraAdapter(Mapping[str, LoraProduct]):
                 f"adapter: {self.folder} is of type {config.get('peft_type')}, only LORA is "
                 "supported; peft.convert_to_lora turns many other types into it"
             )
-        beyond = [option for option in _BEYOND_THE_PRODUCT if config.get(option)]
-        if config.get("bias", "none") != "none":
-            beyond.append("bias")
+        beyond = options_beyond_the_product(config)
         if beyond:
             raise ValueError(
                 f"adapter: {self.folder} uses {', '.join(beyond)}, so that its effect is not "

@@ -6,6 +6,7 @@ the trained entries, with any optimizer and under any wrapper: to them it is one
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,11 @@ class SparseFactor(nn.Module):
     Raises:
         ValueError: if the mask keeps nothing.
     """
+
+    values: nn.Parameter
+    awaited_by: str | None = None
+    """Name of the layer whose saved values have yet to be loaded; until then it does not compute.
+    They come under the name `values`: a loader that looks for `weight` finds nothing to fill."""
 
     def __init__(
         self,
@@ -50,11 +56,14 @@ class SparseFactor(nn.Module):
             values = entries[self.indices.long()]
             entries[self.indices.long()] = 0
             self.frozen = entries if entries.any() else None
-        self.values = nn.Parameter(values)
+        # Past register_parameter, which accelerate's init_empty_weights sends to the meta device.
+        self._parameters["values"] = nn.Parameter(values)
+        self._fingerprint = _fingerprint(self.indices, self.frozen)
 
     @property
     def weight(self) -> Float[Tensor, "out rank"]:
         """B as a dense matrix, through which gradients reach the values."""
+        self._check_loaded()
         return _Scattered.apply(self.values, self.indices, self.frozen, self.shape)
 
     @property
@@ -84,14 +93,51 @@ class SparseFactor(nn.Module):
         flat = weight.reshape(-1)
         values = flat.index_select(0, self.indices.to(flat.device))
         rest = flat.index_fill(0, self.indices.to(flat.device).long(), 0)
-        expected = torch.zeros_like(rest) if self.frozen is None else self.frozen.to(rest)
-        if not torch.equal(rest, expected):
-            changed = int((rest != expected).sum())
+        expected = torch.zeros_like(rest) if self.frozen is None else self.frozen.to(rest.device)
+        narrow = min(rest.dtype, expected.dtype, key=lambda dtype: dtype.itemsize)
+        changed = int((rest.to(narrow) != expected.to(narrow)).sum())
+        if changed:
             raise ValueError(f"lora_B has {changed} other entries off the mask than this adapter")
         return values
 
     def forward(self, x: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch out"]:
+        self._check_loaded()
         return _SparseLinear.apply(x, self.values, self.indices, self.frozen, self.shape)
+
+    def get_extra_state(self) -> Tensor:
+        """What tells apart factors whose values mean other entries; part of every state dict."""
+        return self._fingerprint
+
+    def set_extra_state(self, state: Any) -> None:
+        """Compare, since values of the same number fit any mask.
+
+        Raises:
+            ValueError: if the state dict is of a factor with another mask or another start.
+        """
+        if not torch.equal(state.cpu(), self._fingerprint):
+            raise ValueError(
+                "the state dict has the values of another mask, or of other entries off the mask; "
+                "load it into a model of the lori_mask, lori_seed and lori_start it is from"
+            )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{prefix.removesuffix('.')}: {error}") from error
+        if f"{prefix}values" in state_dict:
+            self.awaited_by = None
+
+    def _check_loaded(self) -> None:
+        if self.awaited_by is not None:
+            raise RuntimeError(
+                f"layer {self.awaited_by}: the saved weights of this LoRI adapter were never "
+                "loaded; load them with PeftModel.from_pretrained(base, folder, config=LoriConfig."
+                "from_pretrained(folder)), load the folder as the stock LoRA it is, or set "
+                "inference_mode=False in the configuration to train from the beginning"
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseFactor:
         super()._apply(fn, recurse)
@@ -109,15 +155,24 @@ class SparseFactor(nn.Module):
         )
 
 
+def _fingerprint(indices: Tensor, frozen: Tensor | None) -> Tensor:
+    """Eight bytes of a SHA-256, as a tensor: what every kind of checkpoint can hold."""
+    digest = hashlib.sha256(indices.cpu().numpy().tobytes())
+    if frozen is not None:
+        digest.update(frozen.float().cpu().numpy().tobytes())
+    return torch.tensor(list(digest.digest()[:8]), dtype=torch.uint8, device="cpu")
+
+
 def _scattered(
     values: Tensor, indices: Tensor, frozen: Tensor | None, shape: tuple[int, int]
 ) -> Tensor:
     if frozen is None:
         flat = values.new_zeros(shape[0] * shape[1])
     else:
-        flat = frozen.to(values.dtype, copy=True)
-    # The only in-place write that takes indices of 32 bits; the entries are zero before.
-    return flat.index_add_(0, indices, values).view(shape)
+        flat = frozen.to(values.device, values.dtype, copy=True)
+    # The only in-place write that takes indices of 32 bits; the entries are zero before. Hooks that
+    # offload layers move parameters alone.
+    return flat.index_add_(0, indices.to(values.device), values).view(shape)
 
 
 class _Scattered(torch.autograd.Function):
@@ -135,7 +190,8 @@ class _Scattered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
-        return gradients[0].reshape(-1).index_select(0, indices), None, None, None
+        gradient = gradients[0].reshape(-1)
+        return gradient.index_select(0, indices.to(gradient.device)), None, None, None
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -166,5 +222,6 @@ class _SparseLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             rows = gradient.reshape(-1, ctx.shape[0])
             dense = rows.mT @ x.reshape(-1, ctx.shape[1]).to(gradient.dtype)
-            for_values = dense.reshape(-1).index_select(0, indices).to(values.dtype)
+            kept = dense.reshape(-1).index_select(0, indices.to(dense.device))
+            for_values = kept.to(values.dtype)
         return for_x, for_values, None, None, None

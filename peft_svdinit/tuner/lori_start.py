@@ -18,6 +18,7 @@ from ..layers.reference import lora_linears
 from ..layers.sparse_factor import SparseFactor
 from ..masks import LoriMask, load_mask, mask_from_scores, random_scores
 from .adapter_layers import given_memory, is_linear, lora_layers, module_name, shortened
+from .magnitudes import refresh_magnitude
 from .sparse_form import is_same_projection
 
 
@@ -38,7 +39,7 @@ class LoriStart:
         """Write A and B of every layer of the adapter, all layers checked first.
 
         Raises:
-            TypeError: if a target layer is not a linear one.
+            TypeError: if a target layer is not a linear one, or is split between devices.
             ValueError: if mask, adapter to start from and target layers do not fit each other.
         """
         config = self.config
@@ -49,6 +50,11 @@ class LoriStart:
                     f"layer {name} is a {type(layer).__name__}, whose B is no matrix; LoRI is for "
                     "linear layers: leave it out of target_modules"
                 )
+            if getattr(layer.get_base_layer(), "_hf_device_mesh", None) is not None:
+                raise TypeError(
+                    f"layer {name} is split by tensor parallelism, which LoRI does not know: its "
+                    "values are not rows of B; load the base without a tensor-parallel plan"
+                )
         shapes = {
             name: (layer.out_features or 0, layer.r[adapter_name]) for name, layer in layers.items()
         }
@@ -56,7 +62,6 @@ class LoriStart:
         if config.is_sparse:
             mask = self._mask or _random_mask(config, shapes, layers)
             _check_layers(mask, shapes, layers)
-            config.remember(mask)
         for name, layer in layers.items():
             lora_A = random_projection(
                 name, layer.r[adapter_name], layer.in_features or 0, config.lori_seed
@@ -66,8 +71,16 @@ class LoriStart:
                     f"lori_mask: layer {name} has another A than the mask was made with, although "
                     "the seed is the same; make the mask again with this version"
                 )
-            start = None if self._start is None else _started(self._start, name, lora_A, layer)
+            start = None
+            if self._start is not None:
+                start = _started(self._start, name, lora_A, layer, adapter_name)
             _write(layer, adapter_name, lora_A, start, mask and mask.layers[name].mask)
+            sparse = layer.lora_B[adapter_name]
+            # Made for inference, an adapter computes nothing until its saved weights are loaded.
+            if config.inference_mode and isinstance(sparse, SparseFactor):
+                sparse.awaited_by = name
+        if mask is not None:
+            config.remember(mask)
 
 
 def _opened(config: LoriConfig) -> LoriMask:
@@ -126,8 +139,10 @@ def _check_layers(
             )
 
 
-def _started(adapter: LoraAdapter, name: str, lora_A: Tensor, layer: LoraLayer) -> Tensor:
-    """B of the adapter to start from, if its A is ours."""
+def _started(
+    adapter: LoraAdapter, name: str, lora_A: Tensor, layer: LoraLayer, adapter_name: str
+) -> Tensor:
+    """B of the adapter to start from, if its A and its scaling are ours."""
     if name not in adapter:
         raise ValueError(
             f"lori_start: {adapter.folder} has no layer {name}; start from an adapter with the "
@@ -140,6 +155,12 @@ def _started(adapter: LoraAdapter, name: str, lora_A: Tensor, layer: LoraLayer) 
         raise ValueError(
             f"lori_start: layer {name} of {adapter.folder} has another A than lori_seed draws; "
             "start from an adapter of the same lori_seed and r"
+        )
+    if saved.scaling != layer.scaling[adapter_name]:
+        raise ValueError(
+            f"lori_start: layer {name} of {adapter.folder} has the scaling {saved.scaling:g}, here "
+            f"it is {layer.scaling[adapter_name]:g}, so that the same B would mean another update; "
+            "take its lora_alpha, alpha_pattern and use_rslora"
         )
     return saved.lora_B
 
@@ -164,9 +185,11 @@ def _write(
                 part_B.weight.zero_()
             else:
                 part_B.weight.copy_(start)
-        return
-    like = part_A.weight
-    sparse = SparseFactor(mask, start, dtype=like.dtype, device=like.device)
-    trained = next(part_B.parameters())
-    sparse.requires_grad_(trained.requires_grad)
-    layer.lora_B[adapter_name] = sparse.train(part_B.training)
+    else:
+        like = part_A.weight
+        sparse = SparseFactor(mask, start, dtype=like.dtype, device=like.device)
+        trained = next(part_B.parameters())
+        sparse.requires_grad_(trained.requires_grad)
+        layer.lora_B[adapter_name] = sparse.train(part_B.training)
+    if adapter_name in layer.lora_magnitude_vector:
+        refresh_magnitude(layer, adapter_name)

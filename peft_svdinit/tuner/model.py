@@ -12,7 +12,7 @@ from ..config import LoriConfig, StockSavedConfig, SvdLoraConfig, config_of_alia
 from ..layers.reference import stacked_factors
 from .adapter_layers import adapter_dtypes, weight_keys
 from .lori_start import LoriStart
-from .sparse_form import densify, renamed, sparsify
+from .sparse_form import densify, renamed, restore_projections, sparsify
 from .stacked_form import references, unstack
 from .svd_start import SvdStart
 
@@ -120,6 +120,8 @@ class SvdLoraModel(LoraModel):
                 stacked = stacked_factors(layer, adapter_name, *(tensors[key] for key in keys))
                 tensors.update(zip(keys, stacked, strict=True))
         densify(tensors, model, adapter_name)
+        if isinstance(config, LoriConfig):
+            restore_projections(tensors, model, adapter_name, config.lori_seed)
         return tensors
 
     @classmethod
@@ -138,7 +140,7 @@ class SvdLoraModel(LoraModel):
         for name, layer in references(model, adapter_name).items():
             unstack(tensors, name, layer, adapter_name, checked=checked)
         if isinstance(config, LoriConfig):
-            sparsify(tensors, model, adapter_name)
+            sparsify(tensors, model, adapter_name, config.lori_seed)
         return tensors
 
 

@@ -6,11 +6,9 @@ import logging
 import os
 from collections.abc import Mapping
 from functools import partial
-from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
@@ -23,7 +21,7 @@ from ..factor_sources import WeightFactors, WeightSource
 from ..factors import LowRankFactors
 from ..factors_file import FactorsFile
 from ..initializers import LoraInit, Split, Start, SvdGuided
-from ..layers.base_weight import base_weight, dequantised_weight
+from ..layers.base_weight import base_weight
 from ..layers.reference import (
     ReferenceVariant,
     attach_reference,
@@ -32,6 +30,7 @@ from ..layers.reference import (
     lora_linears,
 )
 from .adapter_layers import given_memory, is_linear, lora_layers, module_name, shortened
+from .magnitudes import refresh_magnitude
 
 logger = logging.getLogger(__name__)
 
@@ -286,7 +285,7 @@ def _write(layer: LoraLayer, adapter_name: str, init: LoraInit) -> None:
     elif isinstance(layer.lora_variant.get(adapter_name), ReferenceVariant):
         detach_reference(layer, adapter_name)
     if adapter_name in layer.lora_magnitude_vector:
-        _refresh_magnitude(layer, adapter_name)
+        refresh_magnitude(layer, adapter_name)
 
 
 @torch.no_grad()
@@ -297,21 +296,6 @@ def _start_without_factors(layer: LoraLayer, adapter_name: str, initializer: Svd
     if any(given):
         layer.reset_lora_parameters(adapter_name, True)
     if adapter_name in layer.lora_magnitude_vector:
-        _refresh_magnitude(layer, adapter_name)
+        refresh_magnitude(layer, adapter_name)
     if initializer.start == "reference":
         attach_zero_reference(layer, adapter_name)
-
-
-def _refresh_magnitude(layer: LoraLayer, adapter_name: str) -> None:
-    """Set DoRA's magnitudes to the norms of base + update, in place: an optimizer may hold them."""
-    magnitude = cast(DoraLinearLayer, layer.lora_magnitude_vector[adapter_name])
-    lora_A, lora_B = lora_linears(layer, adapter_name)
-    base_layer = layer.get_base_layer()
-    given_memory(magnitude, layer)
-    read = [part.parameters() for part in (lora_A, lora_B, base_layer)]
-    with gather_params_ctx(chain.from_iterable(read)):
-        weight = dequantised_weight(base_layer).to(lora_A.weight.device)
-        product = lora_B.weight @ lora_A.weight
-        norm = magnitude.get_weight_norm(weight, product, layer.scaling[adapter_name])
-    with gather_params_ctx(magnitude.parameters()):
-        magnitude.weight.copy_(norm)

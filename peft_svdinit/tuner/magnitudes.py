@@ -1,0 +1,29 @@
+"""DoRA's magnitudes, which belong to what A and B begin as."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import cast
+
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils.integrations import gather_params_ctx
+
+from ..layers.base_weight import dequantised_weight
+from ..layers.reference import lora_linears
+from .adapter_layers import given_memory
+
+
+def refresh_magnitude(layer: LoraLayer, adapter_name: str) -> None:
+    """Set DoRA's magnitudes to the norms of base + update, in place: an optimizer may hold them."""
+    magnitude = cast(DoraLinearLayer, layer.lora_magnitude_vector[adapter_name])
+    lora_A, lora_B = lora_linears(layer, adapter_name)
+    base_layer = layer.get_base_layer()
+    given_memory(magnitude, layer)
+    read = [part.parameters() for part in (lora_A, lora_B, base_layer)]
+    with gather_params_ctx(chain.from_iterable(read)):
+        weight = dequantised_weight(base_layer).to(lora_A.weight.device)
+        product = lora_B.weight @ lora_A.weight
+        norm = magnitude.get_weight_norm(weight, product, layer.scaling[adapter_name])
+    with gather_params_ctx(magnitude.parameters()):
+        magnitude.weight.copy_(norm)
