@@ -41,7 +41,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import peft_svdinit
 from peft_svdinit import LowRankFactors, SvdLoraConfig, initialize_lora_from_factors
 from peft_svdinit.factors_file import FactorsFile
-from peft_svdinit.tuner import SvdLoraModel, svd_start
+from peft_svdinit.tuner import SvdLoraModel, magnitudes, svd_start
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +390,8 @@ def test_parameters_are_gathered_around_every_read_and_write(scene, monkeypatch)
         gathered.update(map(id, [parameters] if torch.is_tensor(parameters) else parameters))
         yield
 
-    monkeypatch.setattr(svd_start, "gather_params_ctx", gather)
+    for module in (svd_start, magnitudes):
+        monkeypatch.setattr(module, "gather_params_ctx", gather)
     model = scene.peft_model(use_dora=True)
     expected = {id(weight) for name, weight in model.named_parameters() if "lora_" in name}
     expected |= {id(layer.get_base_layer().weight) for layer in adapted_layers(model).values()}
