@@ -22,14 +22,14 @@ def dense_factors(model: nn.Module, adapter_name: str = "default") -> dict[str, 
         ValueError: if the model has no such adapter, or its B is sparse already.
     """
     factors = {}
-    for name, layer in lora_layers(model, adapter_name):
-        part_B = lora_linears(layer, adapter_name)[1]
+    for path, layer in lora_layers(model, adapter_name):
+        name, part_B = path.removeprefix("base_model.model."), lora_linears(layer, adapter_name)[1]
         if isinstance(part_B, SparseFactor):
             raise ValueError(
                 f"layer {name}: B is sparse, and a mask is chosen among all of its entries; "
                 "calibrate with LoriConfig(lori_density=1)"
             )
-        factors[name.removeprefix("base_model.model.")] = part_B.weight
+        factors[name] = part_B.weight
     if not factors:
         raise ValueError(f"adapter_name={adapter_name!r}: the model has no LoRA layer of that name")
     return factors
@@ -49,12 +49,7 @@ def gradients_of(factors: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     Raises:
         RuntimeError: if one has none.
     """
-    gradients = {}
-    for name, factor in factors.items():
-        if factor.grad is None:
-            raise RuntimeError(f"layer {name}: lora_B has no gradient; is the adapter active?")
-        gradients[name] = factor.grad
-    return gradients
+    return _complete({name: factor.grad for name, factor in factors.items()})
 
 
 def gradient_scores(
@@ -69,9 +64,13 @@ def gradient_scores(
 
     Raises:
         ValueError: as `dense_factors`, or if a loss is not finite.
-        RuntimeError: if there is no batch.
+        RuntimeError: if there is no batch, or a B gets no gradient: the adapter is frozen or not
+            the active one.
     """
     factors = dense_factors(model, adapter_name)
+    for name, factor in factors.items():
+        if not factor.requires_grad:
+            raise RuntimeError(f"layer {name}: lora_B is frozen; load it with is_trainable=True")
     device = next(iter(factors.values())).device
     totals = GradientScores(weighted=False)
     was_training = model.training
@@ -85,8 +84,23 @@ def gradient_scores(
             loss = model(**inputs).loss
             if not torch.isfinite(loss):
                 raise ValueError(f"the loss of a batch is {loss.item()}; its gradients say nothing")
-            found = torch.autograd.grad(loss, list(factors.values()))
-            totals.add(factors, dict(zip(factors, found, strict=True)))
+            totals.add(factors, _gradients_of_loss(loss, factors))
     finally:
         model.train(was_training)
     return totals.scores()
+
+
+def _gradients_of_loss(loss: Tensor, factors: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    if not loss.requires_grad:
+        return _complete(dict.fromkeys(factors))
+    found = torch.autograd.grad(loss, list(factors.values()), allow_unused=True)
+    return _complete(dict(zip(factors, found, strict=True)))
+
+
+def _complete(gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    found = {}
+    for name, gradient in gradients.items():
+        if gradient is None:
+            raise RuntimeError(f"layer {name}: lora_B has no gradient; is the adapter active?")
+        found[name] = gradient
+    return found

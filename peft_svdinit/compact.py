@@ -20,6 +20,7 @@ from .config import SIDECAR_NAME, LoriConfig
 from .deltas import LoraAdapter
 from .initializers import LoraInit, random_projection, tensor_hash
 from .masks import (
+    COMPACT_FILE_NAME,
     MASK_FILE_NAME,
     CompactAdapter,
     LoriMask,
@@ -117,14 +118,19 @@ def write_stock_adapter(
         dtype: of A and B.
 
     Raises:
-        ValueError: if an A drawn here is another than the one it was trained with, or `folder`
-            holds something else.
+        ValueError: if an A drawn here is another than the one it was trained with, `folder` holds
+            something else or a compact adapter, or the configuration is not that of these layers.
     """
     target = Path(folder).expanduser()
     if target.exists() and not (target / CONFIG_NAME).is_file():
         if not target.is_dir() or any(target.iterdir()):
             raise ValueError(f"output_dir must be new, empty or an adapter's; {target} is not")
     tensors: dict[str, Tensor] = {}
+    if (target / COMPACT_FILE_NAME).is_file():
+        raise ValueError(
+            f"output_dir {target} holds {COMPACT_FILE_NAME}, which would be lost: a folder is "
+            "replaced as a whole; choose another"
+        )
     for name, layer in compact.mask.layers.items():
         lora_B = torch.zeros(layer.mask.shape)
         lora_B[layer.mask] = compact.values[name].float()
@@ -136,7 +142,19 @@ def write_stock_adapter(
         temporary.mkdir()
         write_json(temporary / CONFIG_NAME, dict(compact.config))
         save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        _refuse_unless_product(temporary)
     return target
+
+
+def _refuse_unless_product(folder: Path) -> None:
+    """Raise ValueError if the configuration, read from a file, is not that of these weights."""
+    try:
+        LoraAdapter(folder)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"adapter: the adapter_config.json in the compact file does not fit its entries "
+            f"({error}); write the file again"
+        ) from error
 
 
 def _stock_options(config: LoriConfig) -> dict[str, Any]:

@@ -265,7 +265,7 @@ def _chosen(
     source: dict[str, Any],
     base: str | None,
 ) -> LoriMask:
-    mask = mask_from_scores(
+    return mask_from_scores(
         scores,
         in_features,
         density=choice.density,
@@ -276,17 +276,6 @@ def _chosen(
         source=source,
         base_model_name_or_path=base,
     )
-    unranked = sum(
-        int((mask.layers[name].mask & (layer == 0).cpu()).sum()) for name, layer in scores.items()
-    )
-    if unranked:
-        logger.warning(
-            "%d of the %d entries kept have score 0, which ranks nothing: they are the first ones "
-            "of their rows and layers. Is the density above the share of B that was trained?",
-            unranked,
-            mask.kept,
-        )
-    return mask
 
 
 def _checked(rank: int) -> int:

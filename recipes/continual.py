@@ -55,7 +55,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         with state.main_process_first():
             layers = target_layers(setting.model, setting.sparse)
-            check_selection(layers, setting.sparse, seed=0)
+            mask = check_selection(layers, setting.sparse, seed=0)
+            if "lori_exclude" in setting.continual.schemes:
+                check_selection(layers, setting.sparse, seed=0, exclude=[mask])
             materials()
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error

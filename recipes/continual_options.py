@@ -109,6 +109,9 @@ class ContinualSetting:
         for name, remedy in (("seed", "seeds"), ("learning_rate", "a rate for each scheme")):
             if getattr(self.arguments, name) != getattr(RecipeArguments, name):
                 raise ValueError(f"{name} is set for every run; use {remedy}")
+        for name in ("load_best_model_at_end", "push_to_hub"):
+            if getattr(self.arguments, name):
+                raise ValueError(f"{name} is of no use here: every stage is kept as it ends")
 
     @property
     def root(self) -> Path:

@@ -14,7 +14,13 @@ from comparison_options import examples_per_step
 from continual_options import TASKS, ContinualSetting
 from datasets import concatenate_datasets
 from fit import Materials, fit
-from lori_stages import calibration_arguments, lori_model, remove_checkpoints, train_sparse
+from lori_stages import (
+    calibration_arguments,
+    lori_model,
+    prepared_base,
+    remove_checkpoints,
+    train_sparse,
+)
 from lori_tasks import calibration_task, mask_task, run_inputs
 from peft import PeftModel
 from train_lora import train_lora
@@ -24,7 +30,7 @@ from peft_svdinit.deltas import LoraAdapter
 from peft_svdinit.masks import load_mask
 from peft_svdinit.pipeline import Task
 from peft_svdinit.runs import Run, read_run
-from peft_svdinit.training import RecipeArguments, load_model
+from peft_svdinit.training import RecipeArguments
 
 _LABELS = {
     "lora": "LoRA, trained on",
@@ -128,7 +134,7 @@ class Plan:
 
         def second(materials: Materials, arguments: RecipeArguments) -> Run | None:
             going_on = PeftModel.from_pretrained(
-                load_model(model), str(one.folder), is_trainable=True
+                prepared_base(model), str(one.folder), is_trainable=True
             )
             return fit(going_on, materials, arguments, quiet=True)
 

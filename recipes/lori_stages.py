@@ -51,13 +51,23 @@ def check_selection(
     sparse: SparseOptions,
     seed: int,
     exclude: Sequence[LoriMask] = (),
-) -> None:
+) -> LoriMask:
     """Choose a random mask, so that a budget that cannot be kept is known before any training.
 
     Raises:
         ValueError: naming the option.
     """
-    _random_layers(layers, sparse.lora_r, seed).mask(**sparse.selection, exclude=exclude)
+    return _random_layers(layers, sparse.lora_r, seed).mask(**sparse.selection, exclude=exclude)
+
+
+def check_adapter(model: ModelOptions, config: LoriConfig) -> None:
+    """Make the adapter on a base without weights, so that what does not fit is known early.
+
+    Raises:
+        ValueError, TypeError, OSError: as the adapter of the training would.
+    """
+    skeleton: Any = model_skeleton(resolve_model(model.model_name_or_path))
+    get_peft_model(skeleton, config, low_cpu_mem_usage=True)
 
 
 def calibration_arguments(
@@ -173,10 +183,13 @@ def check_agreement(folder: Path) -> None:
 
 def lori_model(model: ModelOptions, config: LoriConfig) -> PeftModel:
     """The base model with its LoRI adapter, in which nothing is random but A's seed."""
+    return get_peft_model(prepared_base(model), config)  # pyright: ignore[reportReturnType]
+
+
+def prepared_base(model: ModelOptions) -> Any:
+    """The base model; a quantised one is prepared for training."""
     base: Any = load_model(model)
-    if getattr(base, "is_quantized", False):
-        base = prepare_model_for_kbit_training(base)
-    return get_peft_model(base, config)  # pyright: ignore[reportReturnType]
+    return prepare_model_for_kbit_training(base) if getattr(base, "is_quantized", False) else base
 
 
 def remove_checkpoints(arguments: RecipeArguments) -> None:

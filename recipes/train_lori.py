@@ -23,6 +23,7 @@ from fit import Materials, outcome
 from lori_options import SOURCES, LoriArguments, LoriOptions
 from lori_stages import (
     calibration_arguments,
+    check_adapter,
     check_selection,
     target_layers,
     train_sparse,
@@ -34,7 +35,6 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft_svdinit import FactorsFile
 from peft_svdinit.atomic import write_json
 from peft_svdinit.compact import compact_adapter_folder
-from peft_svdinit.deltas import LoraAdapter
 from peft_svdinit.linear_modules import LinearModule
 from peft_svdinit.masks import COMPACT_FILE_NAME, MASK_FILE_NAME, LoriMask, load_mask, save_mask
 from peft_svdinit.pipeline import Task, run_tasks
@@ -94,6 +94,17 @@ def check_inputs(
         raise ValueError(
             f"output_dir: {output} has checkpoints of another recipe; choose another folder"
         )
+    for option, read in (
+        ("lori_start", [lori.lori_start] if lori.lori_start else []),
+        ("mask_source", [lori.mask_source] if lori.given else []),
+        ("exclude_masks", lori.exclude_masks),
+    ):
+        for path in read:
+            if _is_replaced(path, output):
+                raise ValueError(
+                    f"{option}: {path} is in output_dir {output}, where the training replaces it; "
+                    "choose another output_dir"
+                )
     layers = target_layers(model, lori)
     if lori.given:
         if not Path(lori.mask_source).expanduser().exists():
@@ -110,8 +121,9 @@ def check_inputs(
     else:
         excluded = [load_mask(path) for path in lori.exclude_masks]
         check_selection(layers, lori, lori.lori_seed, excluded)
-    if lori.lori_start:
-        LoraAdapter(lori.lori_start)
+    if lori.given or lori.lori_start:
+        path = lori.mask_source if lori.given else None
+        check_adapter(model, lori.config(seed=lori.lori_seed, mask=path, start=lori.lori_start))
     if lori.svd_factors:
         FactorsFile(lori.svd_factors)
     return layers
@@ -187,6 +199,13 @@ def share(mask: LoriMask) -> str:
         f"{mask.kept:,} values trained, {mask.kept / mask.size:.1%} of B and "
         f"{mask.kept / lora:.1%} of a LoRA of this rank"
     )
+
+
+def _is_replaced(path: str, output: Path) -> bool:
+    """Whether `path` is the adapter that a training leaves in `output`, or a part of it."""
+    found, folder = Path(path).expanduser().resolve(), output.expanduser().resolve()
+    inside = found.parent == folder
+    return found == folder or (inside and (found.is_file() or found.name.startswith("checkpoint-")))
 
 
 def _copy_mask(source: str, folder: Path) -> None:

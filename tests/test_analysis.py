@@ -27,7 +27,8 @@ from peft_svdinit.analysis import (
     recommend_ranks,
     write_analysis,
 )
-from peft_svdinit.analysis.layers import layer_depth, module_types
+from peft_svdinit.analysis.layers import layer_depth
+from peft_svdinit.module_names import module_types
 
 wide = matrices_with_rank(st.just(torch.float32))
 

@@ -157,6 +157,28 @@ def test_values_that_a_dtype_cannot_hold_are_refused(trained, tmp_path):
         save_compact_adapter(trained, tmp_path, dtype=torch.float16)
 
 
+def test_a_configuration_that_is_not_that_of_the_entries_is_refused(trained, tmp_path):
+    compact = load_compact(save_compact_adapter(trained, tmp_path))
+    for change, said in (
+        ({"use_dora": True}, "uses use_dora"),
+        ({"r": 16, "lora_alpha": 16}, "has rank 8, but adapter_config.json says 16"),
+        ({"peft_type": "LOHA"}, "only LORA is supported"),
+        ({"r": None}, "does not fit its entries"),
+    ):
+        save_compact(tmp_path, replace(compact, config={**compact.config, **change}))
+        with pytest.raises(ValueError, match=f"adapter_config.json in the compact file.*{said}"):
+            write_stock_adapter(load_compact(tmp_path), tmp_path / "stock")
+        assert not (tmp_path / "stock").exists()
+
+
+def test_the_compact_adapter_itself_is_not_replaced(trained, tmp_path):
+    trained.save_pretrained(str(tmp_path))
+    compact = save_compact_adapter(trained, tmp_path)
+    with pytest.raises(ValueError, match=r"holds lori_adapter\.safetensors, which would be lost"):
+        write_stock_adapter(load_compact(tmp_path), tmp_path)
+    assert compact.is_file() and (tmp_path / "lori_mask.safetensors").is_file()
+
+
 def test_a_folder_with_something_else_in_it_is_not_replaced(trained, tmp_path):
     compact = load_compact(save_compact_adapter(trained, tmp_path))
     other = tmp_path / "notes"

@@ -214,11 +214,49 @@ def test_contradictory_options_are_refused_in_one_line(extra, message, capsys):
         (["--max_steps", "-1"], "max_steps must be even and at least 2, got -1"),
         (["--learning_rate", "0.1"], "learning_rate is set for every run; use a rate for each"),
         (["--seed", "1"], "seed is set for every run; use seeds"),
+        (["--push_to_hub", "true"], "push_to_hub is of no use here"),
     ],
 )
 def test_options_that_belong_to_single_runs_are_refused(extra, message):
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         continual.main(["--use_cpu", "true", *extra])
+
+
+def test_masks_apart_that_cannot_both_be_kept_are_refused_before_anything_is_trained(
+    learnt, tmp_path
+):
+    _, options = learnt
+    dense = [*options, "--lori_density", "0.6", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"error: .*exclude less"):
+        continual.main(dense)
+    assert not (tmp_path / "out").exists()
+
+
+def test_stage_two_of_lora_prepares_a_quantised_base_as_stage_one_does(
+    learnt, tmp_path, monkeypatch
+):
+    import lori_stages
+    import train_lora
+
+    _, options = learnt
+    prepared = []
+    for module in (lori_stages, train_lora):
+        load, name = module.load_model, module.__name__
+
+        def quantised(options, load=load):
+            model = load(options)
+            model.is_quantized = True
+            return model
+
+        def prepare(model, name=name):
+            prepared.append(name)
+            model.is_quantized = False
+            return model
+
+        monkeypatch.setattr(module, "load_model", quantised)
+        monkeypatch.setattr(module, "prepare_model_for_kbit_training", prepare)
+    continual.main([*options, "--schemes", "lora", "--seeds", "3", "--output_dir", str(tmp_path)])
+    assert prepared == ["train_lora", "lori_stages"]
 
 
 def test_a_missing_data_set_is_named_before_anything_is_trained(learnt, tmp_path):

@@ -208,7 +208,6 @@ def frozen() -> Any:
         (lori_d, {"adapter_name": "other"}, "needs an adapter 'other'"),
         (lori_d, {"steps": STEPS + 1}, "steps must be at most the 6 optimizer steps"),
         (lori_d, {"density": 0.4, "scope": "2:5"}, "a rank that 5 divides, got 4"),
-        (lori_d, {"density": 0.1, "floor": 0.2}, "floor must be in"),
         (lori_d, {"density": 0.0001}, "keeps none of the"),
     ],
 )
@@ -269,10 +268,13 @@ def test_a_calibration_that_diverged_is_an_error(tmp_path):
         ({"score": "size"}, "score must be one of magnitude, magnitude_gradient, gradient"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"exclude": ["/nowhere/at/all"]}, "nowhere"),
+        ({"exclude": "runs/mask"}, "exclude must be a list of masks, got 'runs/mask'"),
+        ({"floor": 0.5}, r"floor must be in \[0, density=0.1\], got 0.5"),
+        ({"density": None, "floor": 0.01}, "none is with density=None"),
     ],
 )
 def test_wrong_options_are_refused_when_the_callback_is_made(options, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((TypeError, ValueError, FileNotFoundError), match=message):
         LoriCalibrationCallback(**options)
 
 

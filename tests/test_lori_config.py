@@ -48,6 +48,10 @@ SEED = 3
         ({"lori_floor": -0.1}, ValueError, r"lori_floor must be in \[0, lori_density=0.25\]"),
         ({"lori_floor": 0.3}, ValueError, "lori_floor.*got 0.3"),
         ({"lori_floor": float("nan")}, ValueError, "lori_floor"),
+        ({"lori_density": "0.1"}, TypeError, "lori_density must be a number, got '0.1'"),
+        ({"lori_density": True}, TypeError, "lori_density must be a number, got True"),
+        ({"lori_mask": "x", "lori_scope": "row"}, ValueError, "say how a random mask is drawn"),
+        ({"lori_density": 1.0, "lori_floor": 0.1}, ValueError, "and none is with .*density=1.0"),
         *(({"lori_seed": seed}, TypeError, "lori_seed") for seed in (0.0, "0", None, True)),
         ({"lora_bias": True}, ValueError, "lora_bias"),
         ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights must stay True"),
@@ -316,10 +320,14 @@ def test_its_own_from_pretrained_restores_every_option(tmp_path):
     expected = {
         **dataclasses.asdict(saved),
         "lori_mask": str(tmp_path / MASK_FILE_NAME),
+        "lori_scope": "global",  # Those of the mask are in its file.
+        "lori_floor": 0.0,
         "inference_mode": True,
     }
     expected["target_modules"] = sorted(expected["target_modules"])
     assert {**dataclasses.asdict(found), "target_modules": expected["target_modules"]} == expected
+    found.save_pretrained(str(tmp_path / "again"))
+    assert json.loads((tmp_path / "again" / SIDECAR_NAME).read_text())["lori_scope"] == "global"
     written = load_mask(tmp_path)
     assert written.scope == "matrix" and written.floor == 0.1 and written.seed == SEED
     for name, layer in saved.mask.layers.items():

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,19 @@ def test_layers_that_both_masks_prefer_are_told_from_entries_that_both_keep():
     found = compare_masks(dict(zip("ab", masks, strict=True))).overlaps[0, 1]
     assert found.random_in_layers > 2 * found.random_jaccard
     assert found.jaccard == pytest.approx(found.random_in_layers, rel=0.1)
+
+
+def test_the_order_of_the_layers_changes_nothing(tmp_path):
+    first, second = random_mask(1), random_mask(2)
+    turned = replace(
+        second, layers={name: second.layers[name] for name in reversed([*second.layers])}
+    )
+    texts = []
+    for other in (turned, second):
+        masks = {"a": first, "b": other}
+        write_mask_comparison(compare_masks(masks), masks, tmp_path, plots=False)
+        texts.append((tmp_path / "mask_report.md").read_text())
+    assert texts[0] == texts[1]
 
 
 def test_deltas_are_compared_where_both_have_one():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,8 @@ def test_a_mask_of_the_reference_with_code_or_for_another_model_is_one_line(
     assert not (tmp_path / "trap").exists()
     torch.save({**stored, key: stored[key][1:]}, reference)
     assert "has 15 outputs" in refused([*with_adapter, *given], capsys)
+    both = refused([*with_adapter, *given, "--base", tmp_path], capsys)
+    assert "source reference with adapter does not use base" in both
     torch.save({**stored, key.replace("down", "gate"): stored[key]}, reference)
     assert "the model no such layer" in refused([*with_adapter, *given], capsys)
     for entry, said in ((True, "keeps every entry"), (False, "keeps no entry")):
@@ -322,6 +325,14 @@ def test_a_mask_of_the_reference_with_code_or_for_another_model_is_one_line(
     message = refused([*with_adapter, *given], capsys)
     assert f"keeps nothing in layer {LAYERS[0]}" in message
     assert not (tmp_path / "m").exists()
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    lori_adapter(tmp_path / "one", lori_density=0.2)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("~/one", "~/one/lori_mask.safetensors"):
+        main(["mask", "--show", path, "--plots", "false", "--output", "~/shown"])
+    assert (tmp_path / "shown" / "mask_report.md").is_file()
 
 
 def test_entries_of_score_zero_are_warned_of(tmp_path, caplog):
@@ -406,5 +417,14 @@ def test_what_cannot_be_shown_is_one_line(folder, calibrated, stock, tmp_path, c
     twice = ["--show", tmp_path / "one", tmp_path / "one", *output]
     assert "show names a path twice" in refused(twice, capsys)
     assert "give either source" in refused(output, capsys)
+    # A mask that was copied beside another adapter, of another rank or without the layer.
+    for name, options in (("rank", {"r": 2}), ("layers", {"target_modules": ["q_proj"]})):
+        lori_adapter(tmp_path / name, **options)
+        shutil.copy(tmp_path / "one" / "lori_mask.safetensors", tmp_path / name)
+        alone = refused(["--show", tmp_path / name, *output], capsys)
+        assert f"layer {LAYERS[0]}: there is no lora_B of the mask's shape" in alone
+        compared = refused(["--show", tmp_path / "one", tmp_path / name, *output], capsys)
+        assert f"layer {LAYERS[0]} of {name} has a mask of shape" in compared
+    assert not (tmp_path / "m").exists()
     (tmp_path / "m").touch()
     assert "output must be a folder" in refused(["--show", tmp_path / "one", *output], capsys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,9 @@ from peft_svdinit.masks import (
     save_compact,
     save_mask,
 )
+from peft_svdinit.masks.headed_file import write_headed
 from peft_svdinit.masks.mask_file import pack, unpack
+from peft_svdinit.masks.scores_file import load_scores
 from peft_svdinit.tensor_writer import TensorWriter
 
 HEADER_KEY = "peft_svdinit.lori"
@@ -179,6 +182,8 @@ def test_a_flipped_bit_a_swap_and_a_cut_are_noticed(file):
         (lambda h: h.update(density=True), "damaged header: density is True"),
         (lambda h: h.update(seed=1.5), "damaged header: seed is 1.5"),
         (lambda h: h.update(scope="all"), "scope must be one of"),
+        (lambda h: h.update(floor=math.nan), "floor must be in .* got nan"),
+        (lambda h: h.update(floor=0.9), "floor must be in .* got 0.9"),
         (lambda h: h.update(source=None), "damaged header: source is None"),
         (lambda h: h.pop("checksum"), "damaged header .*checksum"),
         (lambda h: h.update(layers={}), "has no layer"),
@@ -277,6 +282,28 @@ def test_a_mask_is_no_compact_adapter(tmp_path):
         load_compact(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "shape", "message"),
+    [
+        ({"seed": "x"}, (4, 2), "damaged header: seed is 'x'"),
+        ({"base_model_name_or_path": 3}, (4, 2), "base_model_name_or_path is 3"),
+        ({"in_features": ["a"]}, (4, 2), "damaged header: in_features is"),
+        ({"in_features": {"a": "7"}}, (4, 2), "layer a has scores of shape .* for '7' inputs"),
+        ({"in_features": {"a": 0}}, (4, 2), "layer a has scores of shape .* for 0 inputs"),
+        ({}, (4,), r"layer a has scores of shape \(4,\) for 7 inputs"),
+    ],
+)
+def test_a_file_of_scores_of_no_b_is_one_clear_error(tmp_path, change, shape, message):
+    path = tmp_path / "s.safetensors"
+    header = {"in_features": {"a": 7}, "seed": 0, "source": {}, "base_model_name_or_path": None}
+    write_headed(path, "peft_svdinit.lori_scores", header, {"a.scores": torch.ones(4, 2)})
+    assert load_scores(path).in_features == {"a": 7}
+    tensors = {"a.scores": torch.ones(shape)}
+    write_headed(path, "peft_svdinit.lori_scores", {**header, **change}, tensors)
+    with pytest.raises(ValueError, match=message):
+        load_scores(path)
+
+
 def test_a_mask_of_the_reference_is_read_by_module_name(tmp_path):
     masks = {KEY.format(layer): torch.rand(6, 4) < 0.3 for layer in (0, 11)}
     torch.save(masks, tmp_path / "0.9_mask.pt")
@@ -321,6 +348,12 @@ def test_code_in_a_mask_of_the_reference_is_not_run(tmp_path, new_zip):
         ({"layers.0.weight": torch.ones(2, 2)}, "layers.0.weight in .* is no mask of a lora_B"),
         ({KEY.format(0): 0.9}, "is no mask of a lora_B"),
         ({KEY.format(0): torch.ones(2, 2, 1)}, "is no mask of a lora_B"),
+        ({KEY.format(0): torch.eye(2).to_sparse()}, "is no dense tensor with its entries"),
+        ({KEY.format(0): torch.eye(2, device="meta")}, "is no dense tensor with its entries"),
+        (
+            {KEY.format(0): torch.eye(2), KEY.format(0).replace("default", "b"): torch.eye(2)},
+            r"two masks of layer .*, .*lora_B\.b.* the second",
+        ),
         ({KEY.format(0): torch.full((2, 2), 0.5)}, "has entries other than 0 and 1"),
         ({KEY.format(0): torch.full((2, 2), torch.nan)}, "has entries other than 0 and 1"),
     ],

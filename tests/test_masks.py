@@ -13,17 +13,19 @@ from strategies import seeds
 from torch import Tensor
 
 from peft_svdinit import LowRankFactors
+from peft_svdinit.analysis.mask_statistics import mask_statistics
 from peft_svdinit.initializers import random_projection, tensor_hash
 from peft_svdinit.masks import (
     GradientScores,
     LoriMask,
-    group_of,
+    groups_of,
     magnitude_scores,
     mask_from_scores,
     random_scores,
     select,
     teacher_scores,
 )
+from peft_svdinit.module_names import module_types
 
 NAMES = ["layers.0.attn.q", "layers.0.mlp.up", "layers.2.attn.q", "layers.10.attn.q", "head"]
 GROUPED = ["global", "type", "layer", "matrix"]
@@ -178,11 +180,21 @@ def test_counts_are_rounded_halves_up(size):
 
 
 def test_scopes_group_by_type_block_and_matrix():
-    assert [group_of(name, "type") for name in NAMES] == ["q", "up", "q", "q", "head"]
+    assert list(groups_of(NAMES, "type").values()) == ["q", "up", "q", "q", "head"]
     blocks = ["layers.0", "layers.0", "layers.2", "layers.10", "head"]
-    assert [group_of(name, "layer") for name in NAMES] == blocks
+    assert list(groups_of(NAMES, "layer").values()) == blocks
     # The first number is the block's, also where an expert has one of its own.
-    assert group_of("layers.3.experts.7.up", "layer") == "layers.3"
+    expert = "layers.3.experts.7.up"
+    assert groups_of([expert], "layer") == {expert: "layers.3"}
+
+
+def test_types_that_share_a_last_name_have_budgets_of_their_own_as_reports_tell_them_apart():
+    names = [f"h.{i}.{part}" for i in (0, 1) for part in ("attn.c_proj", "mlp.c_proj")]
+    assert groups_of(names, "type") == module_types(names)
+    scores = {name: torch.rand(10, 2) + 5 * ("mlp" in name) for name in names}
+    masks = select(scores, 0.2, scope="type")
+    groups = mask_statistics(masks).types
+    assert [(group.name, group.kept) for group in groups] == [("attn.c_proj", 8), ("mlp.c_proj", 8)]
 
 
 def test_equal_scores_keep_the_first_layers_in_natural_order():
@@ -241,6 +253,7 @@ def test_millions_of_entries_with_ties_get_the_exact_count():
         ({"density": 0.3, "floor": 0.3, "scope": "row"}, "keeps 11 entries .* asks for 14"),
         ({"scope": "tensor"}, "scope must be one of global, type, layer, matrix, row, or"),
         ({"scope": "5:4"}, "needs 1 <= N <= M"),
+        ({"scope": 124}, 'scope must be text, got 124; in YAML write "2:4" with the quotes'),
         ({"scope": "0:4"}, "needs 1 <= N <= M"),
         ({"scope": "1:4"}, "keeps 0.25 of the entries, but density is 0.5; set density=0.25"),
         ({"scope": "4:8"}, "needs a rank that 8 divides, got 4"),
@@ -380,6 +393,13 @@ def test_gradient_scores_add_batches_up_as_their_definition_says(weighted):
         assert torch.equal(given, gradient)
         expected += (lora_B * gradient).abs() if weighted else gradient
     torch.testing.assert_close(totals.scores()["a"], expected.abs())
+
+
+def test_products_below_the_range_of_float16_still_rank():
+    scores = GradientScores(weighted=True)
+    small = torch.full((2, 2), 1e-4).half()
+    scores.add({"a": small}, {"a": small})
+    assert scores.scores()["a"].min() > 0.9e-8
 
 
 def test_gradient_scores_without_a_batch_are_refused():

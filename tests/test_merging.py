@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -364,9 +365,11 @@ def test_dare_keeps_or_drops_whole_entries_and_scales_up_what_it_keeps(tmp_path)
     assert abs(kept / entries - density) < 4 * math.sqrt(density / entries)
 
 
-def test_dare_repeats_with_its_seed_and_leaves_the_random_state_alone(tmp_path):
+def test_dare_repeats_with_its_seed_and_leaves_the_random_state_alone(tmp_path, monkeypatch):
     paths = three(tmp_path)
     torch.manual_seed(11)
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     before = torch.random.get_rng_state()
     found = []
     for index, seed in enumerate([0, None, 1]):
@@ -374,6 +377,7 @@ def test_dare_repeats_with_its_seed_and_leaves_the_random_state_alone(tmp_path):
         merge(paths, tmp_path / str(index), method)
         found.append(load_file(tmp_path / str(index) / WEIGHTS))
     assert torch.equal(torch.random.get_rng_state(), before)
+    assert not seeded, "those of other devices"
     assert equal_bits(found[0], found[1])
     assert not equal_bits(found[0], found[2])
     # Layers of one shape drop other entries each.
@@ -583,6 +587,12 @@ def test_outputs_that_would_lose_something_are_refused(tmp_path):
     paths = three(tmp_path)
     assert_refused(paths, "must not be an input", output=paths[1])
     assert_refused(paths, "must not be an input", output=paths[2], weights=[1.0, 1.0, 0.0])
+    inner = paths[0] / "second"  # as PEFT saves a model's further adapters
+    shutil.copytree(paths[1], inner)
+    assert_refused(
+        [inner, paths[1]], "output must not hold an input, but .*second", output=paths[0]
+    )
+    assert inner.is_dir()
     (tmp_path / "file").write_text("dear")
     assert_refused(paths, "must be a folder, but .* is a file", output=tmp_path / "file")
     (tmp_path / "mine").mkdir()

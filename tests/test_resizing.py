@@ -497,3 +497,11 @@ def test_the_verb_prints_totals_and_the_worst_layers(tmp_path, capsys):
     assert worst["name"] in printed and "4 > 2" in printed and str(tmp_path / "b") in printed
     with pytest.raises(ValueError, match="one per adapter, got 1 for 2"):
         ResizeOptions(adapter=["a", "b"], output="c", rank=2, weights=[1.0])
+
+
+def test_a_folder_that_holds_an_input_is_not_replaced(tmp_path):
+    trained_adapter(tmp_path / "first")
+    trained_adapter(tmp_path / "first" / "second")
+    with pytest.raises(ValueError, match="must not hold an input"):
+        resize([tmp_path / "first" / "second"], tmp_path / "first", RankTarget(rank=2))
+    assert (tmp_path / "first" / "second" / "adapter_config.json").is_file()

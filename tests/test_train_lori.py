@@ -264,6 +264,8 @@ def test_contradictory_options_are_refused_in_one_line(made, extra, message, cap
         (["--exclude_masks", "{run}", "--lori_density", "0.9"], "lower the density, or exclude"),
         (["--exclude_masks", "{run}", "--lora_r", "4"], "masks of one rank can be disjoint"),
         (["--lori_start", "{run}/nothing"], "nothing"),
+        (["--lori_start", "{run}", "--lori_seed", "3"], "has another A than lori_seed draws"),
+        (["--lori_start", "{run}", "--lora_alpha", "8"], "here it is 4, so that the same B"),
         (["--lori_density", "0.0001"], "keeps none of the"),
         (["--lora_target_modules", "nowhere"], "matches no linear layer"),
     ],
@@ -283,6 +285,7 @@ def test_what_cannot_work_is_refused_before_the_calibration(made, tmp_path, extr
         (["--mask_source", "magnitudes"], "mask_source must be one of magnitude"),
         (["--mask_source", "{run}", "--lori_density", "0.5"], "set lori_density=0.25"),
         (["--mask_source", "{run}", "--lori_seed", "1"], "set lori_density=0.25 and lori_seed=0"),
+        (["--mask_source", "{run}", "--lora_r", "4"], "lori_mask is for rank 2, r is 4"),
     ],
 )
 def test_a_given_mask_of_another_kind_is_refused(made, tmp_path, extra, message):
@@ -300,6 +303,20 @@ def test_checkpoints_of_another_recipe_are_left_alone(made, tmp_path):
     with pytest.raises(SystemExit, match="has checkpoints of another recipe"):
         train_lori.main([*options, "--output_dir", str(tmp_path)])
     assert (tmp_path / "checkpoint-7").is_dir()
+
+
+@pytest.mark.parametrize("option", ["lori_start", "mask_source", "exclude_masks"])
+def test_a_training_does_not_replace_what_it_reads(made, tmp_path, option):
+    folder, options = made
+    shutil.copytree(folder, tmp_path / "run")
+    weights = tmp_path / "run/adapter_model.safetensors"
+    before = weights.read_bytes()
+    chosen = uncalibrated(options) if option == "mask_source" else options
+    extra = [f"--{option}", f"{tmp_path}/other/../run", "--output_dir", str(tmp_path / "run")]
+    (tmp_path / "other").mkdir()
+    with pytest.raises(SystemExit, match=f"error: {option}: .* choose another output_dir"):
+        train_lori.main([*chosen, *extra])
+    assert weights.read_bytes() == before
 
 
 def test_two_processes_calibrate_and_train_one_adapter(made, tmp_path):

@@ -29,6 +29,7 @@ from peft_svdinit.masks import (
     save_mask,
 )
 from peft_svdinit.masks.scores_file import SCORES_FILE_NAME, LayerScores, load_scores, save_scores
+from peft_svdinit.masks.selection import check_floor
 
 SCORES = ("magnitude", "magnitude_gradient", "gradient")
 
@@ -57,9 +58,10 @@ class LoriCalibrationCallback(TrainerCallback):
         adapter_name: the adapter that is calibrated.
 
     Raises:
-        FileNotFoundError, ValueError: for wrong options, here; where training begins, for a model
-            without a dense LoRI adapter, a mask that could not be chosen for it, or a checkpoint
-            without the sums; where it ends, for a B that is zero everywhere or not finite.
+        FileNotFoundError, TypeError, ValueError: for wrong options, here; where training begins,
+            for a model without a dense LoRI adapter, or a mask that could not be chosen for it;
+            where it ends, for a B that is zero everywhere or not finite.
+        RuntimeError: where training begins, for a checkpoint without the sums.
     """
 
     def __init__(
@@ -74,9 +76,17 @@ class LoriCalibrationCallback(TrainerCallback):
         exclude: Sequence[LoriMask | str | os.PathLike] = (),
         adapter_name: str = "default",
     ) -> None:
+        if isinstance(exclude, (str, os.PathLike)):
+            raise TypeError(f"exclude must be a list of masks, got {exclude!r}")
         if density is not None:
             check_density(density)
             check_scope(scope, density)
+            check_floor(floor, density)
+        elif scope != "global" or floor or exclude:
+            raise ValueError(
+                "scope, floor and exclude say how a mask is chosen, and none is with density=None; "
+                "leave them out, or set density"
+            )
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
         if steps is not None and steps < 1:

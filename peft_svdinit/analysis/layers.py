@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from ..linalg import rank_for_energy, stable_rank
+from ..module_names import module_types
 from .random_spectrum import random_reference
 from .spectra import HasSpectrum, energy_not_held, singular_values
 from .spikes import Spikes, find_spikes
@@ -263,22 +263,6 @@ def analyze(
         for name, layer in factors.items()
     )
     return Analysis(rank=rank, layers=tuple(layers))
-
-
-def module_types(names: Iterable[str]) -> dict[str, str]:
-    """Name to kind of module: the last component, or the last two where one would be ambiguous.
-
-    `model.layers.3.self_attn.q_proj` is a `q_proj`; GPT-2's two `c_proj` become `attn.c_proj` and
-    `mlp.c_proj`. Numbers are not kinds and are passed over.
-    """
-    words = {name: [word for word in name.split(".") if not word.isdigit()] for name in names}
-    parents = defaultdict(set)
-    for parts in words.values():
-        parents[tuple(parts[-1:])].add(tuple(parts[-2:-1]))
-    return {
-        name: ".".join(parts[-2:] if len(parents[tuple(parts[-1:])]) > 1 else parts[-1:]) or name
-        for name, parts in words.items()
-    }
 
 
 def layer_depth(name: str) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from ..masks import LoriMask
@@ -156,15 +156,15 @@ def _overlap(first: LoriMask, second: LoriMask) -> MaskOverlap:
         random_jaccard=chance / either if either else 0.0,
         random_deviation=slope * random_deviation(kept, size, others),
         random_in_layers=found.random_jaccard,
-        row_correlation=_correlation(_row_densities(first.masks), _row_densities(second.masks)),
+        row_correlation=_correlation(_row_densities(first, names), _row_densities(second, names)),
         shares_A=all(
             first.layers[name].hash_A == second.layers[name].hash_A for name in first.layers
         ),
     )
 
 
-def _row_densities(masks: Mapping[str, Bool[Tensor, "out rank"]]) -> Float[Tensor, " rows"]:
-    return torch.cat([mask.double().mean(1) for mask in masks.values()])
+def _row_densities(mask: LoriMask, names: Sequence[str]) -> Float[Tensor, " rows"]:
+    return torch.cat([mask.layers[name].mask.double().mean(1) for name in names])
 
 
 def _correlation(first: Float[Tensor, " rows"], second: Float[Tensor, " rows"]) -> float:

@@ -7,8 +7,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from ..module_names import module_types
 from .canvas import COLOURS, GUIDE, new_figure, save_figure, tidy
-from .layers import layer_depth, module_types
+from .layers import layer_depth
 from .mask_statistics import Energy, Group, MaskStatistics
 
 # Standard deviations on either side that 95 % of random masks stay within.

@@ -18,7 +18,7 @@ from .mask_entries_plot import plot_mask_entries
 from .mask_overlap import Comparison
 from .mask_overlap_plot import plot_mask_overlap
 from .mask_plot import plot_mask
-from .mask_statistics import Group, MaskStatistics, mask_statistics
+from .mask_statistics import Group, MaskStatistics, check_fits, mask_statistics
 from .mask_words import comparison_in_words, mask_in_words
 
 FORMAT_VERSION = 1
@@ -59,8 +59,10 @@ def write_mask_report(
         ValueError: as `mask_statistics`.
     """
     folder, masks = Path(output_dir), mask.masks
+    if lora_B is not None:
+        check_fits(masks, lora_B)
     says_something = lora_B is not None and any(
-        bool(matrix.cpu()[~masks[name]].any()) for name, matrix in lora_B.items() if name in masks
+        bool(lora_B[name].cpu()[~kept].any()) for name, kept in masks.items()
     )
     statistics = mask_statistics(masks, lora_B if says_something else None)
     content = {"format_version": FORMAT_VERSION, "mask": described(mask), **statistics.as_dict()}
@@ -104,7 +106,11 @@ def write_mask_comparison(
         ImportError: if `plots` is asked for without matplotlib; nothing is written then.
     """
     folder = Path(output_dir)
-    statistics = {label: mask_statistics(mask.masks) for label, mask in masks.items()}
+    names = list(next(iter(masks.values())).layers)
+    statistics = {
+        label: mask_statistics({name: mask.layers[name].mask for name in names})
+        for label, mask in masks.items()
+    }
     content = {
         "format_version": FORMAT_VERSION,
         "masks": {

@@ -11,7 +11,8 @@ from typing import Any
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .layers import layer_depth, module_types
+from ..module_names import module_types
+from .layers import layer_depth
 from .mask_chance import Spread, energy_of_noise, random_deviation
 
 OUTSIDE = "none"
@@ -200,13 +201,10 @@ def mask_statistics(
     """
     if not masks:
         raise ValueError("masks are empty: there is nothing to describe")
+    if lora_B is not None:
+        check_fits(masks, lora_B)
     layers = []
     for name, mask in masks.items():
-        if lora_B is not None and (name not in lora_B or lora_B[name].shape != mask.shape):
-            raise ValueError(
-                f"layer {name}: there is no lora_B of the mask's shape {tuple(mask.shape)}; is it "
-                "of the same adapter?"
-            )
         layers.append(
             LayerMaskStatistics(
                 name=name,
@@ -218,6 +216,18 @@ def mask_statistics(
             )
         )
     return MaskStatistics(tuple(layers))
+
+
+def check_fits(
+    masks: Mapping[str, Bool[Tensor, "out rank"]], lora_B: Mapping[str, Float[Tensor, "out rank"]]
+) -> None:
+    """Raise ValueError unless every mask has a B of its shape."""
+    for name, mask in masks.items():
+        if name not in lora_B or lora_B[name].shape != mask.shape:
+            raise ValueError(
+                f"layer {name}: there is no lora_B of the mask's shape {tuple(mask.shape)}; is it "
+                "of the same adapter?"
+            )
 
 
 def _energy(mask: Tensor, lora_B: Tensor) -> Energy | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..factors import LowRankFactors
+from ..module_names import module_types
 from .canvas import (
     COLOURS,
     GUIDE,
@@ -19,7 +20,7 @@ from .canvas import (
     styles_of,
     tidy,
 )
-from .layers import layer_depth, module_types
+from .layers import layer_depth
 from .spectra import energy_not_held
 
 

@@ -129,6 +129,9 @@ class MaskOptions:
                 )
             self._refuse("source reference", self._choosing() & {"density", "scope", "floor"})
             self._refuse("source reference", {"exclude"} if self.exclude else set())
+            self._refuse(
+                "source reference with adapter", {"base"} if self.adapter and self.base else set()
+            )
         if bool(self.factors) != (self.rank is not None) or (self.factors and self.adapter):
             raise ValueError("give factors and rank together, and no adapter beside them")
         density = 0.1 if self.density is None else self.density
@@ -192,7 +195,7 @@ def _show(paths: list[str], output: Path, plots: bool) -> None:
     masks, adapters = {}, {}
     for label, path in _labels(paths).items():
         masks[label] = load_mask(path)
-        if not Path(path).is_file():
+        if not Path(path).expanduser().is_file():
             folder = resolve_folder(path, argument="show")
             if (folder / "adapter_config.json").is_file():
                 adapters[label] = LoraAdapter(folder)
@@ -202,7 +205,9 @@ def _show(paths: list[str], output: Path, plots: bool) -> None:
         statistics = write_mask_report(masks[label], output, lora_B=lora_B, plots=plots)
         print("\n".join(mask_in_words(masks[label], statistics)))
     else:
-        deltas = {label: _reader(adapter) for label, adapter in adapters.items()}
+        deltas = {
+            label: _reader(label, adapter, masks[label]) for label, adapter in adapters.items()
+        }
         comparison = compare_masks(masks, deltas)
         write_mask_comparison(comparison, masks, output, plots=plots)
         print("\n".join(comparison_in_words(comparison)).replace("**", ""))
@@ -214,7 +219,8 @@ def _labels(paths: list[str]) -> dict[str, str]:
     if len(set(paths)) < len(paths):
         raise ValueError("show names a path twice; give each mask once")
     names = {
-        path: Path(path).parent.name if Path(path).is_file() else Path(path).name for path in paths
+        path: (Path(path).parent if Path(path).expanduser().is_file() else Path(path)).name
+        for path in paths
     }
     counts = Counter(names.values())
     return {
@@ -222,9 +228,15 @@ def _labels(paths: list[str]) -> dict[str, str]:
     }
 
 
-def _reader(adapter: LoraAdapter) -> Callable[[str], Delta]:
+def _reader(label: str, adapter: LoraAdapter, mask: LoriMask) -> Callable[[str], Delta]:
     def read(name: str) -> Delta:
-        layer = adapter[name]
+        layer = adapter[name] if name in adapter else None
+        expected = mask.masks[name].shape
+        if layer is None or layer.lora_B.shape != expected:
+            raise ValueError(
+                f"show: layer {name} of {label} has a mask of shape {tuple(expected)}, but no such "
+                "lora_B; is the mask that of another adapter?"
+            )
         return layer.lora_B, layer.lora_A, layer.scaling
 
     return read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -65,10 +66,20 @@ class LoriConfig(StockSavedConfig):
             self.lori_start = os.path.expanduser(os.fspath(self.lori_start))
         if not isinstance(self.lori_seed, int) or isinstance(self.lori_seed, bool):
             raise TypeError(f"lori_seed must be an integer, got {self.lori_seed!r}")
+        for name in ("lori_density", "lori_floor"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"{name} must be a number, got {value!r}")
         check_density(self.lori_density)
         check_scope(self.lori_scope, self.lori_density)
         if not self.lori_mask:
             raise ValueError('lori_mask must name a mask file, or be "random"; it is empty')
+        drawn = self.lori_mask == RANDOM and self.lori_density < 1
+        if not drawn and (self.lori_scope != "global" or self.lori_floor):
+            raise ValueError(
+                "lori_scope and lori_floor say how a random mask is drawn, and none is with "
+                f"lori_mask={self.lori_mask!r} and lori_density={self.lori_density}; leave them out"
+            )
         if not 0 <= self.lori_floor <= self.lori_density:
             raise ValueError(
                 f"lori_floor must be in [0, lori_density={self.lori_density}], got "
@@ -135,6 +146,7 @@ class LoriConfig(StockSavedConfig):
         # Paths in a file from elsewhere are not followed.
         if config.is_sparse:
             config.lori_mask = str(folder / MASK_FILE_NAME)
+            config.lori_scope, config.lori_floor = "global", 0.0  # The mask is drawn already.
         if config.lori_start is not None:
             config.lori_start = str(folder)
         return config

@@ -13,7 +13,7 @@ from .mask_file import (
     save_mask,
 )
 from .scores import GradientScores, magnitude_scores, random_scores, teacher_scores
-from .selection import SCOPES, check_density, check_scope, group_of, select
+from .selection import SCOPES, check_density, check_scope, groups_of, select
 
 __all__ = [
     "COMPACT_FILE_NAME",
@@ -25,7 +25,7 @@ __all__ = [
     "MaskedLayer",
     "check_density",
     "check_scope",
-    "group_of",
+    "groups_of",
     "load_compact",
     "load_mask",
     "magnitude_scores",

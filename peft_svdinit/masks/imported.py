@@ -11,6 +11,17 @@ from jaxtyping import Bool
 from torch import Tensor
 
 _PREFIX, _MIDDLE = "base_model.model.", ".lora_B."
+# What torch's reader raises over bytes that it did not write.
+_DAMAGED = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AssertionError,
+    AttributeError,
+    TypeError,
+)
 
 
 def read_reference_mask(path: str | os.PathLike) -> dict[str, Bool[Tensor, "out rank"]]:
@@ -21,14 +32,15 @@ def read_reference_mask(path: str | os.PathLike) -> dict[str, Bool[Tensor, "out 
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds anything else than tensors, which is never run, or no masks of B.
+        ValueError: if it is damaged, holds anything else than tensors, which is never run, or no
+            masks of B, or two of one layer.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"mask: there is no file {file}")
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except _DAMAGED as error:
         raise ValueError(
             f"mask: {file} is damaged, or holds more than tensors and was not loaded, for that "
             "could run code; ask its author for a file that torch.load reads with weights_only=True"
@@ -40,7 +52,15 @@ def read_reference_mask(path: str | os.PathLike) -> dict[str, Bool[Tensor, "out 
         name, middle, _ = str(key).partition(_MIDDLE)
         if not middle or not isinstance(mask, Tensor) or mask.dim() != 2:
             raise ValueError(f"mask: {key} in {file} is no mask of a lora_B of a linear layer")
+        if mask.layout != torch.strided or mask.is_meta or mask.is_quantized:
+            raise ValueError(f"mask: {key} in {file} is no dense tensor with its entries")
         if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
             raise ValueError(f"mask: {key} in {file} has entries other than 0 and 1")
-        masks[name.removeprefix(_PREFIX)] = mask.bool()
+        layer = name.removeprefix(_PREFIX)
+        if layer in masks:
+            raise ValueError(
+                f"mask: {file} has two masks of layer {layer}, {key} the second, of two adapters? "
+                "Keep those of one"
+            )
+        masks[layer] = mask.bool()
     return masks

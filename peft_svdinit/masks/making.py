@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from .mask import LoriMask
 from .selection import select
+
+logger = logging.getLogger(__name__)
 
 
 def mask_from_scores(
@@ -26,6 +29,8 @@ def mask_from_scores(
 ) -> LoriMask:
     """The mask that `select` chooses, over the A that `seed` draws.
 
+    A warning says how many of the entries kept have score 0: their choice means nothing.
+
     Args:
         scores, density, scope, floor: as `select` takes them.
         in_features: columns of every A.
@@ -38,6 +43,7 @@ def mask_from_scores(
     """
     excluded = _union(scores, seed, exclude)
     masks = select(scores, density, scope=scope, floor=floor, exclude=excluded)
+    _warn_of_zeros(scores, masks)
     return LoriMask.over(
         masks,
         in_features,
@@ -48,6 +54,19 @@ def mask_from_scores(
         source=source,
         base_model_name_or_path=base_model_name_or_path,
     )
+
+
+def _warn_of_zeros(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    unranked = sum(
+        int((mask & (scores[name] == 0).to(mask.device)).sum()) for name, mask in masks.items()
+    )
+    if unranked:
+        logger.warning(
+            "%d of the %d entries kept have score 0, which ranks nothing: they are the first ones "
+            "of their rows and layers. Is the density above the share of B that was trained?",
+            unranked,
+            sum(int(mask.sum()) for mask in masks.values()),
+        )
 
 
 def _union(

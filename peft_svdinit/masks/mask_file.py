@@ -10,10 +10,8 @@ bits, and of a compact adapter the `adapter_config.json` of the stock LoRA it st
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..atomic import replacing
 from ..module_names import natural_order
 from ..sources import resolve_file
-from ..tensor_writer import TensorWriter
+from .headed_file import checked_fields, opened_headed, write_headed
 from .mask import LoriMask, MaskedLayer
-from .selection import check_density, check_scope
+from .selection import check_density, check_floor, check_scope
 
 MASK_FILE_NAME = "lori_mask.safetensors"
 COMPACT_FILE_NAME = "lori_adapter.safetensors"
-FORMAT_VERSION = 1
 _HEADER_KEY = "peft_svdinit.lori"
-_FIELDS = ("density", "seed", "scope", "floor", "source", "base_model_name_or_path")
+_LACKING = "no LoRI mask; make one with `svdinit mask`"
 # Of JSON values; a number such as 1 may be written without a point.
 _KINDS: dict[str, tuple[type, ...]] = {
     "density": (int, float),
@@ -104,7 +99,7 @@ def load_mask(path_or_id: str | os.PathLike, *, revision: str | None = None) -> 
             in a layer, or contradicts itself.
     """
     path = resolve_file(path_or_id, MASK_FILE_NAME, revision=revision, argument="lori_mask")
-    with _opened(path) as (file, header):
+    with opened_headed(path, _HEADER_KEY, _LACKING) as (file, header):
         return _mask(path, file, header)
 
 
@@ -115,7 +110,7 @@ def load_compact(path_or_id: str | os.PathLike, *, revision: str | None = None) 
         FileNotFoundError, ValueError: as `load_mask`, and if the file is a mask without values.
     """
     path = resolve_file(path_or_id, COMPACT_FILE_NAME, revision=revision, argument="adapter")
-    with _opened(path) as (file, header):
+    with opened_headed(path, _HEADER_KEY, _LACKING) as (file, header):
         if not isinstance(header.get("config"), dict):
             raise ValueError(f"adapter: {path} is a mask without trained values")
         mask = _mask(path, file, header)
@@ -155,8 +150,7 @@ def _write(
         name: [*layer.mask.shape, layer.in_features, layer.hash_A]
         for name, layer in mask.layers.items()
     }
-    header: dict[str, Any] = {"format_version": FORMAT_VERSION, "layers": layers}
-    header.update({key: getattr(mask, key) for key in _FIELDS})
+    header: dict[str, Any] = {"layers": layers, **{key: getattr(mask, key) for key in _KINDS}}
     header["source"] = dict(mask.source)
     if config is not None:
         header["config"] = dict(config)
@@ -164,41 +158,8 @@ def _write(
     header["checksum"] = _checksum(packed)
     tensors = {f"{name}.mask": bits for name, bits in packed.items()}
     tensors |= {f"{name}.values": entries for name, entries in values.items()}
-    layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    entry = json.dumps(header, sort_keys=True, allow_nan=False)
-    with (
-        replacing(target) as temporary,
-        TensorWriter(temporary, layout, {_HEADER_KEY: entry}) as writer,
-    ):
-        for key, tensor in tensors.items():
-            writer.write(key, tensor)
+    write_headed(target, _HEADER_KEY, header, tensors)
     return target
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_HEADER_KEY)
-            if text is None:
-                raise ValueError(
-                    f"{path} is a safetensors file but no LoRI mask; make one with `svdinit mask`"
-                )
-            header = json.loads(text)
-            version = header.get("format_version")
-            if version != FORMAT_VERSION:
-                raise ValueError(
-                    f"{path} has format version {version}, this peft-svdinit reads "
-                    f"{FORMAT_VERSION}: upgrade peft-svdinit or write the file again"
-                )
-            yield file, header
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({error}): truncated while copying? Fetch "
-            "or write it again"
-        ) from error
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} has a damaged header ({error!r}); write it again") from error
 
 
 def _mask(path: Path, file: Any, header: Mapping[str, Any]) -> LoriMask:
@@ -222,11 +183,9 @@ def _mask(path: Path, file: Any, header: Mapping[str, Any]) -> LoriMask:
             "Fetch or write it again"
         )
     _refuse_empty_layers(str(path), layers)
-    fields = {key: header[key] for key in _FIELDS}
-    for key, value in fields.items():
-        if not isinstance(value, _KINDS[key]) or isinstance(value, bool):
-            raise ValueError(f"{path} has a damaged header: {key} is {value!r}")
+    fields = checked_fields(path, header, _KINDS)
     check_density(fields["density"])
+    check_floor(fields["floor"], fields["density"])
     check_scope(fields["scope"], fields["density"])
     return LoriMask(layers, **fields)
 

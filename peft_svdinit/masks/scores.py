@@ -56,11 +56,14 @@ class GradientScores:
     ) -> None:
         """Take one batch in, both by module name."""
         for name, gradient in gradients.items():
-            part = (lora_B[name] * gradient).abs() if self.weighted else gradient
+            # In float16 the product of two small numbers is zero.
+            part = gradient.to(torch.float32, copy=True)
+            if self.weighted:
+                part.mul_(lora_B[name]).abs_()
             if name in self.sums:
                 self.sums[name] += part
             else:
-                self.sums[name] = part.float().clone()
+                self.sums[name] = part
 
     def scores(self) -> Scores:
         """The scores of all batches so far.

@@ -6,7 +6,6 @@ metadata entry is JSON: format version, seed of A, columns of every A, source, m
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,19 +14,22 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..atomic import replacing
 from ..sources import resolve_file
-from ..tensor_writer import TensorWriter
+from .headed_file import checked_fields, opened_headed, write_headed
 from .making import mask_from_scores
 from .mask import LoriMask
 
 SCORES_FILE_NAME = "lori_scores.safetensors"
-FORMAT_VERSION = 1
 _HEADER_KEY = "peft_svdinit.lori_scores"
 _SUFFIX = ".scores"
+_KINDS: dict[str, tuple[type, ...]] = {
+    "in_features": (dict,),
+    "seed": (int,),
+    "source": (dict,),
+    "base_model_name_or_path": (str, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -86,24 +88,16 @@ def save_scores(path: str | os.PathLike, layers: LayerScores) -> Path:
                 "lower its learning rate"
             )
     header = {
-        "format_version": FORMAT_VERSION,
         "in_features": {name: layers.in_features[name] for name in layers.scores},
         "seed": layers.seed,
         "source": dict(layers.source),
         "base_model_name_or_path": layers.base_model_name_or_path,
     }
-    entry = json.dumps(header, sort_keys=True, allow_nan=False)
     tensors = {
         f"{name}{_SUFFIX}": scores.detach().float().cpu().contiguous()
         for name, scores in layers.scores.items()
     }
-    layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    with (
-        replacing(target) as temporary,
-        TensorWriter(temporary, layout, {_HEADER_KEY: entry}) as writer,
-    ):
-        for key, tensor in tensors.items():
-            writer.write(key, tensor)
+    write_headed(target, _HEADER_KEY, header, tensors)
     return target
 
 
@@ -115,26 +109,15 @@ def load_scores(path_or_id: str | os.PathLike) -> LayerScores:
         ValueError: if it is truncated, holds no scores, or is of another format version.
     """
     path = resolve_file(path_or_id, SCORES_FILE_NAME, revision=None, argument="scores")
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_HEADER_KEY)
-            if text is None:
-                raise ValueError(f"{path} is a safetensors file, but holds no scores of a LoRI B")
-            header = json.loads(text)
-            if header["format_version"] != FORMAT_VERSION:
+    lacking = "no scores of a LoRI B"
+    with opened_headed(path, _HEADER_KEY, lacking) as (file, header):
+        fields = checked_fields(path, header, _KINDS)
+        scores = {}
+        for name, columns in fields["in_features"].items():
+            scores[name] = file.get_tensor(f"{name}{_SUFFIX}")
+            if type(columns) is not int or columns < 1 or scores[name].dim() != 2:
                 raise ValueError(
-                    f"{path} has format version {header['format_version']}, this peft-svdinit "
-                    f"reads {FORMAT_VERSION}: upgrade peft-svdinit or write the file again"
+                    f"{path}: layer {name} has scores of shape {tuple(scores[name].shape)} for "
+                    f"{columns!r} inputs, which are none of a B; write the file again"
                 )
-            names = header["in_features"]
-            scores = {name: file.get_tensor(f"{name}{_SUFFIX}") for name in names}
-            return LayerScores(
-                scores, names, header["seed"], header["source"], header["base_model_name_or_path"]
-            )
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a readable file of scores ({error}): truncated while copying? Fetch or "
-            "write it again"
-        ) from error
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} has a damaged header ({error!r}); write it again") from error
+        return LayerScores(scores, **fields)

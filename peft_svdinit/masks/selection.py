@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import ceil
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..module_names import natural_order
+from ..module_names import module_types, natural_order
 
 SCOPES = ("global", "type", "layer", "matrix", "row")
 """The scopes by name; "N:M" with numbers in place of the letters is the one beside them."""
@@ -35,8 +35,9 @@ def select(
         scores: one score ≥ 0 per entry of B, by module name.
         density: share of the entries to keep, in (0, 1].
         scope: what shares one budget: "global" (all of the model, as the paper does), "type"
-            (all q_proj, all v_proj, …), "layer" (all of a transformer block), "matrix", "row" (of
-            one output), or "N:M": N of every M consecutive entries of a row.
+            (all q_proj, all v_proj, …, as `module_types` tells them apart), "layer" (all of a
+            transformer block), "matrix", "row" (of one output), or "N:M": N of every M consecutive
+            entries of a row.
         floor: share of every matrix that is kept whatever the other matrices score; counted within
             the budget.
         exclude: entries that must not be kept, such as another adapter's mask. Shares stay those of
@@ -49,8 +50,7 @@ def select(
             needs, or entries to exclude of other layers or shapes.
     """
     check_density(density)
-    if not 0 <= floor <= density:
-        raise ValueError(f"floor must be in [0, density={density}], got {floor}")
+    check_floor(floor, density)
     if not scores:
         raise ValueError("scores are empty: a mask needs at least one layer")
     period = check_scope(scope, density)
@@ -65,7 +65,9 @@ def select(
     unknown = sorted(set(exclude or ()) - scores.keys(), key=natural_order)
     if unknown:
         raise ValueError(f"exclude: there is no layer {unknown[0]} to choose entries of")
-    usable = {name: _usable(name, scores[name], exclude) for name in names}
+    # Of a model on several devices the scores are ranked on that of the first layer.
+    device = scores[names[0]].device
+    usable = {name: _usable(name, scores[name], exclude).to(device) for name in names}
     if period is not None:
         masks = {name: _kept_in_periods(name, usable[name], *period) for name in names}
     elif scope == "row":
@@ -97,6 +99,12 @@ def check_density(density: float) -> None:
         )
 
 
+def check_floor(floor: float, density: float) -> None:
+    """Raise ValueError unless every matrix can keep the share `floor` within `density`."""
+    if not 0 <= floor <= density:
+        raise ValueError(f"floor must be in [0, density={density}], got {floor}")
+
+
 def check_scope(scope: str, density: float) -> tuple[int, int] | None:
     """(N, M) of a scope "N:M", None of the others.
 
@@ -105,6 +113,8 @@ def check_scope(scope: str, density: float) -> tuple[int, int] | None:
     """
     if scope in SCOPES:
         return None
+    if not isinstance(scope, str):
+        raise ValueError(f'scope must be text, got {scope!r}; in YAML write "2:4" with the quotes')
     parts = _N_OF_M.fullmatch(scope)
     if parts is None:
         raise ValueError(
@@ -145,22 +155,27 @@ def _usable(
 
 def _groups(names: list[str], scope: str) -> list[list[str]]:
     groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(group_of(name, scope), []).append(name)
+    for name, group in groups_of(names, scope).items():
+        groups.setdefault(group, []).append(name)
     return list(groups.values())
 
 
-def group_of(name: str, scope: str) -> str:
-    """What a matrix shares its budget with: the model, its type, its block, or nothing."""
-    parts = name.split(".")
+def groups_of(names: Iterable[str], scope: str) -> dict[str, str]:
+    """Name to what a matrix shares its budget with: the model, its type, its block, or nothing."""
     if scope == "global":
-        return ""
+        return dict.fromkeys(names, "")
     if scope == "type":
-        return parts[-1]
+        return module_types(names)
     if scope == "layer":
-        numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-        return ".".join(parts[: numbers[0] + 1]) if numbers else name
-    return name
+        return {name: _block(name) for name in names}
+    return {name: name for name in names}
+
+
+def _block(name: str) -> str:
+    """The name up to its first number; all of a name without one."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else name
 
 
 def budget(size: int, density: float, what: str) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from ..adapter_formats import WeightedSum
-from ..adapter_formats.peft_folder import CONFIG
+from ..adapter_formats.output_folder import check_output_folder
 from ..deltas import LoraProduct
 from .methods import MergeMethod
 from .terms import Term
@@ -85,20 +85,11 @@ class MergeInputs:
         """The folder, if it may be written.
 
         Raises:
-            ValueError: if it is an input, a file, or holds anything but an adapter.
+            ValueError: if it is an input or holds one, is a file, or holds anything but an adapter.
         """
         output = Path(path).expanduser()
-        inputs = {adapter.file.path.parent.resolve() for adapter in self.adapters.adapters}
-        inputs |= {Path(path).expanduser().resolve() for path in self.left_out}
-        if output.resolve() in inputs:
-            raise ValueError(f"output must not be an input, got {output}; choose another name")
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"output must be a folder, but {output} is a file")
-        if output.is_dir() and any(output.iterdir()) and not (output / CONFIG).is_file():
-            raise ValueError(
-                f"output must be a new folder, an empty one or an adapter's, which is replaced; "
-                f"{output} is none of these"
-            )
+        folders = [adapter.file.path.parent for adapter in self.adapters.adapters]
+        check_output_folder(output, [*folders, *(Path(p).expanduser() for p in self.left_out)])
         return output
 
 

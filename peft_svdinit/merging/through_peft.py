@@ -51,7 +51,8 @@ def merged_by_peft(
             layer.lora_A[names[index]].weight.data = term.delta.lora_A
             layer.lora_B[names[index]].weight.data = term.delta.lora_B
             layer.scaling[names[index]] = term.delta.scaling
-        torch.manual_seed(layer_seed(method.seed or 0, name))
+        # Not torch.manual_seed, which seeds the generators of all devices.
+        torch.default_generator.manual_seed(layer_seed(method.seed or 0, name))
         tuner.add_weighted_adapter(
             names,
             list(weights),

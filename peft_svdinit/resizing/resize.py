@@ -15,6 +15,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from ..adapter_formats import LayerDelta, WeightedSum, write_peft_folder, write_single_file
+from ..adapter_formats.output_folder import check_output_folder
 from ..analysis import Spectrum, recommend_ranks
 from ..factors import LowRankFactors
 from ..initializers import SvdGuided
@@ -101,21 +102,15 @@ def _checked_output(output: Path, merge: WeightedSum) -> Path:
     if single != (output.suffix == ".safetensors"):
         wanted = "a file that ends in .safetensors" if single else "a folder"
         raise ValueError(f"output must be {wanted}, as the input is, got {output}")
-    inputs = {Path(path).expanduser().resolve() for path in merge.paths}
-    inputs |= {adapter.file.path.resolve() for adapter in merge.adapters}
-    if output.resolve() in inputs:
+    inputs = [Path(path).expanduser() for path in merge.paths]
+    inputs += [adapter.file.path for adapter in merge.adapters]
+    if not single:
+        check_output_folder(output, inputs)
+        return output
+    if output.resolve() in {path.resolve() for path in inputs}:
         raise ValueError(f"output must not be an input, got {output}; choose another name")
-    if single and output.is_dir():
+    if output.is_dir():
         raise ValueError(f"output must be a file, but {output} is a folder")
-    if not single and output.exists():
-        foreign = not output.is_dir() or (
-            any(output.iterdir()) and not (output / "adapter_config.json").is_file()
-        )
-        if foreign:
-            raise ValueError(
-                f"output must be a new folder, an empty one or an adapter's, which is replaced; "
-                f"{output} is none of these"
-            )
     return output
 
 

@@ -11,7 +11,8 @@ mask costs its own run of as many steps before.
 
 Then three tasks are merged, LoRA's adapters and LoRI's (one A per task, as in the paper), by
 concatenation and by PEFT's linear merge, with the first of the seeds; the third task takes the
-learning rates of the first. What is in the folder already is not run again.
+learning rates of the first. What is in the folder already is not run again; a folder is for one
+number of steps. Ends with a line `RESULT {json}`: mean test losses by task and method.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ RATES = {
     "gradient": (3e-3, 1e-2, 3e-2),
     "fresh_a": (3e-3, 1e-2, 3e-2),
 }
-MERGE_WEIGHTS = {"lora": 0.5, "calibrated": 0.4}  # the reference's scripts, for three adapters
+# For three adapters the reference's scripts take 0.4 for LoRI-S, and 0.5 for LoRI-D, here LoRA's.
+MERGE_WEIGHTS = {"lora": 0.5, "calibrated": 0.4}
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,16 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
 
 
+def check_steps(study: Study) -> None:
+    """Raise SystemExit if the folder has results of another number of steps."""
+    found = study.once("steps", lambda: study.steps)
+    if found != study.steps:
+        raise SystemExit(
+            f"error: output_dir: {study.folder} has results of {found} steps, this run takes "
+            f"{study.steps}; choose another folder"
+        )
+
+
 def main() -> None:
     parser = options_parser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/lori_quality"))
@@ -256,6 +268,7 @@ def main() -> None:
         rates = {method: RATES[method][1:2] for method in ("lora", "lori_d", "calibrated")}
     base, tokenizer = load_model(ModelOptions()), load_tokenizer(ModelOptions())
     study = Study(base, options.output_dir, steps, seeds, rates)
+    check_steps(study)
     tasks = [Task(name, base, tokenizer) for name in TASKS]
     compared = tasks[:1] if options.quick else tasks[:2]
     for task in compared:
@@ -264,14 +277,20 @@ def main() -> None:
     for task in compared if options.quick else tasks:
         untrained = study.once(f"{task.name} base", lambda task=task: task.loss(base, "test"))
         print(f"{task.name:<20} {'untrained':<24} {untrained:.4f}")
+    result: dict[str, float] = {}
     for task in compared:
         for method in rates:
             rate = study.best_rate(task, method)
             losses = [study.test(task, method, seed, rate) for seed in seeds]
+            result[f"{task.name} {method}"] = round(statistics.mean(losses), 4)
             print(f"{task.name:<20} {method:<12} lr {rate:<7g}  {spread(losses)}")
-    if options.quick:
-        return
-    seed = seeds[0]
+    if not options.quick:
+        compare_merges(study, tasks, seeds[0])
+    print(f"RESULT {json.dumps(result)}")
+
+
+def compare_merges(study: Study, tasks: Sequence[Task], seed: int) -> None:
+    """Print the losses of every method's adapters, alone and merged."""
     for method in MERGE_WEIGHTS:
         alone = [study.test(task, method, seed, study.best_rate(task, method)) for task in tasks]
         print(f"{method:<12} {'alone':<8} {'  '.join(f'{loss:.4f}' for loss in alone)}")
