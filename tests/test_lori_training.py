@@ -156,7 +156,8 @@ def test_resuming_with_another_start_is_refused(tmp_path, calibrated):
 
 
 def test_a_bf16_base_resumes_too(tmp_path, calibrated):
-    base = torch.nn.Module.to(tiny_base(), torch.bfloat16)
+    base = tiny_base()
+    torch.nn.Module.to(base, torch.bfloat16)
     runs = {}
     for name, stop in (("whole", []), ("parts", [StopAt(INTERRUPTED_AT)])):
         model = lori_model(copy.deepcopy(base), lori_start=calibrated)
