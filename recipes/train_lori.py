@@ -183,12 +183,13 @@ def prepare_folder(training: Task, arguments: LoriArguments) -> None:
     folder, resume = training.root, arguments.resume_from_checkpoint
     record = folder / RECORD
     known = read_json(record, "output_dir") if record.is_file() else {}
-    if resume not in (None, "last") or (resume and known.get("digest") == training.digest):
+    if resume and known.get("digest") == training.digest:
         return
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, MASK_FILE_NAME, COMPACT_FILE_NAME):
-        (folder / name).unlink(missing_ok=True)
+    if resume in (None, "last"):
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, MASK_FILE_NAME, COMPACT_FILE_NAME):
+            (folder / name).unlink(missing_ok=True)
     write_json(record, {"digest": training.digest, "inputs": dict(training.inputs)})
 
 

@@ -13,12 +13,14 @@ import lori_stages
 import pytest
 import torch
 import train_lori
+from lori_options import LoriArguments
 from recipe_inputs import shared_options
 
 from peft_svdinit import FactorsMetadata, save_factors
 from peft_svdinit.deltas import LoraAdapter
 from peft_svdinit.masks import load_compact, load_mask, select
 from peft_svdinit.masks.scores_file import load_scores
+from peft_svdinit.pipeline import Task
 from peft_svdinit.runs import read_run
 from trainer_callbacks import ComparisonCallback
 
@@ -303,6 +305,18 @@ def test_checkpoints_of_another_recipe_are_left_alone(made, tmp_path):
     with pytest.raises(SystemExit, match="has checkpoints of another recipe"):
         train_lori.main([*options, "--output_dir", str(tmp_path)])
     assert (tmp_path / "checkpoint-7").is_dir()
+
+
+def test_a_checkpoint_given_by_its_path_is_kept_and_the_training_noted(tmp_path):
+    checkpoint = tmp_path / "checkpoint-7"
+    checkpoint.mkdir()
+    training = Task("train", "training", {"rank": 4}, lambda folder: None, root=tmp_path)
+    arguments = LoriArguments(
+        output_dir=str(tmp_path), resume_from_checkpoint=str(checkpoint), use_cpu=True
+    )
+    train_lori.prepare_folder(training, arguments)
+    assert checkpoint.is_dir()
+    assert json.loads((tmp_path / train_lori.RECORD).read_text())["digest"] == training.digest
 
 
 @pytest.mark.parametrize("option", ["lori_start", "mask_source", "exclude_masks"])
