@@ -12,7 +12,7 @@ from .layers.reference import lora_linears
 from .layers.sparse_factor import SparseFactor
 from .masks import GradientScores
 from .masks.scores import Scores
-from .tuner import lora_layers
+from .tuner.adapter_layers import lora_layers, module_name
 
 
 def dense_factors(model: nn.Module, adapter_name: str = "default") -> dict[str, nn.Parameter]:
@@ -23,7 +23,7 @@ def dense_factors(model: nn.Module, adapter_name: str = "default") -> dict[str, 
     """
     factors = {}
     for path, layer in lora_layers(model, adapter_name):
-        name, part_B = path.removeprefix("base_model.model."), lora_linears(layer, adapter_name)[1]
+        name, part_B = module_name(path), lora_linears(layer, adapter_name)[1]
         if isinstance(part_B, SparseFactor):
             raise ValueError(
                 f"layer {name}: B is sparse, and a mask is chosen among all of its entries; "
@@ -38,8 +38,8 @@ def dense_factors(model: nn.Module, adapter_name: str = "default") -> dict[str, 
 def input_sizes(model: nn.Module, adapter_name: str = "default") -> dict[str, int]:
     """Columns of the A of every layer of an adapter, by module name."""
     return {
-        name.removeprefix("base_model.model."): layer.in_features or 0
-        for name, layer in lora_layers(model, adapter_name)
+        module_name(path): layer.in_features or 0
+        for path, layer in lora_layers(model, adapter_name)
     }
 
 

@@ -28,6 +28,7 @@ from comparison_options import ComparisonOptions, Setting, examples_per_step
 from comparison_plan import Plan, make_plan
 from fit import Materials
 from lora_options import LoraOptions
+from quiet_arguments import QuietArguments
 
 from peft_svdinit.checkpoints import Checkpoint
 from peft_svdinit.comparison import write_comparison
@@ -40,7 +41,7 @@ from peft_svdinit.training import DataOptions, ModelOptions, RecipeArguments, pa
 
 
 @dataclass
-class CompareArguments(RecipeArguments):
+class CompareArguments(QuietArguments):
     """How to train each run: all of transformers' TrainingArguments; seeds are set by `seeds`."""
 
     output_dir: str | None = field(
@@ -50,14 +51,6 @@ class CompareArguments(RecipeArguments):
     eval_steps: float | None = field(
         default=3, metadata={"help": "Evaluate every so many steps (below 1: share of them)."}
     )
-    disable_tqdm: bool | None = field(
-        default=None, metadata={"help": "No progress bars; by default where there is no terminal."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.disable_tqdm is None:
-            self.disable_tqdm = not sys.stderr.isatty()
-        super().__post_init__()
 
 
 @dataclass(frozen=True)

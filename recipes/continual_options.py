@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_options import LoraOptions
 from lori_options import SparseOptions
+from quiet_arguments import QuietArguments
 
 from peft_svdinit.training import DataOptions, ModelOptions, RecipeArguments
 
@@ -69,7 +69,7 @@ class ContinualDataOptions(DataOptions):
 
 
 @dataclass
-class ContinualArguments(RecipeArguments):
+class ContinualArguments(QuietArguments):
     """How to train each stage: all of transformers' TrainingArguments; `seeds` sets the seed."""
 
     output_dir: str | None = field(
@@ -78,14 +78,6 @@ class ContinualArguments(RecipeArguments):
     max_steps: int = field(
         default=50, metadata={"help": "Optimizer steps of each stage, half of them on each part."}
     )
-    disable_tqdm: bool | None = field(
-        default=None, metadata={"help": "No progress bars; by default where there is no terminal."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.disable_tqdm is None:
-            self.disable_tqdm = not sys.stderr.isatty()
-        super().__post_init__()
 
 
 @dataclass(frozen=True)

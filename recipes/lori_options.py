@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from quiet_arguments import QuietArguments
+
 from peft_svdinit import LoriConfig
 from peft_svdinit.masks import check_density, check_scope
-from peft_svdinit.training import RecipeArguments
 
 CALIBRATED = ("magnitude", "magnitude_gradient")
 SOURCES = (*CALIBRATED, "gradient", "random", "teacher")
 
 
 @dataclass
-class LoriArguments(RecipeArguments):
+class LoriArguments(QuietArguments):
     """How to train the sparse adapter: all of transformers' TrainingArguments."""
 
     output_dir: str | None = field(
@@ -28,14 +28,6 @@ class LoriArguments(RecipeArguments):
         default="last",
         metadata={"help": "last: go on where a killed run with the same options was."},
     )
-    disable_tqdm: bool | None = field(
-        default=None, metadata={"help": "No progress bars; by default where there is no terminal."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.disable_tqdm is None:
-            self.disable_tqdm = not sys.stderr.isatty()
-        super().__post_init__()
 
 
 @dataclass(frozen=True)

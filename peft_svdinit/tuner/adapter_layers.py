@@ -11,7 +11,7 @@ from torch import nn
 
 from ..layers.reference import lora_linears
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 def lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
@@ -24,7 +24,7 @@ def lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Lora
 
 
 def module_name(name: str) -> str:
-    return name.removeprefix(_PREFIX)
+    return name.removeprefix(PREFIX)
 
 
 def is_linear(layer: LoraLayer, adapter_name: str) -> bool:

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from ..initializers import random_projection
 from ..layers.reference import lora_linears
 from ..layers.sparse_factor import SparseFactor
-from .adapter_layers import lora_layers, module_name, weight_keys
-
-_PREFIX = "base_model.model."
+from .adapter_layers import PREFIX, lora_layers, module_name, weight_keys
 
 
 def sparse_factors(model: nn.Module, adapter_name: str) -> dict[str, SparseFactor]:
@@ -61,7 +59,7 @@ def renamed(tensors: dict[str, Tensor], model: nn.Module, adapter_name: str) -> 
     names = {}
     for path in sparse_factors(model, adapter_name):
         # A model without PeftModel around it has no prefix, the saved names have.
-        for saved in (f"{path}.lora_B", f"{_PREFIX}{path}.lora_B"):
+        for saved in (f"{path}.lora_B", f"{PREFIX}{path}.lora_B"):
             names[f"{saved}.weight"] = f"{saved}.values"
     return {names.get(key, key): tensor for key, tensor in tensors.items()}
 
