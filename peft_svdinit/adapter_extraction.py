@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
+from .adapter_formats.output_folder import (
+    EXTRACTION_JSON,
+    EXTRACTION_REPORT,
+    OutputFolder,
+)
 from .analysis.spectra import Spectrum
-from .atomic import replacing, write_json, write_text
+from .atomic import write_json, write_text
 from .deltas import CheckpointPair
 from .export import ExportedAdapter, export_adapter
 from .extraction import Factorisation, LayerStore, fill_store
-from .extraction_report import EXTRACTION_JSON, EXTRACTION_REPORT, ExtractedAdapter
+from .extraction_report import ExtractedAdapter
 from .factors import LowRankFactors
 from .initializers import Split
 from .modules_to_save import whole_modules
@@ -33,7 +37,6 @@ from .verification import Verification, verify_adapter
 logger = logging.getLogger(__name__)
 
 Verify = Literal["full", "layers", "none"]
-_OURS = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, EXTRACTION_JSON, EXTRACTION_REPORT}
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def extract_adapter(
 
     Args:
         pair: the checkpoints.
-        output_dir: folder for adapter and report; one that this function wrote is replaced.
+        output_dir: of adapter and report, see `OutputFolder`: one with an adapter is replaced.
         rule: the ranks, with an upper bound.
         form: dtype, uniform rank and so on, and how to verify.
         base_model_name_or_path, base_model_revision: stored in the adapter's config.
@@ -98,8 +101,8 @@ def extract_adapter(
         OSError: if the disk is full; the same call then goes on where it stopped.
     """
     form = form or AdapterForm()
-    target = Path(output_dir).expanduser().resolve()
-    refuse_other_files(target)
+    output = OutputFolder.checked(output_dir, "output_dir")
+    target = output.path.resolve()
     factorise = factorisation(rule, seed=seed, device=device)
     whole = _whole(pair, form)
     readable = _readable(pair, form)
@@ -117,7 +120,7 @@ def extract_adapter(
                 short[0],
                 rule.most,
             )
-        written = store.folder / "adapter"
+        written = store.result
         shutil.rmtree(written, ignore_errors=True)  # What a killed run left.
         base = pair.base.checkpoint.folder
         exported = export_adapter(
@@ -147,7 +150,7 @@ def extract_adapter(
         write_json(written / EXTRACTION_JSON, extracted.as_dict())
         write_text(written / EXTRACTION_REPORT, extracted.as_text())
         unchanged()
-        with replacing(target) as temporary:
+        with output.replacing() as temporary:
             os.replace(written, temporary)
     return extracted
 
@@ -282,16 +285,3 @@ def pair_stamps(pair: CheckpointPair) -> list[Any]:
     """By what a change of the two checkpoints is noticed."""
     files = [file for side in (pair.base, pair.tuned) for file in side.checkpoint.files]
     return [[str(file.resolve()), file_stamps(file)] for file in files]
-
-
-def refuse_other_files(target: Path) -> None:
-    """Raise ValueError unless `target` is new, empty, or what an earlier extraction wrote."""
-    if target.is_file():
-        raise ValueError(f"output_dir must be a folder, {target} is a file")
-    found = {path.name for path in target.glob("*")}
-    others = found - _OURS
-    if others or (found and EXTRACTION_JSON not in found):
-        raise ValueError(
-            f"output_dir: {target} holds {min(others or found)}, which this command did not write "
-            "and would remove; choose a folder of its own"
-        )

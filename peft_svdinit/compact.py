@@ -15,12 +15,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .atomic import replacing, write_json
+from .adapter_formats.output_folder import OutputFolder
+from .atomic import write_json
 from .config import SIDECAR_NAME, LoriConfig
 from .deltas import LoraAdapter
 from .initializers import LoraInit, random_projection, tensor_hash
 from .masks import (
-    COMPACT_FILE_NAME,
     MASK_FILE_NAME,
     CompactAdapter,
     LoriMask,
@@ -114,23 +114,16 @@ def write_stock_adapter(
 
     Args:
         compact: as `load_compact` reads it.
-        folder: new, empty, or an adapter's, which is replaced.
+        folder: see `OutputFolder`: one with an adapter is replaced.
         dtype: of A and B.
 
     Raises:
         ValueError: if an A drawn here is another than the one it was trained with, `folder` holds
-            something else or a compact adapter, or the configuration is not that of these layers.
+            other files, a compact adapter for one, or the configuration is not that of these
+            layers.
     """
-    target = Path(folder).expanduser()
-    if target.exists() and not (target / CONFIG_NAME).is_file():
-        if not target.is_dir() or any(target.iterdir()):
-            raise ValueError(f"output_dir must be new, empty or an adapter's; {target} is not")
+    output = OutputFolder.checked(folder, "output_dir")
     tensors: dict[str, Tensor] = {}
-    if (target / COMPACT_FILE_NAME).is_file():
-        raise ValueError(
-            f"output_dir {target} holds {COMPACT_FILE_NAME}, which would be lost: a folder is "
-            "replaced as a whole; choose another"
-        )
     for name, layer in compact.mask.layers.items():
         lora_B = torch.zeros(layer.mask.shape)
         lora_B[layer.mask] = compact.values[name].float()
@@ -138,12 +131,12 @@ def write_stock_adapter(
         stored = rounded(init, dtype)
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = stored.lora_A
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = stored.lora_B
-    with replacing(target) as temporary:
+    with output.replacing() as temporary:
         temporary.mkdir()
         write_json(temporary / CONFIG_NAME, dict(compact.config))
         save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         _refuse_unless_product(temporary)
-    return target
+    return output.path
 
 
 def _refuse_unless_product(folder: Path) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from .atomic import replacing
+from .adapter_formats.output_folder import OutputFolder
 from .exact_pattern import exact_pattern
 from .export_plan import ExportPlan, export_plan, target_modules
 from .exported import ExportedAdapter, ExportedLayer
@@ -57,7 +56,7 @@ def export_adapter(
     Args:
         factors: by module name; may read from a disk.
         ranks: triplets kept, one number for all layers or one for each, where 0 leaves one out.
-        output_dir: folder of the adapter; one that holds an adapter is replaced.
+        output_dir: folder of the adapter, see `OutputFolder`: one with an adapter is replaced.
         base_model_name_or_path, base_model_revision: stored in the adapter's config.
         base: folder of the base model; with it target modules are checked, and listed by their last
             name part where that selects the same layers, as servers expect, else by full name.
@@ -77,13 +76,13 @@ def export_adapter(
     Raises:
         ValueError: if a layer holds fewer triplets than asked for although its delta has more, a
             factor overflows `dtype`, no layer has anything to keep, `ranks`, `modules_to_save`,
-            `task_type` and `base` do not fit the factors, or `output_dir` holds other files.
+            `task_type` and `base` do not fit the factors, or `output_dir` holds other files, then
+            or when the adapter is to be put there.
         OSError: if the disk is full; as after any error, what was there before is still there.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    target = Path(output_dir).expanduser()
-    _refuse_other_files(target)
+    output = OutputFolder.checked(output_dir, "output_dir")
     plan = export_plan(factors, ranks, uniform=uniform)
     skeleton = model_skeleton(base) if base is not None else None
     whole = _whole_modules(skeleton, modules_to_save or {}, plan)
@@ -107,7 +106,7 @@ def export_adapter(
         layout[_PREFIX + name] = (tensor.dtype, tuple(tensor.shape))
     initializer = SvdGuided("delta", split)
     layers = {}
-    with replacing(target) as temporary:
+    with output.replacing() as temporary:
         config.save_pretrained(os.fspath(temporary))
         with TensorWriter(temporary / SAFETENSORS_WEIGHTS_NAME, layout, {"format": "pt"}) as writer:
             # disable=None: no bar where standard error is not a terminal.
@@ -116,7 +115,7 @@ def export_adapter(
             for name, source in whole.source_of.items():
                 writer.write(_PREFIX + name, (modules_to_save or {})[source])
     _warn_of_coarse_rounding(layers, dtype)
-    return ExportedAdapter(target, plan.usual, layers, plan.omitted)
+    return ExportedAdapter(output.path, plan.usual, layers, plan.omitted)
 
 
 def _layout(plan: ExportPlan, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -196,15 +195,4 @@ def _warn_of_coarse_rounding(layers: Mapping[str, ExportedLayer], dtype: torch.d
             _COARSE,
             worst,
             layers[worst].rounding_error / layers[worst].norm,
-        )
-
-
-def _refuse_other_files(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir must be a folder, {folder} is a file")
-    others = {path.name for path in folder.glob("*")} - {SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME}
-    if others:
-        raise ValueError(
-            f"output_dir: {folder} holds {min(others)}, which is no part of an adapter and would "
-            "be removed; choose a folder of its own"
         )

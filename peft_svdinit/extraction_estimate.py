@@ -6,11 +6,11 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from .adapter_extraction import AdapterForm, refuse_other_files
+from .adapter_extraction import AdapterForm
+from .adapter_formats.output_folder import OutputFolder
 from .deltas import CheckpointPair
 from .extraction import Factorisation
 from .linalg import truncated_svd
@@ -79,8 +79,7 @@ def estimate(
     read_ahead: int = 1,
 ) -> Estimate:
     """Count what `extract_adapter` with these arguments would do; writes nothing."""
-    folder = Path(output_dir).expanduser().resolve()
-    refuse_other_files(folder)
+    folder = OutputFolder.checked(output_dir, "output_dir").path.resolve()
     modules = list(pair.base.modules.values())
     whole = pair.whole_tensors(list(form.modules_to_save)) if form.modules_to_save else None
     factors = sum(_rank(rule, m) * (m.out_features + m.in_features) for m in modules)

@@ -12,7 +12,6 @@ from .export import ExportedAdapter, ExportedLayer
 from .text_check import TextCheck
 from .verification import Verification
 
-EXTRACTION_JSON, EXTRACTION_REPORT = "extraction.json", "extraction.md"
 _WORST = 10
 
 

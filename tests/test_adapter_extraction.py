@@ -292,24 +292,6 @@ def test_the_output_may_be_a_link_or_relative(tmp_path, monkeypatch):
     assert (tmp_path / "here" / WEIGHTS).is_file()
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path):
-    pair = save_pair(tmp_path)
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds adapter_config.json, which this command did not"):
-        extract(pair, out, RankRule(rank=3))
-    (out / "adapter_config.json").unlink()
-    extract(pair, out, RankRule(rank=3))
-    extract(pair, out, RankRule(rank=2))
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds notes.txt"):
-        extract(pair, out, RankRule(rank=3))
-    with pytest.raises(ValueError, match="output_dir must be a folder"):
-        extract(pair, out / "notes.txt", RankRule(rank=3))
-    assert (out / "notes.txt").read_text() == "mine"
-
-
 def test_a_full_disk_is_an_error_that_a_second_run_goes_on_from(tmp_path, monkeypatch):
     pair = save_pair(tmp_path)
     saved = []

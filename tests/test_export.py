@@ -354,15 +354,6 @@ def test_deltas_that_are_all_zero_are_no_adapter(tmp_path):
         export_adapter(factors, 2, tmp_path / "adapter")
 
 
-def test_a_folder_with_other_files_is_not_replaced(tmp_path):
-    (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds thesis\.tex, which is no part of an adapter"):
-        export_adapter(all_linear(), 2, tmp_path)
-    with pytest.raises(ValueError, match=r"must be a folder, .*thesis\.tex is a file"):
-        export_adapter(all_linear(), 2, tmp_path / "thesis.tex")
-    assert content(tmp_path) == {"thesis.tex": b"mine"}
-
-
 def test_factors_of_another_model_are_refused_by_name(tmp_path, base_folder):
     layer = all_linear()["model.layers.0.self_attn.q_proj"]
     foreign = {"model.layers.0.self_attn.q_proj": layer, "model.layers.9.self_attn.q_proj": layer}

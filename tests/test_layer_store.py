@@ -121,11 +121,40 @@ def test_a_second_process_on_one_output_is_refused(tmp_path):
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
-    (tmp_path / "job").mkdir()
-    (tmp_path / "job" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="holds something else"):
+    folder = tmp_path / "job"
+    files = {"thesis.tex": "years of work", ".layer-9/x": "mine", "layer-0.safetensors": "mine"}
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=r"holds something else, \.layer-9; move it"):
         store(tmp_path).__enter__()
-    assert (tmp_path / "job" / "thesis.tex").read_text() == "years of work"
+    found = {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+    assert found == files
+
+
+@pytest.mark.parametrize("text", ['{"name": "backup"}', "not JSON"])
+def test_a_job_of_another_program_is_left_alone(tmp_path, text):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "job.json").write_text(text)
+    with pytest.raises(ValueError, match=r"holds something else, job\.json"):
+        store(tmp_path).__enter__()
+    assert [path.name for path in (tmp_path / "job").iterdir()] == ["job.json"]
+    assert (tmp_path / "job" / "job.json").read_text() == text
+
+
+def test_files_put_beside_a_job_are_never_deleted(tmp_path, caplog):
+    notes = tmp_path / "job" / "notes.txt"
+    with store(tmp_path) as filled:
+        fill_store(filled, deltas(), Factorisation(3))
+        notes.write_text("mine")
+        filled.remove()
+    assert "holds notes.txt, which is not of this job" in caplog.text
+    with pytest.raises(ValueError, match=r"holds something else, notes\.txt"):
+        store(tmp_path).__enter__()
+    assert notes.read_text() == "mine"
+    notes.unlink()
+    with store(tmp_path) as resumed:
+        assert len(resumed) == 3
 
 
 def test_what_a_killed_write_left_is_cleared(tmp_path):

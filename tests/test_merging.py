@@ -593,15 +593,6 @@ def test_outputs_that_would_lose_something_are_refused(tmp_path):
         [inner, paths[1]], "output must not hold an input, but .*second", output=paths[0]
     )
     assert inner.is_dir()
-    (tmp_path / "file").write_text("dear")
-    assert_refused(paths, "must be a folder, but .* is a file", output=tmp_path / "file")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "work.txt").write_text("dear")
-    assert_refused(paths, "a new folder, an empty one or an adapter's", output=tmp_path / "mine")
-    merge(paths, tmp_path / "m")
-    merge(paths, tmp_path / "m", MergeMethod("linear"))
-    report = json.loads((tmp_path / "m" / "merge_report.json").read_text())
-    assert report["method"]["name"] == "linear"
 
 
 def test_other_base_models_of_the_same_shapes_are_named_in_a_warning(tmp_path, caplog):

@@ -448,13 +448,28 @@ def test_outputs_that_do_not_fit_are_refused_and_nothing_is_lost(tmp_path):
     assert_refused([file], tmp_path / "b", "must be a file that ends in .safetensors")
     assert_refused([peft], peft, "must not be an input")
     assert_refused([file], file, "must not be an input")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "work.txt").write_text("dear")
-    assert_refused([peft], tmp_path / "mine", "a new folder, an empty one or an adapter's")
-    assert (tmp_path / "mine" / "work.txt").read_text() == "dear"
-    resize([peft], tmp_path / "c", RankTarget(rank=3))
-    resize([peft], tmp_path / "c", RankTarget(rank=2))
-    assert {layer.lora_A.shape[0] for layer in LoraAdapter(tmp_path / "c").values()} == {2}
+
+
+@pytest.mark.parametrize("kind", ["weights", "text"])
+def test_a_file_that_is_no_adapter_is_not_overwritten(tmp_path, kind):
+    file, out = tmp_path / "a.safetensors", tmp_path / "model.safetensors"
+    kohya_lora(file)
+    if kind == "weights":
+        save_file({"model.diffusion_model.weight": torch.ones(2, 2)}, out)
+    else:
+        out.write_text("dear")
+    before = out.read_bytes()
+    assert_refused([file], out, "model.safetensors is no adapter file .* would be overwritten")
+    assert out.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_that_is_an_adapter_is_replaced(tmp_path):
+    kohya_lora(tmp_path / "a.safetensors")
+    kohya_lora(tmp_path / "b.safetensors", rank=3)
+    for rank in (2, 1):
+        resize([tmp_path / "a.safetensors"], tmp_path / "b.safetensors", RankTarget(rank=rank))
+        kept = load_file(tmp_path / "b.safetensors")[f"{NAME}.lora_down.weight"]
+        assert kept.shape[0] == rank
 
 
 def test_not_a_number_is_refused_by_layer_and_nothing_is_written(tmp_path):

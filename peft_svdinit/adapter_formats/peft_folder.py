@@ -12,7 +12,6 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import replacing, write_json
 from ..deltas import LoraAdapter
 from ..exact_pattern import exact_pattern
 from ..sources import read_json, refuse_pickle
@@ -21,7 +20,7 @@ from .lora import DOWN, UP
 from .stored import StoredAdapter, StoredLayer, algorithm_of
 from .tensor_file import TensorFile
 
-CONFIG, WEIGHTS, REPORT = "adapter_config.json", "adapter_model.safetensors", "resize.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Of the configuration: which layers are adapted, of which model.
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -98,12 +97,10 @@ def _lora(adapter: LoraAdapter) -> StoredAdapter:
 
 def write_peft_folder(
     adapters: Sequence[StoredAdapter],
-    output: Path,
+    folder: Path,
     weights: Mapping[str, tuple[Tensor, Tensor]],
-    report: Mapping[str, Any],
-    report_name: str = REPORT,
 ) -> None:
-    """Write (lora_A, lora_B) by layer as a stock LoRA of scaling 1 (alpha = r), and the report.
+    """Write (lora_A, lora_B) by layer as a stock LoRA of scaling 1 (alpha = r) to a new folder.
 
     The selection of layers stays as the adapters' configurations have it if they agree; else the
     layers are listed by name.
@@ -123,10 +120,8 @@ def write_peft_folder(
     for name, (lora_A, lora_B) in weights.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = lora_A
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = lora_B
-    with replacing(output) as temporary:
-        config.save_pretrained(os.fspath(temporary))
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        write_json(temporary / report_name, report)
+    config.save_pretrained(os.fspath(folder))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _carried_over(adapters: Sequence[StoredAdapter], names: list[str]) -> dict[str, Any]:

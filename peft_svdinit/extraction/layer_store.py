@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,9 @@ from ..sources import read_json
 
 logger = logging.getLogger(__name__)
 
-_PLAN, _LOCK = "job.json", "job.lock"
+_PLAN, _LOCK, _RESULT = "job.json", "job.lock", "adapter"
+# All that is ever there; hidden, with a dot and letters at the end, while it is written.
+_OURS = re.compile(r"job\.lock|(\.)?(job\.json|layer-\d+\.safetensors|adapter)(?(1)\..+)")
 _PARTS = ("U", "S", "Vh")
 _FORMAT_VERSION = 1
 
@@ -58,6 +61,7 @@ class LayerStore(Mapping[str, LowRankFactors]):
     def __enter__(self) -> LayerStore:
         if self.folder.is_file():
             raise ValueError(f"{self.folder} is needed as a working folder and is a file; move it")
+        self._refuse_foreign()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
@@ -67,7 +71,7 @@ class LayerStore(Mapping[str, LowRankFactors]):
                 "wait for it, or choose another output_dir"
             ) from None
         try:
-            self._refuse_foreign()
+            self._clear_remains()
             self._resume_or_begin()
         except BaseException:
             self._lock.release()
@@ -77,17 +81,30 @@ class LayerStore(Mapping[str, LowRankFactors]):
     def __exit__(self, *error: object) -> None:
         self._lock.release()
 
+    @property
+    def result(self) -> Path:
+        """Where in the folder what is made of all layers may be kept; nothing else is let in."""
+        return self.folder / _RESULT
+
+    def _foreign(self) -> set[str]:
+        names = {path.name for path in self.folder.glob("*")}
+        foreign = {name for name in names if not _OURS.fullmatch(name)}
+        if _inputs_of(self.folder / _PLAN) is None:
+            foreign |= {name for name in names if not name.startswith(".") and name != _LOCK}
+        return foreign
+
     def _refuse_foreign(self) -> None:
-        names = {path.name for path in self.folder.iterdir()} - {_LOCK}
-        for name in names:
-            if name.startswith((f".{_PLAN}.", ".layer-")):  # Of a write that was killed.
-                shutil.rmtree(self.folder / name)
-        foreign = {name for name in names if not name.startswith(".")}
-        if foreign and _PLAN not in foreign:
+        foreign = self._foreign()
+        if foreign:
             raise ValueError(
                 f"{self.folder} is needed as a working folder and holds something else, "
                 f"{min(foreign)}; move it"
             )
+
+    def _clear_remains(self) -> None:
+        for path in self.folder.glob(".*"):  # Of writes that were killed.
+            if _OURS.fullmatch(path.name):
+                shutil.rmtree(path)
 
     def _resume_or_begin(self) -> None:
         plan = self.folder / _PLAN
@@ -139,7 +156,19 @@ class LayerStore(Mapping[str, LowRankFactors]):
         return len(self._done)
 
     def remove(self) -> None:
-        """Delete the folder, once its results are elsewhere; the lock goes with it."""
+        """Delete the folder, once its results are elsewhere; the lock goes with it.
+
+        If somebody has put files of his own there, nothing is deleted.
+        """
+        foreign = self._foreign()
+        if foreign:
+            logger.warning(
+                "%s was to be deleted and holds %s, which is not of this job; delete the rest by "
+                "hand",
+                self.folder,
+                min(foreign),
+            )
+            return
         # Out of the way first: a process that starts now must not work in a folder that vanishes.
         gone = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
         os.rename(self.folder, gone)
@@ -148,10 +177,12 @@ class LayerStore(Mapping[str, LowRankFactors]):
 
 
 def _inputs_of(plan: Path) -> dict[str, Any] | None:
+    """What a job of ours depends on; None if there is no plan, or it is another program's."""
     try:
-        return read_json(plan, "output_dir")
-    except ValueError:
+        inputs = read_json(plan, "output_dir")
+    except (OSError, ValueError):
         return None
+    return inputs if {"format_version", "layers"} <= inputs.keys() else None
 
 
 def _is_complete(path: Path, name: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from ..adapter_formats import WeightedSum
-from ..adapter_formats.output_folder import check_output_folder
+from ..adapter_formats.output_folder import OutputFolder
 from ..deltas import LoraProduct
 from .methods import MergeMethod
 from .terms import Term
@@ -81,16 +81,15 @@ class MergeInputs:
 
             yield read
 
-    def checked_output(self, path: str | os.PathLike) -> Path:
+    def checked_output(self, path: str | os.PathLike) -> OutputFolder:
         """The folder, if it may be written.
 
         Raises:
             ValueError: if it is an input or holds one, is a file, or holds anything but an adapter.
         """
-        output = Path(path).expanduser()
         folders = [adapter.file.path.parent for adapter in self.adapters.adapters]
-        check_output_folder(output, [*folders, *(Path(p).expanduser() for p in self.left_out)])
-        return output
+        left_out = (Path(adapter).expanduser() for adapter in self.left_out)
+        return OutputFolder.checked(path, "output", [*folders, *left_out])
 
 
 def _require_loras(given: WeightedSum) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..adapter_formats import write_peft_folder
+from ..adapter_formats.output_folder import MERGE_JSON, MERGE_REPORT
 from ..analysis.interference import ComparableDelta, layer_interference, pair_interference
-from ..atomic import replacing, write_text
+from ..atomic import write_json, write_text
 from ..initializers import LoraInit
 from ..resizing import DTYPES, Dtype
 from ..rounding import rounded
@@ -26,7 +27,6 @@ from .report import merge_report
 from .terms import Term, distance_from_sum, norm_of_sum
 from .through_peft import merged_by_peft
 
-JSON_REPORT, MARKDOWN_REPORT = "merge_report.json", "merge_report.md"
 # Below this share of its summands a sum is float64 rounding.
 _CANCELLED = 1e-12
 
@@ -49,7 +49,7 @@ def merge(
 
     Args:
         adapters: PEFT LoRA folders or Hub ids, two at least.
-        output: folder of the merged adapter; one that holds an adapter is replaced.
+        output: folder of the merged adapter, see `OutputFolder`: one with an adapter is replaced.
         method: by default "cat".
         weights: of the adapters, 1 each by default. An adapter of weight 0 is left out. Negative
             ones subtract; methods that elect signs refuse them, since PEFT elects before it
@@ -90,7 +90,7 @@ def merge(
 
     total = tuple(math.hypot(*found) for found in norms)
     merged = Merged(
-        output=folder,
+        output=folder.path,
         adapters=tuple(chosen.paths),
         weights=chosen.weights,
         norms=total,
@@ -103,9 +103,10 @@ def merge(
         parameters=sum(A.numel() + B.numel() for A, B in tensors.values()),
         only_in_some=chosen.only_in_some(),
     )
-    with replacing(folder) as temporary:
-        write_peft_folder(chosen.adapters, temporary, tensors, merged.as_dict(), JSON_REPORT)
-        write_text(temporary / MARKDOWN_REPORT, merge_report(merged))
+    with folder.replacing() as temporary:
+        write_peft_folder(chosen.adapters, temporary, tensors)
+        write_json(temporary / MERGE_JSON, merged.as_dict())
+        write_text(temporary / MERGE_REPORT, merge_report(merged))
     return merged
 
 

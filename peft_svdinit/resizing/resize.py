@@ -14,9 +14,16 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from ..adapter_formats import LayerDelta, WeightedSum, write_peft_folder, write_single_file
-from ..adapter_formats.output_folder import check_output_folder
+from ..adapter_formats import (
+    LayerDelta,
+    WeightedSum,
+    open_adapter,
+    write_peft_folder,
+    write_single_file,
+)
+from ..adapter_formats.output_folder import RESIZE_REPORT, OutputFolder
 from ..analysis import Spectrum, recommend_ranks
+from ..atomic import write_json
 from ..factors import LowRankFactors
 from ..initializers import SvdGuided
 from ..rounding import rounded, rounding_error
@@ -46,7 +53,8 @@ def resize(
     Args:
         adapters: PEFT folders (LoRA, LoHa, LoKr), or files in one of the styles of kohya, LyCORIS
             and diffusers, all of one style.
-        output: folder of a PEFT adapter, or a `.safetensors` file; the style is that of the input.
+        output: folder of a PEFT adapter, see `OutputFolder`, or a `.safetensors` file; the style is
+            that of the input. An adapter that is there is replaced.
             diffusers' style has one rank for all layers, as if `target.uniform`.
         target: the ranks.
         weights: of the adapters in the sum, any sign; 1 each by default.
@@ -57,12 +65,13 @@ def resize(
     Raises:
         FileNotFoundError: if an adapter does not exist.
         ValueError: if an input is no adapter of a supported kind, the styles or the shapes of a
-            layer differ, the output does not fit the style or is an input, an entry is NaN or
-            infinite, or `dtype` is too narrow for a value.
+            layer differ, the output does not fit the style, is an input or holds anything but an
+            adapter, an entry is NaN or infinite, or `dtype` is too narrow for a value.
         TypeError: if an adapter is quantised.
     """
     merge = WeightedSum(adapters, weights)
-    output = _checked_output(Path(output).expanduser(), merge)
+    output = Path(output).expanduser()
+    folder = _checked_folder(output, merge)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     style = merge.adapters[0].style
@@ -89,15 +98,18 @@ def resize(
         parameters=sum(A.numel() + B.numel() for A, B in tensors.values()),
         only_in_some=merge.only_in_some(),
     )
-    if style is None:
-        write_peft_folder(merge.adapters, output, tensors, resized.as_dict())
+    if folder is not None:
+        with folder.replacing() as temporary:
+            write_peft_folder(merge.adapters, temporary, tensors)
+            write_json(temporary / RESIZE_REPORT, resized.as_dict())
     else:
         kernels = {name: merge.kernel(name) for name in merge.names}
         write_single_file(merge.adapters[0], output, tensors, kernels, resized.as_dict())
     return resized
 
 
-def _checked_output(output: Path, merge: WeightedSum) -> Path:
+def _checked_folder(output: Path, merge: WeightedSum) -> OutputFolder | None:
+    """The folder to write, or None if `output` is to be a file, and may be."""
     single = merge.adapters[0].style is not None
     if single != (output.suffix == ".safetensors"):
         wanted = "a file that ends in .safetensors" if single else "a folder"
@@ -105,13 +117,24 @@ def _checked_output(output: Path, merge: WeightedSum) -> Path:
     inputs = [Path(path).expanduser() for path in merge.paths]
     inputs += [adapter.file.path for adapter in merge.adapters]
     if not single:
-        check_output_folder(output, inputs)
-        return output
+        return OutputFolder.checked(output, "output", inputs)
     if output.resolve() in {path.resolve() for path in inputs}:
         raise ValueError(f"output must not be an input, got {output}; choose another name")
     if output.is_dir():
         raise ValueError(f"output must be a file, but {output} is a folder")
-    return output
+    if output.exists():
+        _refuse_other_file(output)
+    return None
+
+
+def _refuse_other_file(output: Path) -> None:
+    try:
+        open_adapter(output)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"output: {output} is no adapter file ({error}) and would be overwritten; choose "
+            "another name, or delete it"
+        ) from error
 
 
 def _plan(
