@@ -26,7 +26,7 @@ from .factors import LowRankFactors
 from .linalg import frobenius_norm
 from .module_names import natural_order
 from .sources import resolve_file
-from .tensor_writer import TensorWriter
+from .tensor_writer import TensorWriter, target_file
 
 FACTORS_FILE_NAME = "factors.safetensors"
 FORMAT_VERSION = 1
@@ -57,10 +57,12 @@ def save_factors(
     may read from a disk.
 
     Raises:
-        ValueError: if there are no factors, or the reader would refuse those of a layer.
+        ValueError: if there are no factors, the reader would refuse those of a layer, or another
+            file is at the path.
     """
     if not factors:
         raise ValueError("factors is empty: a factors file needs at least one layer")
+    target = target_file(path, FACTORS_FILE_NAME, _HEADER_KEY)
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     norms: dict[str, float] = {}
     for name, layer in factors.items():
@@ -75,9 +77,6 @@ def save_factors(
         layout[f"{name}.base"] = (sample.dtype, tuple(sample.shape))
     header = {"format_version": FORMAT_VERSION, **asdict(metadata), "norms": norms}
     entry = json.dumps(header, sort_keys=True, allow_nan=False)
-    target = Path(path).expanduser()
-    if target.suffix != ".safetensors":
-        target = target / FACTORS_FILE_NAME
     with (
         replacing(target) as temporary,
         TensorWriter(temporary, layout, {_HEADER_KEY: entry}) as writer,

@@ -11,9 +11,11 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -32,6 +34,34 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 _ORDER = list(_NAMES)
+
+
+def target_file(path: str | os.PathLike, file_name: str, key: str) -> Path:
+    """Where to write: the `.safetensors` file that is named, or `file_name` in a folder.
+
+    Args:
+        key: entry of the header's metadata that tells files of this kind.
+
+    Raises:
+        ValueError: if the file that is named is there and of another kind: weights, say.
+    """
+    target = Path(path).expanduser()
+    if target.suffix != ".safetensors":
+        return target / file_name
+    if target.is_file() and key not in _metadata(target):
+        raise ValueError(
+            f"{target} is a file of another kind than the one to be written there, and would be "
+            "lost; choose another name, or delete it"
+        )
+    return target
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}
 
 
 class TensorWriter:

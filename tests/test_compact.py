@@ -171,19 +171,13 @@ def test_a_configuration_that_is_not_that_of_the_entries_is_refused(trained, tmp
         assert not (tmp_path / "stock").exists()
 
 
-def test_the_compact_adapter_itself_is_not_replaced(trained, tmp_path):
+def test_the_weights_that_a_compact_file_is_made_of_are_not_overwritten(trained, tmp_path, capsys):
     trained.save_pretrained(str(tmp_path))
-    compact = save_compact_adapter(trained, tmp_path)
-    with pytest.raises(ValueError, match=r"holds lori_adapter\.safetensors, which would be lost"):
-        write_stock_adapter(load_compact(tmp_path), tmp_path)
-    assert compact.is_file() and (tmp_path / "lori_mask.safetensors").is_file()
-
-
-def test_a_folder_with_something_else_in_it_is_not_replaced(trained, tmp_path):
-    compact = load_compact(save_compact_adapter(trained, tmp_path))
-    other = tmp_path / "notes"
-    other.mkdir()
-    (other / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="new, empty or an adapter's"):
-        write_stock_adapter(compact, other)
-    assert (other / "notes.txt").read_text() == "mine"
+    weights = tmp_path / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    options = ["--adapter", str(tmp_path), "--compact", "true", "--output_dir", str(weights)]
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", *options])
+    assert stopped.value.code == 2
+    assert "is a file of another kind" in capsys.readouterr().err
+    assert weights.read_bytes() == before

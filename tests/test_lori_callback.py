@@ -286,6 +286,7 @@ def test_a_file_of_scores_is_read_or_refused_in_words(tmp_path):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match="truncated while copying"):
         load_scores(path)
+    path.unlink()
     save_mask(path, load_mask(tmp_path))
     with pytest.raises(ValueError, match="holds no scores"):
         load_scores(path)

@@ -19,7 +19,7 @@ from tiny_models import TARGETS, rewrite_tensors, tiny_model, trained_adapter
 from peft_svdinit import FactorsFile, LoriConfig
 from peft_svdinit.cli import main
 from peft_svdinit.initializers import random_projection, tensor_hash
-from peft_svdinit.masks import load_mask, select, teacher_scores
+from peft_svdinit.masks import load_mask, save_mask, select, teacher_scores
 
 RANK, SEED = 4, 9
 WEIGHTS = "adapter_model.safetensors"
@@ -108,6 +108,20 @@ def test_the_largest_entries_of_a_calibrated_adapter_are_masked_drawn_and_descri
         "mask.png",
         "mask_entries.png",
     }
+
+
+def test_a_mask_that_is_in_use_is_not_replaced(folder, calibrated, tmp_path, capsys):
+    source = ["--source", "magnitude", "--adapter", folder / "dense", "--plots", "false"]
+    lori_adapter(tmp_path / "sparse", lori_density=0.5)
+    save_mask(tmp_path / "mask", load_mask(tmp_path / "sparse"))
+    masks = [tmp_path / name / "lori_mask.safetensors" for name in ("sparse", "mask")]
+    before = [mask.read_bytes() for mask in masks]
+    said = refused([*source, "--output", tmp_path / "sparse"], capsys)
+    assert "output:" in said and "holds an adapter with its lori_mask.safetensors" in said
+    for excluded in (tmp_path / "mask", masks[1]):
+        said = refused([*source, "--exclude", excluded, "--output", tmp_path / "mask"], capsys)
+        assert "output must not be the folder of a mask in exclude" in said
+    assert [mask.read_bytes() for mask in masks] == before
 
 
 def test_a_mask_that_was_made_is_trained_with(folder, calibrated, tmp_path):

@@ -18,7 +18,7 @@ from strategies import seeds
 from torch import Tensor
 
 from peft_svdinit.atomic import replacing
-from peft_svdinit.tensor_writer import TensorWriter
+from peft_svdinit.tensor_writer import TensorWriter, target_file
 
 DTYPES = [
     torch.float64,
@@ -156,6 +156,22 @@ def test_what_the_format_cannot_hold_is_refused_before_a_file_exists(
     with pytest.raises(error, match=message):
         TensorWriter(tmp_path / "file", layout, metadata)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"other.kind": "{}"}])
+def test_a_file_of_another_kind_is_no_target(tmp_path, metadata):
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(3)}, path, metadata)
+    with pytest.raises(ValueError, match=r"model\.safetensors is a file of another kind"):
+        target_file(path, "factors.safetensors", "our.kind")
+    path.write_text("no safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors is a file of another kind"):
+        target_file(path, "factors.safetensors", "our.kind")
+    save_file({"weight": torch.ones(3)}, path, {"our.kind": "{}"})
+    assert target_file(path, "factors.safetensors", "our.kind") == path
+    new = tmp_path / "new.safetensors"
+    assert target_file(new, "factors.safetensors", "our.kind") == new
+    assert target_file(tmp_path, "factors.safetensors", "x") == tmp_path / "factors.safetensors"
 
 
 @pytest.fixture

@@ -24,7 +24,14 @@ from ..mask_sources import (
     shapes_of_factors,
     teacher_mask,
 )
-from ..masks import LoriMask, check_density, check_scope, load_mask, save_mask
+from ..masks import (
+    MASK_FILE_NAME,
+    LoriMask,
+    check_density,
+    check_scope,
+    load_mask,
+    save_mask,
+)
 from ..sources import resolve_folder
 
 Source = Literal["magnitude", "teacher", "random", "reference", "gradient"]
@@ -154,6 +161,8 @@ def run(options: MaskOptions) -> None:
     output = Path(options.output).expanduser()
     if output.exists() and not output.is_dir():
         raise ValueError(f"output must be a folder, but {output} is a file")
+    if options.source is not None:
+        _refuse_mask_in_use(output, options.exclude)
     if options.show:
         _show(options.show, output, options.plots)
         return
@@ -162,6 +171,22 @@ def run(options: MaskOptions) -> None:
     path = save_mask(output, mask)
     print("\n".join(mask_in_words(mask, statistics)))
     print(f"Mask: {path}\nReport: {output / f'{REPORT}.md'}")
+
+
+def _refuse_mask_in_use(output: Path, exclude: list[str]) -> None:
+    """Raise ValueError if the mask to be written would replace an adapter's or one that is read."""
+    if (output / MASK_FILE_NAME).is_file() and (output / "adapter_config.json").is_file():
+        raise ValueError(
+            f"output: {output} holds an adapter with its {MASK_FILE_NAME}, which would be replaced "
+            "by another; choose another folder"
+        )
+    written = (output / MASK_FILE_NAME).resolve()
+    for path in exclude:
+        read = Path(path).expanduser().resolve()
+        if written in (read, read / MASK_FILE_NAME):
+            raise ValueError(
+                f"output must not be the folder of a mask in exclude, got {output}; choose another"
+            )
 
 
 def _made(options: MaskOptions) -> tuple[LoriMask, dict[str, Tensor] | None]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..module_names import natural_order
 from ..sources import resolve_file
+from ..tensor_writer import target_file
 from .headed_file import checked_fields, opened_headed, write_headed
 from .mask import LoriMask, MaskedLayer
 from .selection import check_density, check_floor, check_scope
@@ -63,9 +64,9 @@ def save_mask(path: str | os.PathLike, mask: LoriMask) -> Path:
     The same mask gives the same bytes.
 
     Raises:
-        ValueError: if the mask has no layer, or keeps nothing in one.
+        ValueError: if the mask has no layer, keeps nothing in one, or another file is at the path.
     """
-    return _write(_target(path, MASK_FILE_NAME), mask, {}, None)
+    return _write(target_file(path, MASK_FILE_NAME, _HEADER_KEY), mask, {}, None)
 
 
 def save_compact(path: str | os.PathLike, adapter: CompactAdapter) -> Path:
@@ -74,7 +75,7 @@ def save_compact(path: str | os.PathLike, adapter: CompactAdapter) -> Path:
     Raises:
         ValueError: as `save_mask`, and if values do not fit their mask or are not finite.
     """
-    target = _target(path, COMPACT_FILE_NAME)
+    target = target_file(path, COMPACT_FILE_NAME, _HEADER_KEY)
     other = adapter.values.keys() ^ adapter.mask.layers.keys()
     if other:
         raise ValueError(f"layer {min(other)} has a mask without values, or values without a mask")
@@ -133,11 +134,6 @@ def unpack(bits: UInt8[Tensor, " bytes"], shape: tuple[int, int]) -> Bool[Tensor
     """The mask of `shape` that `pack` made `bits` of."""
     count = shape[0] * shape[1]
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool().reshape(shape)
-
-
-def _target(path: str | os.PathLike, file_name: str) -> Path:
-    target = Path(path).expanduser()
-    return target if target.suffix == ".safetensors" else target / file_name
 
 
 def _write(

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..sources import resolve_file
+from ..tensor_writer import target_file
 from .headed_file import checked_fields, opened_headed, write_headed
 from .making import mask_from_scores
 from .mask import LoriMask
@@ -76,11 +77,9 @@ def save_scores(path: str | os.PathLike, layers: LayerScores) -> Path:
     """Write scores to `path` (a folder gets `lori_scores.safetensors` inside), atomically.
 
     Raises:
-        ValueError: if one is NaN or infinite.
+        ValueError: if one is NaN or infinite, or another file is at the path.
     """
-    target = Path(path).expanduser()
-    if target.suffix != ".safetensors":
-        target = target / SCORES_FILE_NAME
+    target = target_file(path, SCORES_FILE_NAME, _HEADER_KEY)
     for name, scores in layers.scores.items():
         if not torch.isfinite(scores).all():
             raise ValueError(
