@@ -90,9 +90,11 @@ def check_inputs(
         ValueError, TypeError, OSError: naming the option.
     """
     output = Path(str(arguments.output_dir))
-    if any(output.glob("checkpoint-*")) and not (output / RECORD).is_file():
+    found = [path.name for path in _of_a_training(output)]
+    if found and not (output / RECORD).is_file():
         raise ValueError(
-            f"output_dir: {output} has checkpoints of another recipe; choose another folder"
+            f"output_dir: {output} has {min(found)} of another recipe, which would be deleted; "
+            "choose another folder"
         )
     for option, read in (
         ("lori_start", [lori.lori_start] if lori.lori_start else []),
@@ -186,11 +188,19 @@ def prepare_folder(training: Task, arguments: LoriArguments) -> None:
     if resume and known.get("digest") == training.digest:
         return
     if resume in (None, "last"):
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, MASK_FILE_NAME, COMPACT_FILE_NAME):
-            (folder / name).unlink(missing_ok=True)
+        for path in _of_a_training(folder):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     write_json(record, {"digest": training.digest, "inputs": dict(training.inputs)})
+
+
+def _of_a_training(folder: Path) -> list[Path]:
+    """The checkpoints and the files of the adapter that are in a folder."""
+    names = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, MASK_FILE_NAME, COMPACT_FILE_NAME)
+    files = [folder / name for name in names if (folder / name).is_file()]
+    return [*folder.glob("checkpoint-*"), *files]
 
 
 def share(mask: LoriMask) -> str:

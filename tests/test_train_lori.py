@@ -299,12 +299,15 @@ def test_a_given_mask_of_another_kind_is_refused(made, tmp_path, extra, message)
     assert message in str(exit_.value)
 
 
-def test_checkpoints_of_another_recipe_are_left_alone(made, tmp_path):
+@pytest.mark.parametrize("name", ["checkpoint-7/trainer_state.json", "adapter_model.safetensors"])
+def test_what_another_recipe_left_is_not_deleted(made, tmp_path, name):
     _, options = made
-    (tmp_path / "checkpoint-7").mkdir()
-    with pytest.raises(SystemExit, match="has checkpoints of another recipe"):
+    left = tmp_path / name
+    left.parent.mkdir(exist_ok=True)
+    left.write_text("days of work")
+    with pytest.raises(SystemExit, match=f"has {name.split('/')[0]} of another recipe"):
         train_lori.main([*options, "--output_dir", str(tmp_path)])
-    assert (tmp_path / "checkpoint-7").is_dir()
+    assert left.read_text() == "days of work"
 
 
 def test_a_checkpoint_given_by_its_path_is_kept_and_the_training_noted(tmp_path):
