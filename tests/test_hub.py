@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_model, trained_adapter
 
+from peft_svdinit import SvdLoraConfig
 from peft_svdinit.cli import main as svdinit
 from peft_svdinit.sources import hub_pickles, resolve_file, resolve_folder
 
@@ -117,6 +118,7 @@ def endpoint(tmp_path: Path) -> Iterator[str]:
         for name in names:
             (repositories / repository / name).parent.mkdir(exist_ok=True)
             (repositories / repository / name).write_bytes(b"{}")
+    SvdLoraConfig(r=4, svd_factors="user/factors").save_pretrained(f"{repositories}/svd/last")
     server = ThreadingHTTPServer(("127.0.0.1", 0), hub(tmp_path / "hub"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -126,6 +128,7 @@ def endpoint(tmp_path: Path) -> Iterator[str]:
 SCRIPT = """
 import json
 import sys
+from pathlib import Path
 from transformers import AutoModelForCausalLM
 from peft import get_peft_model
 from peft_svdinit import SvdLoraConfig
@@ -146,6 +149,16 @@ try:
 except FileNotFoundError as error:
     assert "factors.safetensors" in str(error), error
 
+saved = SvdLoraConfig.from_pretrained("user/svd", "last", revision="main", cache_dir=sys.argv[1])
+assert saved.svd_factors == "user/factors"
+assert any(Path(sys.argv[1]).rglob("last/svdinit_config.json"))
+for absent in ("user/base", "user/nonesuch"):
+    try:
+        SvdLoraConfig.from_pretrained(absent)
+        raise AssertionError(absent)
+    except ValueError as error:
+        assert "svdinit_config.json" in str(error), error
+
 folder = resolve_folder("user/base", argument="base")
 print(json.dumps({
     "files": sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.*")),
@@ -165,7 +178,11 @@ def test_ids_of_the_hub_work_wherever_paths_do(endpoint, tmp_path):
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "elsewhere")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -68,6 +68,15 @@ def test_an_impossible_option_is_refused_by_name(options, error, names):
         lori_config(**options)
 
 
+@pytest.mark.parametrize("given", [{"a": 1}, b"mask", None, 3, LoraConfig()])
+def test_what_is_no_path_is_refused_by_name(given):
+    with pytest.raises(TypeError, match=r"lori_mask must be a path or Hub id.*save_mask"):
+        lori_config(lori_mask=given)
+    if given is not None:
+        with pytest.raises(TypeError, match=r"lori_start must be a path or Hub id.*its folder"):
+            lori_config(lori_start=given)
+
+
 @pytest.mark.parametrize("option", ["kasa_config", "arrow_config", "velora_config", "use_bdlora"])
 def test_a_variant_whose_update_is_not_the_product_is_refused(option):
     with pytest.raises(ValueError, match=f"{option} cannot be combined with a LoriConfig"):

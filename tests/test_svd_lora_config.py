@@ -23,8 +23,9 @@ from peft_fixtures import (
     make_scene,
 )
 
-from peft_svdinit import SvdLoraConfig
-from peft_svdinit.config import SIDECAR_NAME, config_of_alias
+from peft_svdinit import LoriConfig, SvdLoraConfig
+from peft_svdinit.config import SIDECAR_NAME, config_of_alias, stock_saved
+from peft_svdinit.masks import MASK_FILE_NAME
 
 OPTIONS: dict[str, Any] = {
     "r": 4,
@@ -117,6 +118,84 @@ def test_a_stock_adapter_folder_is_no_svd_adapter(tmp_path):
     LoraConfig(r=4).save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match=SIDECAR_NAME):
         SvdLoraConfig.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("config_class", [SvdLoraConfig, LoriConfig])
+def test_options_of_a_newer_version_are_ignored_with_a_warning(tmp_path, config_class):
+    """As PEFT does with those of an adapter_config.json."""
+    options: dict[str, Any] = {"svd_factors": "f"} if config_class is SvdLoraConfig else {}
+    config_class(r=4, **options).save_pretrained(str(tmp_path))
+    expected = config_class.from_pretrained(str(tmp_path))
+    sidecar = tmp_path / SIDECAR_NAME
+    newer = {"use_better_lora": True, "nested": {"a": 1}, "peft_version": "9.9"}
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), **newer}))
+    names = r"ignored: nested, use_better_lora\..*newer PEFT \(9\.9\)"
+    with pytest.warns(UserWarning, match=names):
+        found = config_class.from_pretrained(str(tmp_path))
+    assert found == dataclasses.replace(expected, peft_version="9.9", init_lora_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "given", "meant"),
+    [(SvdLoraConfig, "svd_strat", "svd_start"), (LoriConfig, "lori_densty", "lori_density")],
+)
+def test_a_misspelt_option_is_refused_with_what_was_meant(tmp_path, config_class, given, meant):
+    names = rf"{given}', did you mean '{meant}'\?; .*replace\(config, {meant}=\.\.\.\)"
+    with pytest.raises(TypeError, match=names):
+        config_class.from_pretrained(str(tmp_path), **{given: "x"})
+
+
+@pytest.mark.parametrize("config_class", [SvdLoraConfig, LoriConfig])
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("r", r"'r'; the options of the adapter are those.*replace\(config, r=\.\.\.\)"),
+        ("revison", r"'revison', did you mean 'revision'\?$"),
+        ("qqqq", r"'qqqq'$"),
+        ("filename", "'filename'"),
+    ],
+)
+def test_an_argument_that_from_pretrained_would_not_use_is_refused(
+    tmp_path, config_class, given, names
+):
+    with pytest.raises(TypeError, match=rf"{config_class.__name__}\.from_pretrained\(\).*{names}"):
+        config_class.from_pretrained(str(tmp_path), **{given: "x"})
+
+
+def test_what_peft_downloads_with_is_taken_of_a_folder_too(tmp_path):
+    config = SvdLoraConfig(**OPTIONS)
+    config.save_pretrained(str(tmp_path / "second"))
+    given: dict[str, Any] = {
+        "revision": "main",
+        "token": None,
+        "cache_dir": "x",
+        "local_files_only": True,
+    }
+    assert SvdLoraConfig.from_pretrained(str(tmp_path), subfolder="second", **given) == config
+
+
+@pytest.mark.parametrize("config_class", [SvdLoraConfig, LoriConfig])
+def test_an_adapter_of_the_hub_is_fetched_with_what_was_given(tmp_path, monkeypatch, config_class):
+    asked = []
+
+    def fetch(repo_id: str, filename: str, **options: Any) -> str:
+        asked.append((repo_id, filename, options))
+        return str(tmp_path / options["subfolder"] / filename)
+
+    monkeypatch.setattr(stock_saved, "hf_hub_download", fetch)
+    is_svd = config_class is SvdLoraConfig
+    options: dict[str, Any] = {"svd_factors": "f"} if is_svd else {"lori_start": "elsewhere"}
+    config_class(r=4, **options).save_pretrained(str(tmp_path / "second"))
+    given: dict[str, Any] = {"revision": "v1", "token": "t", "cache_dir": str(tmp_path / "cache")}
+    found = config_class.from_pretrained("user/adapter", subfolder="second", **given)
+    assert type(found) is config_class
+    names = [SIDECAR_NAME]
+    if isinstance(found, LoriConfig):
+        names += [MASK_FILE_NAME, "adapter_config.json", "adapter_model.safetensors"]
+        assert found.lori_mask == str(tmp_path / "second" / MASK_FILE_NAME)
+        assert found.lori_start == str(tmp_path / "second")
+    expected = {"subfolder": "second", **given}
+    assert asked == [("user/adapter", name, expected) for name in names]
 
 
 @pytest.mark.parametrize("reader", [LoraConfig, PeftConfig])

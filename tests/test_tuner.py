@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import math
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoKrConfig,
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft_fixtures import (
     HELD_RANK,
     SPLITS,
@@ -29,8 +39,14 @@ from peft_fixtures import (
 )
 from tiny_models import ARCHITECTURES
 
-from peft_svdinit import SvdGuided, initialize_lora_from_factors
-from peft_svdinit.tuner import lora_scalings
+from peft_svdinit import (
+    FactorsFile,
+    LoriConfig,
+    SvdGuided,
+    SvdLoraConfig,
+    initialize_lora_from_factors,
+)
+from peft_svdinit.tuner import initialize_layers, lora_scalings
 
 TEACHER_TOLERANCE, BASE_TOLERANCE = 1e-4, 1e-5
 
@@ -476,6 +492,36 @@ def test_the_post_hoc_start_of_a_merged_adapter_is_refused(llama):
     model.unmerge_adapter()
 
 
+@pytest.mark.parametrize(
+    ("config_class", "options", "names"),
+    [
+        (LoriConfig, {"lori_density": 0.25}, "'default' is a LoRI adapter.*with a LoraConfig"),
+        (LoriConfig, {"lori_density": 1.0}, "'default' is a LoRI adapter.*lori_start"),
+        (LoraConfig, {"init_lora_weights": "mica"}, r"layer model\.layers\.0.*keeps lora_B frozen"),
+    ],
+)
+def test_the_post_hoc_start_of_a_kind_that_freezes_a_factor_is_refused(
+    llama, config_class, options, names
+):
+    config = config_class(r=HELD_RANK, target_modules=llama.targets, **options)
+    model = get_peft_model(llama.model(), config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for factors in (llama.factors, llama.file):
+        with pytest.raises(ValueError, match=names):
+            initialize_lora_from_factors(model, factors)
+    # The tuner's own function sees the layers alone.
+    with pytest.raises(ValueError, match=r"layer model\.layers\.0.*keeps lora_[AB] frozen"):
+        initialize_layers(model, llama.factors, "default", SvdGuided())
+    assert equal_bits(model.state_dict(), before)
+    assert model.peft_config["default"] is config
+
+
+def test_the_post_hoc_start_of_another_method_than_lora_is_refused(llama):
+    model = get_peft_model(llama.model(), LoKrConfig(r=4, target_modules=llama.targets))
+    with pytest.raises(TypeError, match="adapter_name='default' was made with a LoKrConfig"):
+        initialize_lora_from_factors(model, llama.factors)
+
+
 @pytest.mark.parametrize("moved", ["pissa", "olora"])
 def test_the_post_hoc_start_over_a_moved_base_is_refused(llama, moved):
     model = get_peft_model(
@@ -492,6 +538,95 @@ def test_a_later_start_replaces_a_reference(llama):
     assert not [name for name, _ in model.named_buffers() if "svd_reference" in name]
     initialize_lora_from_factors(model, llama.factors, start="reference")
     assert largest_difference(logits(model), logits(llama.base)) < BASE_TOLERANCE
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_later_start_with_fewer_factors_replaces_every_reference(llama, tmp_path, start):
+    """A trained A and B mean the difference to a reference; without it they mean nothing."""
+    model = llama.peft_model(svd_start="reference")
+    train(model)
+    some = {name: layer for name, layer in llama.factors.items() if "layers.0" in name}
+    initialize_lora_from_factors(model, some, start=start, coverage="partial")
+    expected = logits(tuned(llama.base, some if start == "delta" else {}))
+    assert largest_difference(logits(model), expected) < TEACHER_TOLERANCE
+    train(model)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(llama.model(), str(tmp_path))
+    assert largest_difference(logits(loaded), logits(model)) < BASE_TOLERANCE
+
+
+# Factors in memory, of which no file tells
+
+
+def started_in_memory(scene: Scene, start: Any, **options: Any) -> Any:
+    config = LoraConfig(
+        r=HELD_RANK, lora_alpha=8, target_modules=scene.targets, task_type="CAUSAL_LM", **options
+    )
+    model = get_peft_model(scene.model(), config)
+    initialize_lora_from_factors(model, scene.factors, start=start)
+    return model
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(
+    ("start", "options"),
+    [*((start, {}) for start in STARTS), ("delta", {"use_dora": True})],
+)
+def test_training_goes_on_where_the_factors_were_in_memory(
+    llama, tmp_path, start, options, low_cpu_mem_usage
+):
+    model = started_in_memory(llama, start, **options)
+    train(model)
+    model.save_pretrained(str(tmp_path))
+    sidecar = json.loads((tmp_path / "svdinit_config.json").read_text())
+    assert sidecar["svd_factors"] == "<factors in memory>"
+    loaded = PeftModel.from_pretrained(
+        llama.model(),
+        str(tmp_path),
+        config=SvdLoraConfig.from_pretrained(str(tmp_path)),
+        is_trainable=True,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+    assert equal_bits(adapter_weights(loaded), adapter_weights(model))
+    assert torch.equal(logits(loaded), logits(model))
+    assert train(loaded) == train(model)
+    # What is loaded is saved as it was, and loads again.
+    for name, adapter in (("first", model), ("second", loaded)):
+        adapter.save_pretrained(str(tmp_path / name))
+    saved = [
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("first", "second")
+    ]
+    assert saved[0] == saved[1]
+    assert SvdLoraConfig.from_pretrained(str(tmp_path / "second")).svd_start == start
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_new_adapter_needs_factors_where_the_saved_one_had_them_in_memory(llama, tmp_path, start):
+    model = started_in_memory(llama, start)
+    model.save_pretrained(str(tmp_path))
+    config = SvdLoraConfig.from_pretrained(str(tmp_path))
+    for useless in (config, copy.deepcopy(config), model.peft_config["default"]):
+        base = llama.model()
+        names = r"never in a file; give svd_factors.*PeftModel\.from_pretrained\(base"
+        with pytest.raises(ValueError, match=names):
+            get_peft_model(base, useless)
+        assert not has_lora_layers(base)
+    given = dataclasses.replace(config, svd_factors=str(llama.file))
+    assert equal_bits(adapter_weights(get_peft_model(llama.model(), given)), adapter_weights(model))
+
+
+def test_weights_that_are_never_loaded_are_no_silent_start(llama, tmp_path):
+    started_in_memory(llama, "delta").save_pretrained(str(tmp_path))
+    config = SvdLoraConfig.from_pretrained(str(tmp_path))
+    config.inference_mode = False  # As a loader says that saved weights will be trained.
+    assert logits(get_peft_model(llama.model(), config)).isnan().all()
+
+
+def test_an_opened_factors_file_is_named_in_what_is_saved(llama, tmp_path):
+    model = get_peft_model(llama.model(), LoraConfig(r=4, target_modules=llama.targets))
+    initialize_lora_from_factors(model, FactorsFile(llama.file))
+    model.save_pretrained(str(tmp_path))
+    assert SvdLoraConfig.from_pretrained(str(tmp_path)).svd_factors == str(llama.file)
 
 
 # Coverage and the base

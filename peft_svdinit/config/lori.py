@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..deltas import options_beyond_the_product
 from ..masks import MASK_FILE_NAME, LoriMask, check_density, check_scope, save_mask
-from .stock_saved import StockSavedConfig
+from .stock_saved import StockSavedConfig, adapter_file, path_text
 
 RANDOM = "random"
 
@@ -61,9 +62,13 @@ class LoriConfig(StockSavedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.lori_mask = os.path.expanduser(os.fspath(self.lori_mask))
+        self.lori_mask = os.path.expanduser(
+            path_text("lori_mask", self.lori_mask, "write a mask with save_mask, and give its path")
+        )
         if self.lori_start is not None:
-            self.lori_start = os.path.expanduser(os.fspath(self.lori_start))
+            self.lori_start = os.path.expanduser(
+                path_text("lori_start", self.lori_start, "save the adapter, and give its folder")
+            )
         if not isinstance(self.lori_seed, int) or isinstance(self.lori_seed, bool):
             raise TypeError(f"lori_seed must be an integer, got {self.lori_seed!r}")
         for name in ("lori_density", "lori_floor"):
@@ -133,22 +138,31 @@ class LoriConfig(StockSavedConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> LoriConfig:
-        """The config that a local adapter folder was saved with, whole in itself.
+        """The config that an adapter was saved with, whole in itself.
 
-        Its mask is the one in the folder, and so is the adapter it starts from, of which a saved
+        Its mask is the one saved with it, and so is the adapter it starts from, of which a saved
         one keeps the entries off the mask.
 
+        Args:
+            pretrained_model_name_or_path, subfolder, kwargs: as of every configuration of ours.
+
         Raises:
-            ValueError: if the folder has no sidecar of a LoriConfig.
+            ValueError: if there is no sidecar of a LoriConfig.
+            TypeError: as of every configuration of ours.
+            FileNotFoundError: if a repository of the Hub has the sidecar and not the mask.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
+
+        def saved(file_name: str) -> Path:
+            return adapter_file(pretrained_model_name_or_path, file_name, subfolder, kwargs)
+
         # Paths in a file from elsewhere are not followed.
         if config.is_sparse:
-            config.lori_mask = str(folder / MASK_FILE_NAME)
+            config.lori_mask = str(saved(MASK_FILE_NAME))
             config.lori_scope, config.lori_floor = "global", 0.0  # The mask is drawn already.
         if config.lori_start is not None:
-            config.lori_start = str(folder)
+            saved(CONFIG_NAME)
+            config.lori_start = str(saved(SAFETENSORS_WEIGHTS_NAME).parent)
         return config
 
 

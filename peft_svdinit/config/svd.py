@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig
 
 from ..factor_sources import PARTS, Part
 from ..initializers import SvdGuided
-from .stock_saved import StockSavedConfig
+from .stock_saved import StockSavedConfig, path_text
 
 Coverage = Literal["strict", "partial"]
+IN_MEMORY = "<factors in memory>"
+"""`svdinit_config.json`'s svd_factors of an adapter that `initialize_lora_from_factors` started
+from a mapping: there is no file to name."""
 # The functions behind sources that a config cannot ask for.
 _FROM_DATA = {"gradient": "gradient_factors", "activation": "activation_factors"}
 
@@ -75,14 +77,11 @@ class SvdLoraConfig(StockSavedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.svd_factors, os.PathLike):
-            self.svd_factors = os.fspath(self.svd_factors)
-        if not isinstance(self.svd_factors, str):
-            raise TypeError(
-                "svd_factors must be a path or Hub id, so that the config can be saved, got "
-                f"{type(self.svd_factors).__name__}; use initialize_lora_from_factors for factors "
-                "in memory"
-            )
+        self.svd_factors = path_text(
+            "svd_factors",
+            self.svd_factors,
+            "use initialize_lora_from_factors for factors in memory",
+        )
         self._check_source()
         if self.svd_coverage not in ("strict", "partial"):
             raise ValueError(
@@ -95,6 +94,40 @@ class SvdLoraConfig(StockSavedConfig):
             )
         self.mark()
         self.initializer()
+        self._was_read = False
+
+    def awaits_saved_weights(self) -> bool:
+        """Whether the factors were in memory and are gone, and what came of them is being loaded.
+
+        Raises:
+            ValueError: if they are gone and nothing is being loaded.
+        """
+        if self.svd_factors != IN_MEMORY:
+            return False
+        if self._was_read and self.inference_mode is not None:
+            return True
+        raise ValueError(
+            f"svd_factors={IN_MEMORY!r}: the adapter of this configuration was started from "
+            "factors that were never in a file; give svd_factors, a factors file, folder or Hub "
+            "id, to start a new adapter, or call initialize_lora_from_factors. Its saved weights "
+            "need none: PeftModel.from_pretrained(base, folder, "
+            "config=SvdLoraConfig.from_pretrained(folder))"
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SvdLoraConfig:
+        """As of every configuration of ours.
+
+        With factors that were in memory, it serves to load the adapter's saved weights alone.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        config._was_read = True
+        if config.svd_factors == IN_MEMORY:
+            # Whoever loads saved weights sets it, get_peft_model leaves it as it is.
+            config.inference_mode = None  # pyright: ignore[reportAttributeAccessIssue]
+        return config
 
     def _check_source(self) -> None:
         source: str = self.svd_source

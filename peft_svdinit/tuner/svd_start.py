@@ -6,16 +6,19 @@ import logging
 import os
 from collections.abc import Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftType
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..checkpoints import is_recognised, recognition_sample
-from ..config import Coverage, SvdLoraConfig, lora_options
+from ..config import Coverage, LoriConfig, SvdLoraConfig, lora_options
+from ..config.svd import IN_MEMORY
 from ..deltas.adapter import INITS_MOVING_BASE
 from ..factor_sources import WeightFactors, WeightSource
 from ..factors import LowRankFactors
@@ -28,31 +31,35 @@ from ..layers.reference import (
     attach_zero_reference,
     detach_reference,
     lora_linears,
+    reference_of,
 )
 from .adapter_layers import given_memory, is_linear, lora_layers, module_name, shortened
 from .magnitudes import refresh_magnitude
 
 logger = logging.getLogger(__name__)
 
-_IN_MEMORY = "<factors in memory>"
-
 
 class SvdStart:
     """What a `SvdLoraConfig` asks for, its file opened before any model is touched.
 
     Raises:
-        FileNotFoundError, ValueError: as `FactorsFile`.
+        FileNotFoundError, ValueError: as `FactorsFile`, or if the factors were in memory and no
+            saved weights are being loaded.
     """
 
     def __init__(self, config: SvdLoraConfig) -> None:
         self.config = config
         self._factors: FactorsFile | WeightFactors | None = None
-        if config.svd_source == "teacher":
+        self._awaits = config.awaits_saved_weights()
+        if config.svd_source == "teacher" and not self._awaits:
             self._factors = FactorsFile(config.svd_factors, revision=config.svd_factors_revision)
 
     def __call__(self, model: nn.Module, adapter_name: str) -> None:
         """`initialize_layers` as the configuration says."""
         config = self.config
+        if self._awaits:
+            _leave_to_saved_weights(model, adapter_name, config.svd_start)
+            return
         if self._factors is None:  # A second call, after PEFT widened the adapter, has them.
             self._factors = _weight_factors(model, adapter_name, config)
         initialize_layers(
@@ -96,7 +103,8 @@ def initialize_layers(
 
     Raises:
         ValueError: if target layers and factors do not cover each other (strict), none matches,
-            a rank is above what is held, shapes differ, or the factors are of another base model.
+            a rank is above what is held, shapes differ, the factors are of another base model, or
+            A or B is frozen by the kind of the adapter.
         TypeError: if a target layer is not a linear one.
         RuntimeError: if the adapter is merged into the base weight.
     """
@@ -105,6 +113,8 @@ def initialize_layers(
         raise ValueError(f"adapter_name={adapter_name!r}: the model has no LoRA layer of that name")
     _check_coverage(layers, factors, coverage)
     matched = {name: layer for name, layer in layers.items() if name in factors}
+    for name, layer in layers.items():
+        _check_free(name, layer, adapter_name)
     for name, layer in matched.items():
         _check_layer(name, layer, adapter_name, factors)
     if initializer.start == "reference":
@@ -145,24 +155,38 @@ def initialize_lora_from_factors(
         start, split, coverage, check_base: as `svd_start` and so on of `SvdLoraConfig`.
 
     Raises:
-        ValueError, TypeError: as `SvdLoraConfig` and `initialize_layers` do, and if the adapter's
-            own initialisation moved the base weights.
+        ValueError, TypeError: as `SvdLoraConfig` and `initialize_layers` do, if the adapter's own
+            initialisation moved the base weights, and if it is LoRI's or not LoRA's.
         RuntimeError: if the adapter is merged.
     """
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
     if config is None:
         raise ValueError(f"adapter_name={adapter_name!r}: the model has no adapter of that name")
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        raise TypeError(
+            f"adapter_name={adapter_name!r} was made with a {type(config).__name__}; only LoRA "
+            "adapters start from factors: make it with a LoraConfig"
+        )
+    if isinstance(config, LoriConfig):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is a LoRI adapter, whose A is the one that lori_seed "
+            "draws and never changes; make it with a LoraConfig to start it from factors, or give "
+            "the LoriConfig an adapter with the same A as lori_start"
+        )
     previous = config.init_lora_weights
     if isinstance(previous, str) and previous.lower().startswith(INITS_MOVING_BASE):
         raise ValueError(
             f"adapter_name={adapter_name!r} was made with init_lora_weights={previous!r}, which "
             "moved the base weights; make the adapter with init_lora_weights=True first"
         )
-    in_memory = isinstance(factors, Mapping)
+    if isinstance(factors, FactorsFile):
+        source = str(factors.path)
+    else:
+        source = IN_MEMORY if isinstance(factors, Mapping) else os.fspath(factors)
     new_config = SvdLoraConfig(
         **{**lora_options(config), "init_lora_weights": True},
-        svd_factors=_IN_MEMORY if in_memory else os.fspath(factors),
+        svd_factors=source,
         svd_start=start,
         svd_split=split,
         svd_coverage=coverage,
@@ -195,6 +219,17 @@ def _check_coverage(
             f"{len(missing)} target layers without factors ({shortened(missing)}), "
             f"{len(unused)} factors without target layer ({shortened(unused)}); change "
             'target_modules, or set svd_coverage="partial" to accept this'
+        )
+
+
+def _check_free(name: str, layer: LoraLayer, adapter_name: str) -> None:
+    """Of every layer: A and B of kinds that freeze one, LoRI and MiCA, are not those of a start."""
+    frozen = layer.frozen_peft_weight_names.get(adapter_name)
+    if frozen:
+        raise ValueError(
+            f"layer {name}: adapter {adapter_name!r} is of a kind that keeps {', '.join(frozen)} "
+            "frozen as it was made, and factors would replace it; delete it and make the adapter "
+            "with init_lora_weights=True in a LoraConfig first"
         )
 
 
@@ -292,10 +327,34 @@ def _write(layer: LoraLayer, adapter_name: str, init: LoraInit) -> None:
 def _start_without_factors(layer: LoraLayer, adapter_name: str, initializer: SvdGuided) -> None:
     if not is_linear(layer, adapter_name):
         return
-    given = [given_memory(part, layer) for part in lora_linears(layer, adapter_name)]
-    if any(given):
-        layer.reset_lora_parameters(adapter_name, True)
+    parts = lora_linears(layer, adapter_name)
+    given = [given_memory(part, layer) for part in parts]
+    subtracts = isinstance(layer.lora_variant.get(adapter_name), ReferenceVariant)
+    # A and B that mean the difference to a reference mean nothing without it.
+    if any(given) or (subtracts and reference_of(layer, adapter_name)[1].any()):
+        with gather_params_ctx(chain.from_iterable(part.parameters() for part in parts)):
+            layer.reset_lora_parameters(adapter_name, True)
     if adapter_name in layer.lora_magnitude_vector:
         refresh_magnitude(layer, adapter_name)
     if initializer.start == "reference":
         attach_zero_reference(layer, adapter_name)
+    elif subtracts:
+        detach_reference(layer, adapter_name)
+
+
+@torch.no_grad()
+def _leave_to_saved_weights(model: nn.Module, adapter_name: str, start: Start) -> None:
+    """Make every layer what the saved one was, without numbers: what is not loaded is no number."""
+    for name, layer in lora_layers(model, adapter_name):
+        if start == "reference":
+            _check_can_subtract(module_name(name), layer, adapter_name)
+        if not is_linear(layer, adapter_name):
+            continue
+        for part in lora_linears(layer, adapter_name):
+            given_memory(part, layer)
+            with gather_params_ctx(part.parameters()):
+                part.weight.fill_(torch.nan)
+        if start == "reference":
+            attach_reference(layer, adapter_name)
+        if adapter_name in layer.lora_magnitude_vector:
+            refresh_magnitude(layer, adapter_name)
