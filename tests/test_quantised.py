@@ -22,7 +22,7 @@ from peft_fixtures import (
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_svdinit import initialize_lora_from_factors
+from peft_svdinit import initialize_lora_from_factors, weight_factors
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 KINDS = ("4bit", "8bit")
@@ -43,6 +43,8 @@ def quantised(base: PreTrainedModel, kind: str) -> PreTrainedModel:
                 quant_type="nf4",
                 **options,
             )
+            # Evaluated on a CPU with AVX512-BF16 it would be repacked, which needs 32 rows at least.
+            layer.support_avx512bf16_for_cpu = False
         else:
             layer = bitsandbytes.nn.Linear8bitLt(
                 module.in_features, module.out_features, has_fp16_weights=False, **options
@@ -133,3 +135,13 @@ def test_merging_a_reference_changes_the_quantised_weight_by_the_change_of_the_p
     trained, untrained = logits(model), logits(quantised(scene.base, kind))
     merged = logits(model.merge_and_unload())
     assert (merged - trained).norm() < 0.5 * (trained - untrained).norm()
+
+
+def test_a_weight_that_bitsandbytes_repacked_is_not_read_as_if_it_were_not(scene):
+    base = quantised(scene.base, "4bit")
+    layer = base.get_submodule(next(iter(scene.factors)))
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(RuntimeError, match="repacked by bitsandbytes"):
+        weight_factors(base, rank=2)
+    with pytest.raises(RuntimeError, match="repacked by bitsandbytes"):
+        get_peft_model(base, scene.config(use_dora=True))
