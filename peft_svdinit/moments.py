@@ -8,10 +8,12 @@ entries, with the squares of the same coefficients.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -90,6 +92,31 @@ def lora_parameters(model: nn.Module, adapter_name: str = "default") -> dict[str
     }
 
 
+def keeps_moments(optimizer: torch.optim.Optimizer) -> bool | None:
+    """Whether `save_moments` will find moments of matrices; None if that cannot be told yet.
+
+    An optimizer that has not stepped is asked by a step of another of its class and options, on a
+    matrix of its own.
+    """
+    for parameter, state in optimizer.state.items():
+        if parameter.dim() == 2:
+            return _has_moments(state, parameter)
+    accepted = inspect.signature(type(optimizer)).parameters
+    options = {name: value for name, value in optimizer.defaults.items() if name in accepted}
+    probe = nn.Parameter(torch.zeros(2, 2))
+    probe.grad = torch.zeros(2, 2)
+    try:
+        twin = type(optimizer)([probe], **options)
+        twin.step()
+    except Exception:  # of a class that takes other arguments, or works on one device only
+        return None
+    return _has_moments(twin.state.get(probe, {}), probe)
+
+
+def _has_moments(state: Mapping[str, Any], parameter: Tensor) -> bool:
+    return all(part in state and state[part].shape == parameter.shape for part in _PARTS)
+
+
 def save_moments(
     optimizer: torch.optim.Optimizer, model: nn.Module, path: str | os.PathLike
 ) -> Path:
@@ -100,8 +127,8 @@ def save_moments(
     """
     tensors = {}
     for key, parameter in lora_parameters(model).items():
-        state = optimizer.state[parameter]
-        if any(part not in state or state[part].shape != parameter.shape for part in _PARTS):
+        state = optimizer.state.get(parameter, {})
+        if not _has_moments(state, parameter):
             raise TypeError(
                 f"{key}: the optimizer keeps no Adam moments for it; carrying moments over needs "
                 "optim=adamw_torch or adamw_torch_fused"

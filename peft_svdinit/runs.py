@@ -74,7 +74,11 @@ class TrainingLog:
     """Writer of one `training_log.csv`, which replaces what is at `path`.
 
     `rows` start the file. Appending adds one line to it; an evaluation column that was not there
-    before rewrites it atomically with the wider header.
+    before rewrites it atomically with the wider header, and so does the first append after one that
+    failed, with the rows that it left out.
+
+    Attributes:
+        whole: whether the file holds all rows.
     """
 
     def __init__(self, path: str | os.PathLike, rows: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -83,6 +87,7 @@ class TrainingLog:
         self.rows: list[Row] = []
         for row in rows:
             self._take(row)
+        self.whole = False
         self._rewrite()
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -90,12 +95,25 @@ class TrainingLog:
 
         Raises:
             ValueError: if `row` has a column that is neither standard nor an evaluation column.
+            OSError: if it cannot be written; `rows` has it.
         """
-        if self._take(row):
+        if self._take(row) or not self.whole:
+            self.whole = False
             self._rewrite()
             return
+        self.whole = False
         with open(self.path, "a", encoding="utf-8", newline="") as file:
             file.write(_csv_line(self.rows[-1].get(column) for column in self.columns))
+        self.whole = True
+
+    def flush(self) -> None:
+        """Write the rows that a failed `append` left out.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        if not self.whole:
+            self._rewrite()
 
     def _take(self, row: Mapping[str, Any]) -> bool:
         """Keep `row` in memory; whether it brought new columns."""
@@ -116,6 +134,7 @@ class TrainingLog:
                 file.write(_csv_line(self.columns))
                 for row in self.rows:
                     file.write(_csv_line(row.get(column) for column in self.columns))
+        self.whole = True
 
 
 def read_training_log(path: str | os.PathLike, *, drop_torn_line: bool = False) -> list[Row]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison_options import Setting, examples_per_step
-from fit import Materials
+from fit import Materials, check_complete
 from lora_options import LoraOptions
 from starts import CELLS, METHODS
 from train_full_teacher import train_full_teacher
@@ -22,6 +22,7 @@ from peft_svdinit import __version__
 from peft_svdinit.deltas import CheckpointPair, LoraAdapter, Synthesis
 from peft_svdinit.embedded import resolve_model
 from peft_svdinit.extraction import factors_of_adapter, factors_of_checkpoints
+from peft_svdinit.moments import MOMENTS_FILE_NAME
 from peft_svdinit.pipeline import Task
 from peft_svdinit.runs import read_run
 from peft_svdinit.sources import file_stamps
@@ -260,6 +261,7 @@ class _Planner:
             train_full_teacher(materials, self.setting.model, arguments, extra=extra, quiet=True)
         else:
             train_lora(materials, self.setting.model, adapter, arguments, extra=extra, quiet=True)
+        check_complete(folder, *([MOMENTS_FILE_NAME] if adapter and adapter.save_moments else []))
         gc.collect()
         if arguments.process_index == 0:
             for checkpoint in folder.glob("checkpoint-*"):

@@ -13,7 +13,7 @@ import torch
 from comparison_options import examples_per_step
 from continual_options import TASKS, ContinualSetting
 from datasets import concatenate_datasets
-from fit import Materials, fit
+from fit import Materials, check_complete, fit
 from lori_stages import (
     calibration_arguments,
     lori_model,
@@ -267,6 +267,7 @@ class Plan:
             part = self._part(trained, seed, skipped, steps)
             both = {task: each.evaluation for task, each in self.materials().items()}
             train(replace(part, evaluation=cast(Any, both)), here)
+            check_complete(folder)
             gc.collect()
             remove_checkpoints(here)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import (
     PreTrainedTokenizerBase,
@@ -20,7 +22,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from peft_svdinit.runs import Run, read_run
+from peft_svdinit.runs import Run, read_run, read_run_info
 from peft_svdinit.training import (
     DataOptions,
     ModelOptions,
@@ -110,6 +112,27 @@ def fit(
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return read_run(folder) if trainer.is_world_process_zero() else None
+
+
+def check_complete(folder: Path, *files: str) -> None:
+    """Raise on all processes unless the run in `folder` has a complete record, and `files`.
+
+    Callbacks spare a training what goes wrong while they write; a stage that reads what they wrote
+    is not to begin without it.
+
+    Raises:
+        RuntimeError: naming what is missing.
+    """
+    missing: list[str] = []
+    if PartialState().is_main_process:
+        missing += [name for name in files if not (folder / name).is_file()]
+        missing += [] if read_run_info(folder)["status"] == "completed" else ["complete record"]
+    missing = gather_object(missing)
+    if missing:
+        raise RuntimeError(
+            f"the training in {folder} left no {' and no '.join(missing)}: mend what its warnings "
+            "name, and run the same command again"
+        )
 
 
 def _rest(train: Dataset, arguments: RecipeArguments, resume: str | None) -> Dataset:

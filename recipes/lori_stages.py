@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from fit import Materials, fit
+from fit import Materials, check_complete, fit
 from lori_options import LoriOptions, SparseOptions
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch.utils.data import DataLoader
@@ -29,7 +29,7 @@ from peft_svdinit.masks import (
     save_mask,
     teacher_scores,
 )
-from peft_svdinit.masks.scores_file import LayerScores
+from peft_svdinit.masks.scores_file import SCORES_FILE_NAME, LayerScores
 from peft_svdinit.runs import Run
 from peft_svdinit.training import (
     ModelOptions,
@@ -101,10 +101,15 @@ def calibrate(
     arguments: RecipeArguments,
     score: str = "magnitude",
 ) -> None:
-    """Train a dense B over the frozen A; its folder then has the scores of all entries."""
+    """Train a dense B over the frozen A; its folder then has the scores of all entries.
+
+    Raises:
+        RuntimeError: if the scores could not be written.
+    """
     arguments = replace(arguments, output_dir=str(folder), resume_from_checkpoint="last")
     callback = LoriCalibrationCallback(density=None, score=score)
     fit(lori_model(model, config), materials, arguments, callbacks=[callback], quiet=True)
+    check_complete(folder, SCORES_FILE_NAME)
     remove_checkpoints(arguments)
 
 

@@ -15,6 +15,7 @@ from recipe_inputs import save_dataset, save_model, shared_options
 from starts import CELLS
 
 from peft_svdinit.runs import read_run
+from trainer_callbacks import adam_moments, comparison
 
 QUICK = ["--max_steps", "2", "--teacher_steps", "2", "--teacher_rank", "4", "--eval_steps", "1"]
 
@@ -35,6 +36,36 @@ def records(folder: Path) -> dict[str, dict]:
         for path in sorted((folder / "out" / "runs").iterdir())
         if (path / "run.json").is_file()
     }
+
+
+@pytest.mark.parametrize(
+    ("owner", "writer", "missing"),
+    [
+        (adam_moments, "save_moments", "adam_moments.safetensors"),
+        (comparison, "write_run_info", "complete record"),
+    ],
+)
+def test_a_teacher_that_left_something_out_stops_the_pipeline_until_it_is_there(
+    tmp_path, monkeypatch, owner, writer, missing
+):
+    options = [*shared_options(tmp_path), *QUICK, "--seeds", "0", "--carry_moments", "true"]
+    options += ["--output_dir", str(tmp_path / "out"), "--only", "train_random"]
+    original = getattr(owner, writer)
+
+    def full(*args):
+        if isinstance(args[1], dict) and args[1]["status"] == "running":
+            return original(*args)
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, writer, full)
+        with pytest.raises(SystemExit, match=f"teacher-seed0-.* left no {missing}: mend"):
+            compare_inits.main(options)
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    assert (folder / "adapter_model.safetensors").is_file()
+    compare_inits.main(options)
+    assert (folder / "adam_moments.safetensors").is_file()
+    assert read_run(folder).completed
 
 
 def test_the_report_stands_with_all_methods_and_seeds(compared):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -22,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from peft_svdinit import memory
+from peft_svdinit import memory, runs
 from peft_svdinit.runs import (
     COLUMNS,
     LOSS_CURVE,
@@ -31,7 +32,7 @@ from peft_svdinit.runs import (
     read_run,
     read_training_log,
 )
-from trainer_callbacks import ComparisonCallback, comparison
+from trainer_callbacks import ComparisonCallback, comparison, step_clock
 from trainer_callbacks.loss_curve import plot_loss_curve, smoothed
 
 LENGTH = 6
@@ -116,7 +117,7 @@ def counting_clock(monkeypatch):
     """A clock that ticks once per reading: every optimizer step then takes one second."""
     readings = iter(range(10**6))
     clock = SimpleNamespace(perf_counter=lambda: float(next(readings)))
-    monkeypatch.setattr(comparison, "time", clock)
+    monkeypatch.setattr(step_clock, "time", clock)
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -539,6 +540,92 @@ def test_a_preempted_run_stays_running(tmp_path):
         assert (run.info["finished"] is not None) is completed
     make_trainer(tmp_path, ComparisonCallback(plot=False), enable_jit_checkpoint=True).train()
     assert read_run(tmp_path).completed
+
+
+class FullDisk(TrainerCallback):
+    """From one step to another nothing can be written to a log; the last write is cut short."""
+
+    def __init__(self, monkeypatch, first, last):
+        self.monkeypatch, self.first, self.last = monkeypatch, first, last
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        def full(*args, **kwargs):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def torn(path, *args, **kwargs):
+            with open(path, "a") as file:
+                file.write("3,0.")
+            full()
+
+        if state.global_step == self.first:
+            self.monkeypatch.setattr(runs, "open", torn, raising=False)
+            self.monkeypatch.setattr(runs, "replacing", full)
+        if state.global_step == self.last:
+            self.monkeypatch.undo()
+
+
+def saved_adapter(trainer, folder):
+    """The adapter as stock PEFT reads what the Trainer saves, and as it was trained."""
+    trainer.save_model(str(folder))
+    loaded = PeftModel.from_pretrained(tiny_model(), str(folder))
+    return get_peft_model_state_dict(loaded), get_peft_model_state_dict(trainer.model)
+
+
+def adapted():
+    return get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("last", [5, 100])
+def test_a_full_disk_costs_no_model_and_no_row_once_there_is_room(
+    tmp_path, monkeypatch, caplog, last
+):
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 3}
+    make_trainer(tmp_path / "whole", ComparisonCallback(plot=False), **options).train()
+    callback = ComparisonCallback(plot=False, output_dir=str(tmp_path / "run"))
+    disk = FullDisk(monkeypatch, 2, last)
+    trainer = make_trainer(tmp_path, disk, callback, model=adapted(), **options)
+    with caplog.at_level(logging.WARNING, logger="trainer_callbacks"):
+        assert trainer.train().global_step == 8
+    monkeypatch.undo()
+    texts = [record for record in caplog.records if "ComparisonCallback" in record.getMessage()]
+    assert all("No space left" in each.getMessage() and each.exc_info for each in texts)
+    assert len(texts) == (1 if last == 5 else 2)
+    assert all(f"{tmp_path / 'run' / TRAINING_LOG} (OSError" in each.getMessage() for each in texts)
+    loaded, trained = saved_adapter(trainer, tmp_path / "adapter")
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[key], trained[key]) for key in loaded)
+    assert json.loads((tmp_path / "run" / RUN_INFO).read_text())["status"] == (
+        "completed" if last == 5 else "running"
+    )
+    if last == 5:
+        whole = measured(tmp_path / "whole", "step", "epoch", "tokens")
+        assert measured(tmp_path / "run", "step", "epoch", "tokens") == whole
+
+
+@pytest.mark.parametrize("broken", ["write_run_info", "plot_loss_curve", "peak_memory_mb"])
+def test_what_fails_at_the_end_costs_its_own_file_alone(tmp_path, monkeypatch, caplog, broken):
+    class Break(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            def fail(*args, **kwargs):
+                raise RuntimeError("broken")
+
+            monkeypatch.setattr(comparison, broken, fail)
+
+    trainer = make_trainer(tmp_path, Break(), ComparisonCallback(), model=adapted(), max_steps=2)
+    with caplog.at_level(logging.WARNING, logger="trainer_callbacks"):
+        trainer.train()
+    (record,) = [each for each in caplog.records if "broken" in each.getMessage()]
+    named = {
+        "write_run_info": f"no final {tmp_path / RUN_INFO}",
+        "plot_loss_curve": f"no {tmp_path / LOSS_CURVE}",
+        "peak_memory_mb": "no seconds and memory",
+    }
+    assert named[broken] in record.getMessage() and record.exc_info
+    assert (tmp_path / LOSS_CURVE).exists() is (broken != "plot_loss_curve")
+    assert read_run(tmp_path).completed is (broken != "write_run_info")
+    assert len(read_run(tmp_path).log) == 2
+    loaded, trained = saved_adapter(trainer, tmp_path / "adapter")
+    assert all(torch.equal(loaded[key], trained[key]) for key in loaded)
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model
+from accelerate import Accelerator, PartialState
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft_fixtures import tiny_base, tokens
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from peft_svdinit import LoriConfig
 from peft_svdinit.calibration import dense_factors
-from peft_svdinit.masks import load_mask, save_mask, select
+from peft_svdinit.masks import MASK_FILE_NAME, load_mask, save_mask, select
 from peft_svdinit.masks.scores_file import SCORES_FILE_NAME, load_scores, save_scores
-from trainer_callbacks import LoriCalibrationCallback
+from trainer_callbacks import LoriCalibrationCallback, lori_calibration
 from trainer_callbacks.lori_calibration import SCORES
 
 STEPS = 6
@@ -229,10 +230,10 @@ def test_a_frozen_B_is_refused(tmp_path):
         callback.on_train_begin(arguments, state, SimpleNamespace(), model=model)  # pyright: ignore
 
 
-def test_scaled_gradients_are_refused():
+def test_scaled_gradients_are_refused(tmp_path):
     Accelerator(cpu=True)
-    state: Any = SimpleNamespace(global_step=0, max_steps=STEPS)
-    half: Any = SimpleNamespace(fp16=True, output_dir="x")
+    state: Any = SimpleNamespace(global_step=0, max_steps=STEPS, is_world_process_zero=True)
+    half: Any = SimpleNamespace(fp16=True, output_dir=str(tmp_path))
     for score in ("gradient", "magnitude_gradient"):
         callback = LoriCalibrationCallback(score=score)
         with pytest.raises(ValueError, match=f"score='{score}' needs gradients as they are"):
@@ -242,22 +243,101 @@ def test_scaled_gradients_are_refused():
 
 
 @pytest.mark.parametrize("score", ["magnitude", "magnitude_gradient"])
-def test_a_calibration_that_trained_nothing_is_an_error(tmp_path, score):
+def test_a_calibration_that_trained_nothing_leaves_no_mask(tmp_path, score, caplog):
+    trainer(tmp_path, LoriCalibrationCallback(score=score)).train()
     run = trainer(tmp_path, LoriCalibrationCallback(score=score), learning_rate=0.0)
-    with pytest.raises(ValueError, match="lora_B is zero everywhere after the calibration"):
+    run.train()
+    assert f"no {SCORES_FILE_NAME} and {MASK_FILE_NAME} in {tmp_path} (ValueError" in caplog.text
+    assert "lora_B is zero everywhere after the calibration" in caplog.text
+    # Nor that of the earlier run.
+    assert not (tmp_path / SCORES_FILE_NAME).exists() and not (tmp_path / MASK_FILE_NAME).exists()
+    check_saved(run, tmp_path)
+
+
+def check_saved(run: Trainer, folder: Path) -> None:
+    """The Trainer saves the dense B, and PEFT reads it."""
+    run.save_model(str(folder / "adapter"))
+    loaded = PeftModel.from_pretrained(tiny_base(), str(folder / "adapter"))
+    trained = dense_factors(run.model)  # pyright: ignore[reportArgumentType]
+    found = {name: part for name, part in loaded.named_parameters() if "lora_B" in name}
+    assert len(found) == len(trained)
+    assert all(
+        torch.equal(part, next(found[each] for each in found if f".{name}." in each))
+        for name, part in trained.items()
+    )
+
+
+def test_gradients_that_fail_on_the_way_leave_a_model_without_scores(tmp_path, monkeypatch, caplog):
+    def lost(factors):
+        raise RuntimeError("layer x: lora_B has no gradient")
+
+    class Lose(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                monkeypatch.setattr(lori_calibration, "gradients_of", lost)
+            if state.global_step == 3:
+                monkeypatch.undo()
+
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
+    run = trainer(tmp_path, Lose(), LoriCalibrationCallback(score="gradient"), **saving)
+    run.train()
+    assert run.state.global_step == STEPS
+    assert "no sums of all gradients (RuntimeError: layer x" in caplog.text
+    assert caplog.text.count("gradients of 3 of 4 steps") > 0  # the checkpoint
+    assert f"{SCORES_FILE_NAME} and {MASK_FILE_NAME} in {tmp_path}" in caplog.text
+    assert not list(tmp_path.rglob(SCORES_FILE_NAME))
+    check_saved(run, tmp_path)
+
+    monkeypatch.setattr(lori_calibration, "gradients_of", lost)
+    first = trainer(tmp_path / "first", LoriCalibrationCallback(score="gradient"))
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        first.train()
+    assert first.state.global_step == 0
+
+
+@pytest.mark.parametrize("broken", ["save_scores", "save_mask"])
+def test_a_full_disk_at_the_end_costs_no_model_and_reaches_the_barrier(
+    tmp_path, monkeypatch, caplog, broken
+):
+    reached = []
+
+    class Fill(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            def full(*args, **kwargs):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            monkeypatch.setattr(lori_calibration, broken, full)
+            monkeypatch.setattr(PartialState, "wait_for_everyone", lambda self: reached.append(1))
+
+    run = trainer(tmp_path, Fill(), LoriCalibrationCallback(floor=0.01))
+    run.train()
+    assert reached
+    (record,) = [each for each in caplog.records if "No space left" in each.getMessage()]
+    assert f"{MASK_FILE_NAME} in {tmp_path}" in record.getMessage() and record.exc_info
+    assert (SCORES_FILE_NAME in record.getMessage()) is (broken == "save_scores")
+    assert (tmp_path / SCORES_FILE_NAME).exists() is (broken == "save_mask")
+    assert not (tmp_path / MASK_FILE_NAME).exists()
+    check_saved(run, tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("taken")
+    run = trainer(tmp_path, LoriCalibrationCallback(output_dir=tmp_path / "file" / "mask"))
+    with pytest.raises(OSError, match="output_dir of LoriCalibrationCallback must be a writable"):
         run.train()
-    assert not (tmp_path / SCORES_FILE_NAME).exists()
+    assert run.state.global_step == 0
 
 
-def test_a_calibration_that_diverged_is_an_error(tmp_path):
+def test_a_calibration_that_diverged_leaves_no_mask(tmp_path, caplog):
     class Diverge(TrainerCallback):
         def on_step_end(self, args, state, control, model: Any = None, **kwargs):
             with torch.no_grad():
                 next(iter(dense_factors(model).values())).fill_(torch.nan)
 
     run = trainer(tmp_path, Diverge(), LoriCalibrationCallback())
-    with pytest.raises(ValueError, match=r"layer model\.layers.*: scores have NaN.*diverged"):
-        run.train()
+    run.train()
+    assert "scores have NaN" in caplog.text and "diverged" in caplog.text
+    assert not list(tmp_path.glob("lori_*"))
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 pytestmark = pytest.mark.slow
 
 
-def run_training(script: str, *arguments: str, processes: int = 2) -> None:
-    """Run a script of this folder in one or two processes; fails with what it said."""
+def run_training(script: str, *arguments: str, processes: int = 2) -> str:
+    """What a script of this folder said in one or two processes; fails with it."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -35,6 +35,7 @@ def run_training(script: str, *arguments: str, processes: int = 2) -> None:
     command = [sys.executable, *launcher, str(ROOT / "tests" / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:
@@ -126,3 +127,12 @@ def test_fully_sharded_parameters_train_and_are_saved_whole(tmp_path):
     assert one["refused"] == other["refused"]
     stock = PeftModel.from_pretrained(tiny_base(), str(tmp_path / "final"))
     assert torch.equal(logits(stock), logits(reloaded(tmp_path / "final")))
+
+
+def test_a_calibration_whose_first_process_cannot_write_ends_in_all_of_them(tmp_path):
+    said = run_training("spared_process.py", str(tmp_path))
+    assert [each["steps"] for each in reports(tmp_path)] == [2, 2]
+    assert reports(tmp_path)[0]["world_size"] == 2
+    assert said.count("LoriCalibrationCallback leaves no lori_scores.safetensors and") == 1
+    trained = adapter(tmp_path)
+    assert any(value.any() for key, value in trained.items() if "lora_B" in key)

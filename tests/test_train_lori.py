@@ -22,7 +22,7 @@ from peft_svdinit.masks import load_compact, load_mask, select
 from peft_svdinit.masks.scores_file import load_scores
 from peft_svdinit.pipeline import Task
 from peft_svdinit.runs import read_run
-from trainer_callbacks import ComparisonCallback
+from trainer_callbacks import ComparisonCallback, lori_calibration
 
 QUICK = ["--max_steps", "4", "--calibration_steps", "3", "--lori_density", "0.25"]
 QUICK += ["--lora_target_modules", "q_proj", "v_proj", "down_proj", "--save_steps", "2"]
@@ -40,6 +40,26 @@ def made(tmp_path_factory):
 def stage(folder: Path, name: str) -> Path:
     (found,) = folder.glob(f"{name}-*")
     return found
+
+
+def test_a_calibration_without_scores_stops_the_recipe_and_goes_on_once_there_is_room(
+    made, tmp_path, monkeypatch
+):
+    folder, options = made
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lori_calibration, "save_scores", full)
+        with pytest.raises(RuntimeError, match=r"calibration-.* left no lori_scores"):
+            train_lori.main([*options, "--output_dir", str(tmp_path / "run")])
+    calibration = stage(tmp_path / "run", "calibration")
+    assert (calibration / "adapter_model.safetensors").is_file()
+    assert not list((tmp_path / "run").glob("mask-*"))
+    assert sorted(each.name for each in calibration.glob("checkpoint-*"))[-1] == "checkpoint-3"
+    train_lori.main([*options, "--output_dir", str(tmp_path / "run")])
+    assert same(tmp_path / "run", folder)
 
 
 def uncalibrated(options: list[str]) -> list[str]:

@@ -7,22 +7,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_svdinit.deltas import LoraAdapter
 from peft_svdinit.moments import (
     MOMENTS_FILE_NAME,
     install_moments,
+    keeps_moments,
     load_moments,
+    lora_parameters,
     save_moments,
 )
 from peft_svdinit.tuner import lora_scalings
+from trainer_callbacks.sparing import Sparing, prepare_folder
 
 logger = logging.getLogger(__name__)
 
 
 class SaveMomentsCallback(TrainerCallback):
-    """When training ends, write the LoRA weights' Adam moments into the run's folder."""
+    """When training ends, write the LoRA weights' Adam moments into the run's folder.
+
+    Raises:
+        TypeError, ValueError, OSError: where training begins, for an optimizer without such
+            moments, a model without a trained LoRA, or a folder that cannot be written to. What
+            fails when it ends is a warning.
+    """
+
+    def __init__(self) -> None:
+        self._spared = Sparing(type(self).__name__)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._spared = Sparing(type(self).__name__)
+        _check_optimizer(type(self).__name__, optimizer)
+        if model is not None and not lora_parameters(model):
+            raise ValueError(
+                "SaveMomentsCallback needs a model with a trained LoRA adapter 'default'; leave "
+                "the callback out"
+            )
+        if state.is_world_process_zero:
+            folder = Path(str(args.output_dir))
+            prepare_folder(folder, type(self).__name__, [MOMENTS_FILE_NAME])
 
     def on_train_end(
         self,
@@ -34,7 +68,10 @@ class SaveMomentsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and model is not None:
-            save_moments(_plain(optimizer), model, Path(str(args.output_dir), MOMENTS_FILE_NAME))
+            path = Path(str(args.output_dir), MOMENTS_FILE_NAME)
+            remedy = "Mend that and resume from the last checkpoint, which has the moments."
+            with self._spared(str(path), remedy):
+                save_moments(_plain(optimizer), model, path)
 
 
 class CarryMomentsCallback(TrainerCallback):
@@ -45,6 +82,8 @@ class CarryMomentsCallback(TrainerCallback):
 
     Raises:
         FileNotFoundError, ValueError: if the folder lacks one of them.
+        TypeError, ValueError: where training begins, for an optimizer without such moments, or a
+            student that they cannot be carried over to.
     """
 
     def __init__(self, teacher: str) -> None:
@@ -68,9 +107,34 @@ class CarryMomentsCallback(TrainerCallback):
     ) -> None:
         if state.global_step > 0 or model is None:
             return  # a resumed run has its own moments
+        _check_optimizer(type(self).__name__, optimizer)
         scalings = lora_scalings(model)
         count = install_moments(_plain(optimizer), model, self.teacher, self.moments, scalings)
         logger.info("carried the Adam moments of %d layers over from the teacher", count)
+
+
+def _check_optimizer(owner: str, optimizer: Any) -> None:
+    """Refuse an optimizer that keeps no Adam moments, or none in one piece; warn where unknown."""
+    kind = AcceleratorState().distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        raise ValueError(
+            f"{owner} needs the optimizer's state as it is, which {kind.value} splits among "
+            "processes; use DDP"
+        )
+    plain = _plain(optimizer)
+    kept = keeps_moments(plain)
+    if kept is False:
+        raise TypeError(
+            f"{owner}: {type(plain).__name__} keeps no Adam moments of LoRA weights; use "
+            "optim=adamw_torch or adamw_torch_fused, or leave the callback out"
+        )
+    if kept is None and PartialState().is_main_process:
+        logger.warning(
+            "%s cannot tell whether %s keeps Adam moments; optim=adamw_torch and "
+            "adamw_torch_fused do",
+            owner,
+            type(plain).__name__,
+        )
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import numbers
-import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,11 +29,16 @@ from peft_svdinit.runs import (
     write_run_info,
 )
 from trainer_callbacks.loss_curve import figure_class, plot_loss_curve
+from trainer_callbacks.sparing import Sparing, prepare_folder
+from trainer_callbacks.step_clock import StepClock, step_clock
 
 logger = logging.getLogger(__name__)
 
 # What the Trainer adds to an evaluation's metrics about the evaluation itself.
 _SPEEDS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
+
+_MEASURED = ("seconds and memory of all steps", "Compare the run by steps or tokens.")
+_AGAIN = "Make room for it and resume from the last checkpoint."
 
 
 class ComparisonCallback(TrainerCallback, ExportableState):
@@ -52,10 +56,14 @@ class ComparisonCallback(TrainerCallback, ExportableState):
     own: it averages the first loss after a resume since the checkpoint, not since the last log;
     make `save_steps` a multiple of `logging_steps` to avoid it.
 
-    `seconds` is the wall-clock time from the beginning of each optimizer step to its end, all its
-    micro-batches included. `peak_memory_mb` is in MiB: on CUDA what this process allocated on its
-    device since training began, elsewhere the resident memory of the process (where the system
-    cannot reset that peak, since the process began).
+    `seconds` is the time from the beginning of each optimizer step to its end, all its
+    micro-batches included: on CUDA the time of the device, elsewhere of the clock on the wall.
+    `peak_memory_mb` is in MiB: on CUDA what this process allocated on its device since training
+    began, elsewhere the resident memory of the process (where the system cannot reset that peak,
+    since the process began).
+
+    What goes wrong once steps are taken, a full disk say, is a warning: training goes on. A run
+    whose log could not be written to its end stays "running" in `run.json`.
 
     Args:
         output_dir: directory of the files; by default `TrainingArguments.output_dir`.
@@ -67,6 +75,7 @@ class ComparisonCallback(TrainerCallback, ExportableState):
     Raises:
         TypeError, ValueError: if JSON cannot hold `extra`.
         ImportError: if `plot` is set and matplotlib is not installed.
+        OSError: where training begins, if the directory cannot be written to.
     """
 
     def __init__(
@@ -88,12 +97,21 @@ class ComparisonCallback(TrainerCallback, ExportableState):
         self.output_dir = output_dir
         self.name = name
         self.plot = plot
-        self.seconds = 0.0
         self.peak_memory_mb: float | None = None
+        self._clock = StepClock()
+        self._spared = Sparing(type(self).__name__)
         self._log: TrainingLog | None = None
         self._info: dict[str, Any] = {}
         self._before_first_step = False
-        self._step_began: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time that the steps took so far."""
+        return self._clock.read()
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self._clock = StepClock(value)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the time and memory since the last row, which the log lacks."""
@@ -116,6 +134,7 @@ class ComparisonCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         self._log = None
+        self._spared = Sparing(type(self).__name__)
         stateful = cast(dict[str, Any], state.stateful_callbacks)
         saved = stateful.get(type(self).__name__)
         if saved is None:
@@ -131,17 +150,20 @@ class ComparisonCallback(TrainerCallback, ExportableState):
             )
         directory = self._directory(args)
         resumed = state.global_step > 0
+        stale = () if resumed else (RUN_INFO, LOSS_CURVE)
+        prepare_folder(directory, type(self).__name__, stale)
         rows = self._rows_to_keep(directory / TRAINING_LOG, state) if resumed else []
         earlier = [*rows]
         # A list would mean several callbacks of this class, and not say which of them is this one.
         if resumed and isinstance(saved, dict):
             earlier.append(saved["attributes"])
-        self.seconds = max((row.get("seconds") or 0.0 for row in earlier), default=0.0)
+        self._clock = step_clock(
+            args.device, max((row.get("seconds") or 0.0 for row in earlier), default=0.0)
+        )
         self.peak_memory_mb = (
             max((row.get("peak_memory_mb") or 0.0 for row in earlier), default=0.0) or None
         )
         self._before_first_step = resumed
-        self._step_began = None
         reset_peak_memory(args.device)
         trainable, total = _parameter_counts(model)
         self._info = {
@@ -156,36 +178,23 @@ class ComparisonCallback(TrainerCallback, ExportableState):
             "started": _started(directory) if resumed else _now(),
             "extra": self.extra,
         }
-        try:
-            if not resumed:
-                for stale in (RUN_INFO, LOSS_CURVE):
-                    (directory / stale).unlink(missing_ok=True)
-            self._log = TrainingLog(directory / TRAINING_LOG, rows)
-            self._write_info(args, state, "running")
-        except OSError as error:
-            raise OSError(
-                f"output_dir of ComparisonCallback must be a writable directory, got {directory}: "
-                f"{error}"
-            ) from error
+        self._log = TrainingLog(directory / TRAINING_LOG, rows)
+        self._write_info(args, state, "running")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._before_first_step = False
-        self._step_began = time.perf_counter()
+        if self._log is not None:
+            with self._spared(*_MEASURED):
+                self._clock.begin()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._log is None or self._step_began is None:
-            return
-        # Kernels run behind the host. The Trainer itself waits for them in these cases, so that
-        # waiting here costs nothing.
-        waits = control.should_log or control.should_evaluate or control.should_save
-        if args.device.type == "cuda" and (waits or control.should_training_stop):
-            torch.cuda.synchronize(args.device)
-        self.seconds += time.perf_counter() - self._step_began
-        self._step_began = None
+        if self._log is not None:
+            with self._spared(*_MEASURED):
+                self._clock.end()
 
     def on_log(
         self,
@@ -198,10 +207,14 @@ class ComparisonCallback(TrainerCallback, ExportableState):
         if self._log is None or self._before_first_step or logs is None:
             return
         row = _row({**logs, "step": state.global_step})
-        if row is not None:
-            self._measure_memory(args.device)
+        if row is None:
+            return
+        # The Trainer has waited for the device to know what it logs.
+        with self._spared(*_MEASURED):
             row["seconds"] = round(self.seconds, 6)
+            self._measure_memory(args.device)
             row["peak_memory_mb"] = self.peak_memory_mb
+        with self._spared(f"new rows in {self._log.path}", "They follow once that works again."):
             self._log.append(row)
 
     def on_train_end(
@@ -209,14 +222,21 @@ class ComparisonCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self._log is None:
             return
-        self._measure_memory(args.device)
-        # On SIGTERM the Trainer's just-in-time checkpoint ends training politely, to be resumed.
-        preempted = args.enable_jit_checkpoint and state.global_step < state.max_steps
-        self._write_info(args, state, "running" if preempted else "completed")
-        if self.plot and self._log.rows:
-            plot_loss_curve(
-                self._log.rows, self._log.path.parent / LOSS_CURVE, title=self._info["name"]
-            )
+        log, folder = self._log, self._log.path.parent
+        with self._spared(f"complete {log.path}", _AGAIN):
+            log.flush()
+        with self._spared(*_MEASURED):
+            self._measure_memory(args.device)
+        with self._spared(f"final {folder / RUN_INFO}", _AGAIN):
+            # On SIGTERM the Trainer's just-in-time checkpoint ends training politely, to be
+            # resumed.
+            preempted = args.enable_jit_checkpoint and state.global_step < state.max_steps
+            ended = not preempted and log.whole
+            self._write_info(args, state, "completed" if ended else "running")
+        if self.plot and log.rows:
+            draw = "Draw it from the log with trainer_callbacks.loss_curve.plot_loss_curve."
+            with self._spared(str(folder / LOSS_CURVE), draw):
+                plot_loss_curve(log.rows, folder / LOSS_CURVE, title=self._info["name"])
         self._log = None
 
     def _directory(self, args: TrainingArguments) -> Path:

@@ -19,6 +19,7 @@ from peft_svdinit import LoriConfig
 from peft_svdinit.calibration import dense_factors, gradients_of, input_sizes
 from peft_svdinit.deltas import LoraAdapter
 from peft_svdinit.masks import (
+    MASK_FILE_NAME,
     GradientScores,
     LoriMask,
     check_density,
@@ -30,8 +31,10 @@ from peft_svdinit.masks import (
 )
 from peft_svdinit.masks.scores_file import SCORES_FILE_NAME, LayerScores, load_scores, save_scores
 from peft_svdinit.masks.selection import check_floor
+from trainer_callbacks.sparing import Sparing, prepare_folder
 
 SCORES = ("magnitude", "magnitude_gradient", "gradient")
+_AGAIN = "Mend that and calibrate again."
 
 
 class LoriCalibrationCallback(TrainerCallback):
@@ -48,6 +51,9 @@ class LoriCalibrationCallback(TrainerCallback):
     Gradients are those that the optimizer is given: over all micro-batches and processes, clipped.
     Their sums lie in every checkpoint, so that a resumed run ends with the same scores.
 
+    What goes wrong later is a warning, and training goes on: files that cannot be written, a B that
+    ends as zero everywhere or not finite. There is then no mask, nor one of an earlier run.
+
     Args:
         output_dir: folder of the files; by default `TrainingArguments.output_dir`.
         density: share of B that the mask keeps; None to write the scores alone.
@@ -59,9 +65,10 @@ class LoriCalibrationCallback(TrainerCallback):
 
     Raises:
         FileNotFoundError, TypeError, ValueError: for wrong options, here; where training begins,
-            for a model without a dense LoRI adapter, or a mask that could not be chosen for it;
-            where it ends, for a B that is zero everywhere or not finite.
-        RuntimeError: where training begins, for a checkpoint without the sums.
+            for a model without a dense LoRI adapter, or a mask that could not be chosen for it.
+        RuntimeError: where training begins, for a checkpoint without the sums; in the first step,
+            for a B without a gradient.
+        OSError: where training begins, if the folder cannot be written to.
     """
 
     def __init__(
@@ -98,6 +105,8 @@ class LoriCalibrationCallback(TrainerCallback):
         self.exclude = [each if isinstance(each, LoriMask) else load_mask(each) for each in exclude]
         self.adapter_name = adapter_name
         self._sums = GradientScores(weighted=score == "magnitude_gradient")
+        self._steps_summed = 0
+        self._spared = Sparing(type(self).__name__)
 
     def on_train_begin(
         self,
@@ -107,6 +116,7 @@ class LoriCalibrationCallback(TrainerCallback):
         model: torch.nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        self._spared = Sparing(type(self).__name__)
         self._checked_config(model)
         assert model is not None
         self._check_training(args, state)
@@ -125,8 +135,11 @@ class LoriCalibrationCallback(TrainerCallback):
                 self.density, scope=self.scope, floor=self.floor, exclude=self.exclude
             )
         self._sums = GradientScores(weighted=self._sums.weighted)
+        self._steps_summed = state.global_step
         if state.global_step > 0 and self.score != "magnitude":
             self._sums.sums = self._resumed(args, state, factors)
+        if state.is_world_process_zero:
+            prepare_folder(self._folder(args), type(self).__name__, self._files)
 
     def on_pre_optimizer_step(
         self,
@@ -136,9 +149,13 @@ class LoriCalibrationCallback(TrainerCallback):
         model: torch.nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.score != "magnitude" and model is not None:
-            factors = dense_factors(model, self.adapter_name)
-            self._sums.add(factors, gradients_of(factors))
+        if self.score == "magnitude" or model is None:
+            return
+        if state.global_step == 0:
+            self._add_gradients(model)
+            return
+        with self._spared("sums of all gradients", _AGAIN):
+            self._add_gradients(model)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -155,8 +172,11 @@ class LoriCalibrationCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self.score != "magnitude" and args.should_save and model is not None:
-            layers = self._layers(model, self._sums.sums, state.global_step)
-            save_scores(_checkpoint(args, state), layers)
+            folder = _checkpoint(args, state)
+            remedy = "Resume from another checkpoint, if need be."
+            with self._spared(str(folder / SCORES_FILE_NAME), remedy):
+                layers = self._layers(model, self._complete_sums(state).sums, state.global_step)
+                save_scores(folder, layers)
 
     def on_train_end(
         self,
@@ -170,18 +190,42 @@ class LoriCalibrationCallback(TrainerCallback):
         # On SIGTERM the Trainer's just-in-time checkpoint ends training politely, to be resumed.
         if args.enable_jit_checkpoint and state.global_step < (self.steps or state.max_steps):
             return
-        # Every process chooses, so that an error ends all of them; one writes.
-        layers = self._layers(model, self._scores(model), state.global_step)
-        folder = Path(str(self.output_dir or args.output_dir))
-        if state.is_world_process_zero:
-            save_scores(folder, layers)
-        if self.density is not None:
+        folder = self._folder(args)
+        # Every process takes part, because gathering a split B needs all of them; one writes.
+        with self._spared(f"{' and '.join(self._files)} in {folder}", _AGAIN):
+            scores = self._scores(model, state)
+            if state.is_world_process_zero:
+                self._write(folder, self._layers(model, scores, state.global_step))
+        PartialState().wait_for_everyone()
+
+    def _folder(self, args: TrainingArguments) -> Path:
+        return Path(str(self.output_dir or args.output_dir)).expanduser()
+
+    @property
+    def _files(self) -> list[str]:
+        return [SCORES_FILE_NAME, *([] if self.density is None else [MASK_FILE_NAME])]
+
+    def _write(self, folder: Path, layers: LayerScores) -> None:
+        save_scores(folder / SCORES_FILE_NAME, layers)
+        if self.density is None:
+            return
+        with self._spared(f"{MASK_FILE_NAME} in {folder}", "Choose it from the scores."):
             mask = layers.mask(
                 self.density, scope=self.scope, floor=self.floor, exclude=self.exclude
             )
-            if state.is_world_process_zero:
-                save_mask(folder, mask)
-        PartialState().wait_for_everyone()
+            save_mask(folder / MASK_FILE_NAME, mask)
+
+    def _add_gradients(self, model: torch.nn.Module) -> None:
+        factors = dense_factors(model, self.adapter_name)
+        self._sums.add(factors, gradients_of(factors))
+        self._steps_summed += 1
+
+    def _complete_sums(self, state: TrainerState) -> GradientScores:
+        if self._steps_summed < state.global_step:
+            raise RuntimeError(
+                f"the sums have the gradients of {self._steps_summed} of {state.global_step} steps"
+            )
+        return self._sums
 
     def _checked_config(self, model: torch.nn.Module | None) -> LoriConfig:
         configs: dict[str, Any] = getattr(model, "peft_config", {})
@@ -230,7 +274,7 @@ class LoriCalibrationCallback(TrainerCallback):
             )
         return {name: scores.to(factors[name].device) for name, scores in stored.scores.items()}
 
-    def _scores(self, model: torch.nn.Module) -> dict[str, Tensor]:
+    def _scores(self, model: torch.nn.Module, state: TrainerState) -> dict[str, Tensor]:
         factors = dense_factors(model, self.adapter_name)
         with torch.no_grad(), gather_params_ctx(list(factors.values())):
             if not any(factor.any() for factor in factors.values()):
@@ -239,7 +283,7 @@ class LoriCalibrationCallback(TrainerCallback):
                     "more steps or a higher learning rate"
                 )
             if self.score != "magnitude":
-                return self._sums.scores()
+                return self._complete_sums(state).scores()
             trained = {name: factor.detach().float().cpu() for name, factor in factors.items()}
         start = self._checked_config(model).lori_start
         if start is not None:
