@@ -43,7 +43,7 @@ def quantised(base: PreTrainedModel, kind: str) -> PreTrainedModel:
                 quant_type="nf4",
                 **options,
             )
-            # Evaluated on a CPU with AVX512-BF16 it would be repacked, which needs 32 rows at least.
+            # Evaluation on a CPU with AVX512-BF16 would repack it, which needs 32 rows.
             layer.support_avx512bf16_for_cpu = False
         else:
             layer = bitsandbytes.nn.Linear8bitLt(

@@ -21,15 +21,14 @@ def dequantised_weight(module: nn.Module) -> Tensor:
     replaces an 8-bit layer's weight by one that has lost its scales.
 
     Raises:
-        RuntimeError: if bitsandbytes has repacked the weight: on CPUs with AVX512-BF16 the first
-            forward pass in evaluation mode does so, and what reads it afterwards gets other numbers.
+        RuntimeError: if bitsandbytes has repacked the weight. On CPUs with AVX512-BF16 the first
+            forward pass in evaluation mode does so, after which it reads as other numbers.
     """
     weight = module.weight
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         raise RuntimeError(
-            f"the weight of a {type(module).__name__} was repacked by bitsandbytes for inference on "
-            "this CPU and cannot be read any more; do this before the model is evaluated, or load "
-            "the model again"
+            f"the weight of a {type(module).__name__} was repacked by bitsandbytes for inference "
+            "and cannot be read any more; do this before the model is evaluated, or load it again"
         )
     if isinstance(weight, Tensor) and type(weight).__name__ in ("Params4bit", "Int8Params"):
         return dequantize_bnb_weight(
