@@ -269,14 +269,18 @@ def _base_entries(
     """What the file remembers of each weight and what is there; nothing of quantised weights."""
     for name, layer in layers.items():
         sample = factors.base_sample(name)
-        weight = getattr(layer.get_base_layer(), "weight", None)
+        base = layer.get_base_layer()
+        weight = getattr(base, "weight", None)
         if sample is None or not isinstance(weight, Tensor) or weight.is_meta:
             continue
         if not is_plain(weight):
             continue
-        with gather_params_ctx(weight):
+        shape = factors.shape_of(name)
+        with gather_params_ctx(base.parameters()):
             matrix = weight.mT if getattr(layer, "fan_in_fan_out", False) else weight
-            found = entries_at(matrix, sample.positions(factors.shape_of(name)))
+            if matrix.shape != shape:  # Packed, in a way unknown here.
+                continue
+            found = entries_at(matrix, sample.positions(shape))
         yield name, found, sample
 
 
