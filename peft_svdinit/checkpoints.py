@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections import defaultdict
@@ -15,14 +16,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .linear_modules import LinearModule, is_chosen, linear_modules, model_skeleton
+from .recognition import Position, sampled_positions
 from .sources import hub_pickles, inside, read_json, resolve_folder
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-SAMPLE_SIZE = 8
 BLOCK_ENTRIES = 1 << 19
 _BLOCKS_MAPPED = 16
 _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
-_WEIGHT_DTYPES = {"F64", "F32", "F16", "BF16"}
+_WEIGHT_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 class Checkpoint:
@@ -137,10 +143,22 @@ class Checkpoint:
                 return candidate
         return None
 
-    def corner(self, key: str, size: int) -> Tensor:
-        """The first `size` rows and columns of a matrix, without reading the rest."""
-        with safe_open(self._file_of[key], framework="pt") as file:
-            return file.get_slice(key)[:size, :size]
+    def entries(self, key: str, positions: Sequence[Position]) -> Float[Tensor, " n"]:
+        """A few entries of a matrix of floating numbers, in its dtype.
+
+        They are read one by one: around an entry of a mapped file the system would read ahead,
+        megabytes perhaps.
+        """
+        cols = self.shapes[key][1]
+        dtype = _WEIGHT_DTYPES[self.dtypes[key]]
+        with open(self._file_of[key], "rb", buffering=0) as file:
+            length = int.from_bytes(file.read(8), "little")
+            first = 8 + length + json.loads(file.read(length))[key]["data_offsets"][0]
+            stored = bytearray()
+            for row, col in positions:
+                file.seek(first + (row * cols + col) * dtype.itemsize)
+                stored += file.read(dtype.itemsize)
+        return torch.frombuffer(stored, dtype=dtype)
 
 
 class LinearWeights(Mapping[str, Tensor]):
@@ -271,10 +289,16 @@ class LinearWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.modules)
 
-    def sample(self, name: str) -> Tensor:
-        """A few entries by which the weight is recognised, see `recognition_sample`."""
-        corner = self.checkpoint.corner(self.keys_of[name], SAMPLE_SIZE)
-        return recognition_sample(self.oriented(name, corner))
+    def entries(self, name: str, positions: Sequence[Position]) -> Float[Tensor, " n"]:
+        """Entries of the (out, in) weight in its stored dtype, without reading the rest."""
+        if self.modules[name].transposed:
+            positions = [(col, row) for row, col in positions]
+        return self.checkpoint.entries(self.keys_of[name], positions)
+
+    def sample(self, name: str) -> Float[Tensor, " n"]:
+        """The entries by which the weight is recognised, see `recognition_sample`."""
+        module = self.modules[name]
+        return self.entries(name, sampled_positions((module.out_features, module.in_features)))
 
 
 def _tied_parameters(skeleton: nn.Module) -> dict[str, str]:
@@ -287,16 +311,3 @@ def _tied_parameters(skeleton: nn.Module) -> dict[str, str]:
 
 def _spellings(key: str, prefix: str) -> tuple[str, str, str]:
     return key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}"
-
-
-def is_recognised(found: Float[Tensor, " n"], sample: Float[Tensor, " n"]) -> bool:
-    """Whether two samples are of one weight, in half precision perhaps, which rounds by 0.4 %.
-
-    Two models differ by far more somewhere.
-    """
-    return torch.allclose(found, sample, rtol=0.02, atol=0.01 * sample.abs().max().item())
-
-
-def recognition_sample(weight: Float[Tensor, "out in"]) -> Float[Tensor, " n"]:
-    """The first entries of a weight's first row, in float32: enough to tell base models apart."""
-    return weight[0, :SAMPLE_SIZE].detach().float().cpu().clone()

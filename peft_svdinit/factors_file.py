@@ -1,15 +1,16 @@
 """The factors file: one safetensors file for the deltas of a whole model.
 
 Tensors `<module>.U` (out, rank), `<module>.S` (rank,), `<module>.Vh` (rank, in) in float32, and
-where the base weight was at hand `<module>.base`, a few of its entries, by which another base model
-is told apart even when every shape agrees. The header's one metadata entry is JSON: format version,
-base model, source, method, seed and each delta's exact Frobenius norm. The same factors give the
-same bytes.
+where the base weight was at hand `<module>.base_entries`, some of its entries in its own dtype,
+by which another or an edited base model is told apart. (Files of before have `<module>.base`, the
+first eight of the first row.) The header's one metadata entry is JSON: format version, base model,
+source, method, seed and each delta's exact Frobenius norm. The same factors give the same bytes.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -25,12 +26,16 @@ from .atomic import replacing
 from .factors import LowRankFactors
 from .linalg import frobenius_norm
 from .module_names import natural_order
+from .recognition import BaseSample, sampled_positions
 from .sources import resolve_file
 from .tensor_writer import TensorWriter, target_file
+
+logger = logging.getLogger(__name__)
 
 FACTORS_FILE_NAME = "factors.safetensors"
 FORMAT_VERSION = 1
 _HEADER_KEY = "peft_svdinit.factors"
+_SAMPLE, _FIRST_ROW = "base_entries", "base"
 
 
 @dataclass(frozen=True)
@@ -56,25 +61,39 @@ def save_factors(
     Each layer is read twice, to check it and to write it, and one is in memory at a time: `factors`
     may read from a disk.
 
+    Args:
+        path: file or folder.
+        factors: by module name.
+        metadata: where they come from.
+        base_samples: `recognition_sample` of the base weights, as `base_samples` takes them.
+
     Raises:
-        ValueError: if there are no factors, the reader would refuse those of a layer, or another
-            file is at the path.
+        ValueError: if there are no factors, the reader would refuse those of a layer, a sample is
+            not of as many entries as are taken of its weight, or another file is at the path.
     """
     if not factors:
         raise ValueError("factors is empty: a factors file needs at least one layer")
     target = target_file(path, FACTORS_FILE_NAME, _HEADER_KEY)
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     norms: dict[str, float] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for name, layer in factors.items():
         defect = _defect(layer)
         if defect:
             raise ValueError(f"factors: layer {name} has {defect}")
         for part, tensor in _parts(layer):
             layout[f"{name}.{part}"] = (torch.float32, tuple(tensor.shape))
-        norms[name] = layer.norm
+        norms[name], shapes[name] = layer.norm, layer.shape
     samples = {name: sample for name, sample in (base_samples or {}).items() if name in norms}
     for name, sample in samples.items():
-        layout[f"{name}.base"] = (sample.dtype, tuple(sample.shape))
+        expected = len(sampled_positions(shapes[name]))
+        if sample.shape != (expected,):
+            raise ValueError(
+                f"base_samples: layer {name} has entries of shape {tuple(sample.shape)}, of a "
+                f"weight of shape {shapes[name]} there are {expected}; take them with "
+                "base_samples(model, factors)"
+            )
+        layout[f"{name}.{_SAMPLE}"] = (sample.dtype, tuple(sample.shape))
     header = {"format_version": FORMAT_VERSION, **asdict(metadata), "norms": norms}
     entry = json.dumps(header, sort_keys=True, allow_nan=False)
     with (
@@ -85,7 +104,7 @@ def save_factors(
             for part, tensor in _parts(factors[name]):
                 writer.write(f"{name}.{part}", tensor.float())
         for name, sample in samples.items():
-            writer.write(f"{name}.base", sample)
+            writer.write(f"{name}.{_SAMPLE}", sample)
     return target
 
 
@@ -137,7 +156,15 @@ class FactorsFile(Mapping[str, LowRankFactors]):
         self._shapes = {
             name: (shapes[f"{name}.U"][0], shapes[f"{name}.Vh"][1]) for name in self._norms
         }
-        self._with_base = {name for name in self._norms if f"{name}.base" in shapes}
+        self._sampled = {name: shapes.get(f"{name}.{_SAMPLE}") for name in self._norms}
+        self._with_first_row = {name for name in self._norms if f"{name}.{_FIRST_ROW}" in shapes}
+        self._has_warned = False
+        for name, length in self._sampled.items():
+            if length not in (None, (len(sampled_positions(self._shapes[name])),)):
+                raise ValueError(
+                    f"{self.path}: layer {name} has base entries of shape {length}, which are not "
+                    f"those of a weight of shape {self._shapes[name]}; write the file again"
+                )
 
     def _parsed(self, header: str) -> tuple[FactorsMetadata, dict[str, float]]:
         try:
@@ -201,12 +228,38 @@ class FactorsFile(Mapping[str, LowRankFactors]):
         """(out, in) of a layer's delta, without reading it."""
         return self._shapes[name]
 
-    def base_sample(self, name: str) -> Tensor | None:
-        """The stored entries of the layer's base weight, if the file has them."""
-        if name not in self._with_base:
+    def base_sample(self, name: str) -> BaseSample | None:
+        """The stored entries of the layer's base weight, if the file has them.
+
+        The first time that they are of the form of before, a warning says what these cannot show.
+        """
+        of_first_row = self._sampled[name] is None
+        if of_first_row and name not in self._with_first_row:
             return None
+        if of_first_row and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s remembers eight entries of one row of each weight of its base model, by which "
+                "an edited base cannot be told; with the base that it was made of, write it anew: "
+                "%s",
+                self.path,
+                self._rewriting_command(),
+            )
         with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(f"{name}.base")
+            entries = file.get_tensor(f"{name}.{_FIRST_ROW if of_first_row else _SAMPLE}")
+        return BaseSample(entries, of_first_row)
+
+    def _rewriting_command(self) -> str:
+        base = self.metadata.base_model_name_or_path or "BASE_MODEL"
+        revision = self.metadata.base_model_revision
+        options = f"'{base}'" + (f", revision='{revision}'" if revision else "")
+        return (
+            'python -c "from transformers import AutoModelForCausalLM; '
+            "from peft_svdinit import FactorsFile, base_samples, save_factors; "
+            f"file = FactorsFile('{self.path}'); "
+            f"base = AutoModelForCausalLM.from_pretrained({options}); "
+            'save_factors(file.path, file, file.metadata, base_samples=base_samples(base, file))"'
+        )
 
 
 def _defect(layer: LowRankFactors) -> str | None:

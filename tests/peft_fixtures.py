@@ -20,8 +20,8 @@ from peft_svdinit import (
     SvdLoraConfig,
     save_factors,
 )
-from peft_svdinit.checkpoints import recognition_sample
 from peft_svdinit.linear_modules import linear_modules
+from peft_svdinit.recognition import recognition_sample
 from peft_svdinit.tuner import lora_layers
 
 STARTS = ("delta", "subspace", "reference")

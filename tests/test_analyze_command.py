@@ -143,7 +143,9 @@ def test_factors_of_another_base_are_refused(pair, tmp_path, capsys):
     tiny_model(intermediate_size=32).save_pretrained(str(wider))
     capsys.readouterr()
     command = f"analyze --factors {tmp_path}/factors --plots false --output_dir {tmp_path}/out"
-    assert "other weights than the model" in refused(f"{command} --base {other} --lora_r 2", capsys)
+    assert "not those that the factors were taken from" in refused(
+        f"{command} --base {other} --lora_r 2", capsys
+    )
     said = refused(f"{command} --base {wider} --lora_r 2", capsys)
     assert "no linear layer model.layers.0.mlp" in said and "not the base model" in said
     assert not (tmp_path / "out").exists()

@@ -25,13 +25,22 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_svdinit import checkpoints
-from peft_svdinit.checkpoints import SAMPLE_SIZE, Checkpoint, LinearWeights
+from peft_svdinit.checkpoints import Checkpoint, LinearWeights
 from peft_svdinit.deltas import CheckpointPair
 from peft_svdinit.linear_modules import linear_modules, model_skeleton
+from peft_svdinit.recognition import recognition_sample, sampled_positions
 
 LAYER = "model.layers.0.self_attn.q_proj"
 KEY = f"{LAYER}.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def bytes_read() -> int:
+    """What this process has asked files for; 0 where the system does not count."""
+    counts = Path("/proc/self/io")
+    if not counts.exists():
+        return 0
+    return int(counts.read_text().splitlines()[0].removeprefix("rchar:"))
 
 
 def dense_delta(pair: SavedPair, name: str) -> Tensor:
@@ -458,12 +467,35 @@ def test_all_linear_is_every_layer_but_the_head():
     assert (conv.out_features, conv.in_features, conv.transposed) == (64, 16, True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_sample_is_the_start_of_the_first_row_of_the_oriented_weight(tmp_path, architecture):
-    pair = save_pair(tmp_path, architecture)
-    weights = LinearWeights(Checkpoint(pair.base_folder, argument="base"))
+def test_a_sample_has_entries_of_the_oriented_weight_in_its_dtype(tmp_path, architecture, dtype):
+    tiny_model(architecture).to(dtype).save_pretrained(tmp_path)
+    weights = LinearWeights(Checkpoint(tmp_path, argument="base"))
     for name in weights:
-        assert torch.equal(weights.sample(name), weights[name][0, :SAMPLE_SIZE])
+        sample = weights.sample(name)
+        assert sample.dtype == dtype
+        assert torch.equal(sample.float(), recognition_sample(weights[name]))
+
+
+def test_sampling_reads_the_sampled_entries_alone(tmp_path, monkeypatch):
+    """Of a file of 1 GB, which is a hole but for them. Around a mapped entry much is read ahead."""
+    shape, dtype = (128256, 4096), torch.bfloat16
+    size = 2 * math.prod(shape)
+    header = json.dumps({"w": {"dtype": "BF16", "shape": shape, "data_offsets": [0, size]}})
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        first = file.tell()
+        for index, (row, col) in enumerate(sampled_positions(shape)):
+            file.seek(first + 2 * (row * shape[1] + col))
+            file.write(torch.tensor([index], dtype=dtype).view(torch.uint8).numpy().tobytes())
+        file.truncate(first + size)
+    checkpoint = Checkpoint(tmp_path, argument="base")
+    monkeypatch.setattr(checkpoints, "safe_open", None)
+    before = bytes_read()
+    entries = checkpoint.entries("w", sampled_positions(shape))
+    assert torch.equal(entries, torch.arange(64).to(dtype))
+    assert bytes_read() - before < 10_000
 
 
 def test_a_copy_of_the_folder_is_the_same_checkpoint(tmp_path):

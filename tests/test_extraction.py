@@ -21,9 +21,9 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from peft_svdinit import FactorsFile, LowRankFactors, save_factors
-from peft_svdinit.checkpoints import recognition_sample
 from peft_svdinit.deltas import CheckpointPair, LoraAdapter, Synthesis
 from peft_svdinit.extraction import Extraction, factors_of_adapter, factors_of_checkpoints
+from peft_svdinit.recognition import recognition_sample
 
 
 def assert_equal_bits(first: Extraction, second: Extraction) -> None:
@@ -213,4 +213,4 @@ def test_every_source_gives_the_same_kind_of_file(tmp_path, source):
         assert isinstance(file[name], LowRankFactors)
         assert torch.equal(file[name].U, layer.U)
         sample = file.base_sample(name)
-        assert sample is not None and torch.equal(sample, extraction.base_samples[name])
+        assert sample is not None and torch.equal(sample.entries, extraction.base_samples[name])

@@ -40,7 +40,7 @@ def some_factors(rank: int = 2, layers: int = 3) -> dict[str, LowRankFactors]:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    samples = {"layers.0.q_proj": torch.arange(4.0)}
+    samples = {"layers.0.q_proj": torch.arange(30.0, dtype=torch.bfloat16)}
     return save_factors(tmp_path / "f.safetensors", some_factors(), METADATA, base_samples=samples)
 
 
@@ -92,13 +92,27 @@ def test_the_same_factors_give_the_same_bytes(tmp_path):
 def test_base_samples_are_kept_for_the_layers_that_have_them(file):
     found = FactorsFile(file)
     sample = found.base_sample("layers.0.q_proj")
-    assert sample is not None and torch.equal(sample, torch.arange(4.0))
+    assert sample is not None and sample.entries.dtype == torch.bfloat16
+    assert torch.equal(sample.entries, torch.arange(30.0, dtype=torch.bfloat16))
     assert found.base_sample("layers.1.q_proj") is None
 
 
 def test_samples_of_other_layers_are_not_stored(tmp_path):
     path = save_factors(tmp_path, some_factors(), METADATA, base_samples={"other": torch.ones(3)})
-    assert not any(key.endswith(".base") for key in load_file(path))
+    assert not any(key.endswith(".base_entries") for key in load_file(path))
+
+
+def test_samples_that_are_not_those_of_the_weight_are_refused(tmp_path):
+    samples = {"layers.0.q_proj": torch.ones(8)}
+    with pytest.raises(ValueError, match=r"layers\.0\.q_proj .*\(8,\).*there are 30"):
+        save_factors(tmp_path, some_factors(), METADATA, base_samples=samples)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_samples_are_refused_on_opening(file):
+    rewrite(file, lambda tensors: tensors.update({"layers.0.q_proj.base_entries": torch.ones(3)}))
+    with pytest.raises(ValueError, match=r"base entries of shape \(3,\)"):
+        FactorsFile(file)
 
 
 def test_factors_are_stored_in_float32(tmp_path):

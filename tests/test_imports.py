@@ -17,7 +17,15 @@ PACKAGES = ("peft_svdinit", "trainer_callbacks", "recipes")
 # The core from the bottom up; a part imports from lower rows only. Whatever is not listed stands
 # above all of it.
 LAYERS = [
-    {"linalg", "atomic", "sources", "linear_modules", "module_names", "tensor_writer"},
+    {
+        "linalg",
+        "atomic",
+        "sources",
+        "linear_modules",
+        "module_names",
+        "recognition",
+        "tensor_writer",
+    },
     {"factors", "checkpoints", "layers"},
     {"factors_file", "deltas", "initializers", "factor_sources"},
     {"extraction", "masks"},
@@ -32,6 +40,7 @@ ONLY = {
     "sources": set(),
     "linear_modules": set(),
     "module_names": set(),
+    "recognition": set(),
     "tensor_writer": set(),
     "layers": set(),
     "factors": {"linalg"},

@@ -22,7 +22,7 @@ from peft_fixtures import (
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_svdinit import initialize_lora_from_factors, weight_factors
+from peft_svdinit import base_samples, initialize_lora_from_factors, weight_factors
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 KINDS = ("4bit", "8bit")
@@ -145,3 +145,17 @@ def test_a_weight_that_bitsandbytes_repacked_is_not_read_as_if_it_were_not(scene
         weight_factors(base, rank=2)
     with pytest.raises(RuntimeError, match="repacked by bitsandbytes"):
         get_peft_model(base, scene.config(use_dora=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_base_is_not_compared_and_leaves_no_sample(scene, kind):
+    """In whatever it is stored: packed numbers of 16 bits say nothing of the weight, either."""
+    model = quantised(scene.base, kind)
+    assert base_samples(model, scene.factors) == {}
+    if kind == "4bit":
+        for name in scene.factors:
+            packed = model.get_parameter(f"{name}.weight")
+            packed.data = packed.data.flatten().view(torch.bfloat16)[:, None]
+            assert packed.is_floating_point() and packed.dim() == 2
+        assert base_samples(model, scene.factors) == {}
+        get_peft_model(model, scene.config(svd_start="subspace"))

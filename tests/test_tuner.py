@@ -37,7 +37,7 @@ from peft_fixtures import (
     tuned,
     write_factors,
 )
-from tiny_models import ARCHITECTURES
+from tiny_models import ARCHITECTURES, weight_of
 
 from peft_svdinit import (
     FactorsFile,
@@ -649,8 +649,24 @@ def test_partial_coverage_ignores_factors_without_target(llama):
     assert largest_difference(logits(model), expected) < TEACHER_TOLERANCE
 
 
-def test_a_bf16_copy_of_the_base_is_recognised_as_the_base(llama):
-    get_peft_model(llama.model().to(torch.bfloat16), llama.config())
+@pytest.mark.parametrize("dtypes", [[torch.bfloat16], [torch.float16, torch.bfloat16]])
+def test_a_cast_copy_of_the_base_is_recognised_as_the_base(llama, dtypes):
+    base = llama.model()
+    for dtype in dtypes:
+        base.to(dtype)
+    get_peft_model(base, llama.config())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_edit_of_half_a_percent_of_one_layer_makes_another_base(tmp_path, architecture, dtype):
+    scene = make_scene(tmp_path, architecture)
+    edited, seeded = scene.model(), torch.Generator().manual_seed(0)
+    name = list(scene.factors)[-1]
+    weight = weight_of(edited, name)
+    weight += 0.005 * weight.square().mean().sqrt() * torch.randn(weight.shape, generator=seeded)
+    with pytest.raises(ValueError, match=f"the weights of layer {name} differ"):
+        get_peft_model(edited.to(dtype), scene.config())
 
 
 def test_another_base_of_the_same_shapes_is_refused_unless_told(llama):

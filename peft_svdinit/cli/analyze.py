@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..analysis import LayerIntruders, find_intruders
-from ..checkpoints import Checkpoint, LinearWeights, is_recognised
+from ..checkpoints import Checkpoint, LinearWeights
 from ..deltas import CheckpointPair, LoraAdapter
 from ..embedded import resolve_model
 from ..extraction import factors_of_adapter, factors_of_checkpoints
 from ..factors import LowRankFactors
 from ..factors_file import FactorsFile
 from ..linalg import frobenius_norm
+from ..recognition import BaseSample, first_difference
 from ..teacher_files import write_factors_analysis
 from .summary import print_analysis
 
@@ -128,18 +129,16 @@ def _checkpoints(options: AnalyzeOptions) -> _Subject:
 
 def _factors(options: AnalyzeOptions) -> _Subject:
     base = resolve_model(options.base) if options.base else None
-    samples: Mapping[str, Tensor | None]
     if options.factors:
         factors = FactorsFile(options.factors)
         metadata = factors.metadata
-        samples = {name: factors.base_sample(name) for name in factors}
     else:
         extraction = factors_of_adapter(LoraAdapter(str(options.adapter)), base=base)
-        factors, metadata, samples = extraction.factors, extraction.metadata, {}
+        factors, metadata = extraction.factors, extraction.metadata
     if base is None:
         return _Subject(factors, asdict(metadata), None, None)
     weights = LinearWeights(Checkpoint(base, argument="base"), target_modules=list(factors))
-    _check_base(weights, factors, samples, str(options.base))
+    _check_base(weights, factors, str(options.base))
 
     def tuned(name: str) -> Tensor:
         return weights[name] + factors[name].dense()
@@ -147,12 +146,7 @@ def _factors(options: AnalyzeOptions) -> _Subject:
     return _Subject(factors, asdict(metadata), weights, tuned)
 
 
-def _check_base(
-    weights: LinearWeights,
-    factors: Mapping[str, LowRankFactors],
-    samples: Mapping[str, Tensor | None],
-    base: str,
-) -> None:
+def _check_base(weights: LinearWeights, factors: Mapping[str, LowRankFactors], base: str) -> None:
     """Refuse a base that lacks a layer or is not the one that the factors were taken from."""
     for name in factors:
         module, shape = weights.modules.get(name), factors[name].shape
@@ -161,9 +155,21 @@ def _check_base(
                 f"base: {base} has no linear layer {name} of shape {shape} (out, in): not the "
                 "base model of these deltas?"
             )
-        sample = samples.get(name)
-        if sample is not None and not is_recognised(weights.sample(name), sample):
-            raise ValueError(
-                f"base: layer {name} of {base} has other weights than the model that the factors "
-                "were taken from; give that model"
-            )
+    if not isinstance(factors, FactorsFile):
+        return
+    difference = first_difference(_base_entries(weights, factors))
+    if difference is not None:
+        raise ValueError(
+            f"base: the weights of {difference} in {base} are not those that the factors were "
+            "taken from; give the model that they are of"
+        )
+
+
+def _base_entries(
+    weights: LinearWeights, factors: FactorsFile
+) -> Iterator[tuple[str, Tensor, BaseSample]]:
+    for name in factors:
+        sample = factors.base_sample(name)
+        if sample is not None:
+            positions = sample.positions(factors.shape_of(name))
+            yield name, weights.entries(name, positions), sample

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..checkpoints import recognition_sample
-from ..layers.base_weight import base_weight
+from ..layers.base_weight import base_weight, is_plain
 from ..linear_modules import linear_modules
+from ..recognition import recognition_sample
 
 Batch = Mapping[str, Any]
 
@@ -75,12 +75,15 @@ def named_layers(model: nn.Module, names: Iterable[str]) -> dict[str, TargetLaye
 
 
 def base_samples(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The entries of each layer's weight by which `save_factors` lets the base be recognised."""
+    """The entries of each layer's weight by which `save_factors` lets the base be recognised.
+
+    A quantised weight has none: it is rounded so coarsely that no edit could be told.
+    """
     samples = {}
     for name, layer in named_layers(model, names).items():
         stored = layer.module.weight
-        if isinstance(stored, Tensor) and stored.is_floating_point():
-            samples[name] = recognition_sample(layer.weight())
+        if isinstance(stored, Tensor) and is_plain(stored):
+            samples[name] = recognition_sample(layer.weight()).to(stored.dtype)
     return samples
 
 

@@ -12,6 +12,17 @@ from peft.utils.integrations import (
 from torch import Tensor, nn
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_BITSANDBYTES = ("Params4bit", "Int8Params")
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is numbers of 16 bits or more as they are, not quantised nor sharded."""
+    # torchao's, quanto's and sharded tensors say that they are of the dtype that they stand for.
+    return (
+        weight.dtype in _PLAIN
+        and type(weight).__name__ not in _BITSANDBYTES
+        and not hasattr(weight, "__tensor_flatten__")
+    )
 
 
 def dequantised_weight(module: nn.Module) -> Tensor:
@@ -30,7 +41,7 @@ def dequantised_weight(module: nn.Module) -> Tensor:
             f"the weight of a {type(module).__name__} was repacked by bitsandbytes for inference "
             "and cannot be read any more; do this before the model is evaluated, or load it again"
         )
-    if isinstance(weight, Tensor) and type(weight).__name__ in ("Params4bit", "Int8Params"):
+    if isinstance(weight, Tensor) and type(weight).__name__ in _BITSANDBYTES:
         return dequantize_bnb_weight(
             weight,  # pyright: ignore[reportArgumentType]
             state=getattr(module, "state", None),

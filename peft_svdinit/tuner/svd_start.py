@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -13,10 +13,9 @@ import torch
 from peft import LoraConfig, PeftType
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import gather_params_ctx
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..checkpoints import is_recognised, recognition_sample
 from ..config import Coverage, LoriConfig, SvdLoraConfig, lora_options
 from ..config.svd import IN_MEMORY
 from ..deltas.adapter import INITS_MOVING_BASE
@@ -24,7 +23,7 @@ from ..factor_sources import WeightFactors, WeightSource
 from ..factors import LowRankFactors
 from ..factors_file import FactorsFile
 from ..initializers import LoraInit, Split, Start, SvdGuided
-from ..layers.base_weight import base_weight
+from ..layers.base_weight import base_weight, is_plain
 from ..layers.reference import (
     ReferenceVariant,
     attach_reference,
@@ -33,6 +32,7 @@ from ..layers.reference import (
     lora_linears,
     reference_of,
 )
+from ..recognition import BaseSample, entries_at, first_difference
 from .adapter_layers import given_memory, is_linear, lora_layers, module_name, shortened
 from .magnitudes import refresh_magnitude
 
@@ -287,24 +287,36 @@ def _check_can_subtract(name: str, layer: LoraLayer, adapter_name: str) -> None:
 
 
 def _check_base(model: nn.Module, layers: Mapping[str, LoraLayer], factors: FactorsFile) -> None:
-    made_of = factors.metadata.base_model_name_or_path
+    difference = first_difference(_base_entries(layers, factors))
+    if difference is not None:
+        made_of = factors.metadata.base_model_name_or_path
+        given = getattr(model, "name_or_path", None) or "unnamed"
+        raise ValueError(
+            f"svd_factors were taken from another base model ({made_of}) than this one "
+            f"({given}): the weights of {difference} differ; make factors for this model, or "
+            "set svd_check_base=False if you mean it"
+        )
+
+
+def _base_entries(
+    layers: Mapping[str, LoraLayer], factors: FactorsFile
+) -> Iterator[tuple[str, Tensor, BaseSample]]:
+    """What the file remembers of each weight and what is there; nothing of quantised weights."""
     for name, layer in layers.items():
         sample = factors.base_sample(name)
-        weight = getattr(layer.get_base_layer(), "weight", None)
-        if sample is None or weight is None or not weight.is_floating_point() or weight.is_meta:
+        base = layer.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if sample is None or not isinstance(weight, Tensor) or weight.is_meta:
             continue
-        with gather_params_ctx(weight):
-            if weight.dim() != 2 or weight.element_size() < 2:
+        if not is_plain(weight):
+            continue
+        shape = factors.shape_of(name)
+        with gather_params_ctx(base.parameters()):
+            matrix = weight.mT if getattr(layer, "fan_in_fan_out", False) else weight
+            if matrix.shape != shape:  # Packed, in a way unknown here.
                 continue
-            transposed = getattr(layer, "fan_in_fan_out", False)
-            found = recognition_sample(weight.mT if transposed else weight)
-        if not is_recognised(found, sample):
-            given = getattr(model, "name_or_path", None) or "unnamed"
-            raise ValueError(
-                f"svd_factors were taken from another base model ({made_of}) than this one "
-                f"({given}): the weights of layer {name} differ; make factors for this model, or "
-                "set svd_check_base=False if you mean it"
-            )
+            found = entries_at(matrix, sample.positions(shape))
+        yield name, found, sample
 
 
 @torch.no_grad()
