@@ -158,7 +158,7 @@ def teacher_mask(
         ValueError: as `mask_from_scores`, or if the rank is below 1.
     """
     file = FactorsFile(factors)
-    in_features = {name: file[name].shape[1] for name in file}
+    in_features = {name: file.shape_of(name)[1] for name in file}
     projections = {
         name: random_projection(name, _checked(rank), size, seed)
         for name, size in in_features.items()
@@ -186,7 +186,7 @@ def shapes_of_factors(
 ) -> tuple[dict[str, tuple[int, int]], dict[str, int], str | None]:
     """(out, rank) and inputs of every layer of a factors file, and the base it names."""
     file = FactorsFile(factors)
-    sizes = {name: file[name].shape for name in file}
+    sizes = {name: file.shape_of(name) for name in file}
     return (
         {name: (out, _checked(rank)) for name, (out, _) in sizes.items()},
         {name: inputs for name, (_, inputs) in sizes.items()},

@@ -37,7 +37,7 @@ from peft_svdinit.embedded import resolve_model
 from peft_svdinit.linear_modules import linear_modules, model_skeleton
 from peft_svdinit.pipeline import run_tasks, selected_steps
 from peft_svdinit.runs import Run, describe_environment, read_run
-from peft_svdinit.training import DataOptions, ModelOptions, RecipeArguments, parse_options
+from peft_svdinit.training import DataOptions, ModelOptions, RecipeArguments, parse_options, refusal
 
 
 @dataclass
@@ -79,8 +79,11 @@ def main(argv: list[str] | None = None) -> None:
             check_inputs(setting)
             materials = cache(lambda: Materials.prepare(setting.model, setting.data))
             materials()
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
+    except Exception as error:
+        message = refusal(error, list(vars(setting).values()))
+        if message is None:
+            raise
+        raise SystemExit(f"error: {message}") from error
     plan = make_plan(setting, materials)
     report = print if state.is_main_process else (lambda line: None)
     try:
@@ -135,7 +138,9 @@ def check_inputs(setting: Setting) -> None:
                 f"lora_r={lora.lora_r} is above the rank of teacher_adapter, {adapter.config['r']}"
             )
     if options.teacher_model:
-        CheckpointPair(base, options.teacher_model, target_modules=lora.target_modules)
+        CheckpointPair(
+            base, resolve_model(options.teacher_model), target_modules=lora.target_modules
+        )
 
 
 def write_report(setting: Setting, plan: Plan, argv: list[str] | None) -> None:

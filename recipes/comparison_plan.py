@@ -275,7 +275,7 @@ class _Planner:
             given_model = str(self._teachers[seed].folder)
         if given_model:
             pair = CheckpointPair(
-                base, given_model, target_modules=self.setting.lora.target_modules
+                base, resolve_model(given_model), target_modules=self.setting.lora.target_modules
             )
             extraction = factors_of_checkpoints(
                 pair, options.teacher_rank, base_model_name_or_path=base

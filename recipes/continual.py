@@ -36,7 +36,7 @@ from lori_stages import check_selection, target_layers
 
 from peft_svdinit.continual import write_continual
 from peft_svdinit.pipeline import run_tasks
-from peft_svdinit.training import ModelOptions, parse_options
+from peft_svdinit.training import ModelOptions, parse_options, refusal
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,8 +59,11 @@ def main(argv: list[str] | None = None) -> None:
             if "lori_exclude" in setting.continual.schemes:
                 check_selection(layers, setting.sparse, seed=0, exclude=[mask])
             materials()
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
+    except Exception as error:
+        message = refusal(error, options)
+        if message is None:
+            raise
+        raise SystemExit(f"error: {message}") from error
     plan = Plan(setting, materials)
     run_tasks(
         plan.tasks,

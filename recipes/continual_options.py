@@ -65,7 +65,9 @@ class ContinualDataOptions(DataOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dataset_name != DataOptions.dataset_name:
-            raise ValueError("dataset_name is one of two here; use first_ and second_dataset_name")
+            raise ValueError(
+                "dataset_name is one of two here; use first_dataset_name and second_dataset_name"
+            )
 
 
 @dataclass

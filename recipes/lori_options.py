@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from quiet_arguments import QuietArguments
 
@@ -35,6 +35,11 @@ class SparseOptions:
     """The adapter, its mask, and the calibration run."""
 
     _argument_group_name = "adapter"
+    _known_as: ClassVar = {
+        "lori_density": ["density"],
+        "lori_scope": ["scope"],
+        "lori_floor": ["floor"],
+    }
 
     lora_r: int = field(default=32, metadata={"help": "Rank."})
     lora_alpha: int = field(default=64, metadata={"help": "Scaling times rank."})
@@ -125,6 +130,13 @@ class SparseOptions:
 @dataclass(frozen=True)
 class LoriOptions(SparseOptions):
     """The adapter, where its mask comes from, and the calibration run."""
+
+    _known_as: ClassVar = {
+        **SparseOptions._known_as,
+        "lori_start": ["adapter"],
+        "mask_source": ["lori_mask"],
+        "exclude_masks": ["lori_mask"],
+    }
 
     lori_seed: int = field(default=0, metadata={"help": "Seed of A, and of a random mask."})
     lori_start: str | None = field(

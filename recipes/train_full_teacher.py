@@ -16,6 +16,7 @@ from peft_svdinit.training import (
     RecipeArguments,
     load_model,
     parse_options,
+    refusal,
 )
 
 
@@ -36,7 +37,13 @@ def train_full_teacher(
 def main(argv: list[str] | None = None) -> None:
     classes = (ModelOptions, DataOptions, RecipeArguments)
     model, data, arguments = parse_options(classes, argv, description=__doc__ or "")
-    run = train_full_teacher(Materials.prepare(model, data), model, arguments)
+    try:
+        run = train_full_teacher(Materials.prepare(model, data), model, arguments)
+    except Exception as error:
+        message = refusal(error, (model, data, arguments))
+        if message is None:
+            raise
+        raise SystemExit(f"error: {message}") from error
     if run is not None:
         print(f"{outcome(run)}; model and record in {run.directory}")
 

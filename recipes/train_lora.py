@@ -37,6 +37,7 @@ from peft_svdinit.training import (
     completion_collator,
     load_model,
     parse_options,
+    refusal,
 )
 from trainer_callbacks import CarryMomentsCallback, SaveMomentsCallback
 
@@ -82,7 +83,13 @@ def train_lora(
 def main(argv: list[str] | None = None) -> None:
     classes = (ModelOptions, DataOptions, LoraOptions, RecipeArguments)
     model, data, lora, arguments = parse_options(classes, argv, description=__doc__ or "")
-    run = train_lora(Materials.prepare(model, data), model, lora, arguments)
+    try:
+        run = train_lora(Materials.prepare(model, data), model, lora, arguments)
+    except Exception as error:
+        message = refusal(error, (model, data, lora, arguments))
+        if message is None:
+            raise
+        raise SystemExit(f"error: {message}") from error
     if run is not None:
         print(f"{outcome(run)}; adapter and record in {run.directory}")
 

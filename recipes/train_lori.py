@@ -39,7 +39,7 @@ from peft_svdinit.linear_modules import LinearModule
 from peft_svdinit.masks import COMPACT_FILE_NAME, MASK_FILE_NAME, LoriMask, load_mask, save_mask
 from peft_svdinit.pipeline import Task, run_tasks
 from peft_svdinit.sources import file_stamps, read_json
-from peft_svdinit.training import DataOptions, ModelOptions, parse_options
+from peft_svdinit.training import DataOptions, ModelOptions, parse_options, refusal
 
 RECORD = "lori_training.json"
 
@@ -52,8 +52,11 @@ def main(argv: list[str] | None = None) -> None:
         with state.main_process_first():
             layers = check_inputs(model, lori, arguments)
             materials = Materials.prepare(model, data)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
+    except Exception as error:
+        message = refusal(error, (model, data, lori, arguments))
+        if message is None:
+            raise
+        raise SystemExit(f"error: {message}") from error
     *stages, training = make_tasks(model, data, lori, arguments, layers, materials)
     run_tasks(
         stages,

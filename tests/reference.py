@@ -73,3 +73,11 @@ def decaying_tail(last: float, decay: float, count: int) -> list[float]:
 def principal_cosines(left: Tensor, right: Tensor) -> np.ndarray:
     """Cosines of the angles between two subspaces given by orthonormal columns."""
     return np.linalg.svd(array(left).T @ array(right), compute_uv=False)
+
+
+def smallest_rank(squares: list[float], missing: float, limit: float) -> int:
+    """Fewest leading triplets beside which no more than `limit` of the energy is lost."""
+    rank = len(squares)
+    while rank and math.fsum([missing, *squares[rank - 1 :]]) <= limit:
+        rank -= 1
+    return rank

@@ -374,11 +374,14 @@ def interrupted(*args, **kwargs):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rank", "4", "--energy", "0.5"], "exactly one of rank, energy"),
+        (["--rank", "4", "--energy", "0.5"], "exactly one of --rank, --energy"),
         (["--max_bytes", "9", "--max_parameters", "9"], "exclude each other"),
         (["--rank", "4", "--max_rank", "8"], "max_rank bounds the ranks"),
-        (["--save_as", "factors", "--energy", "0.5"], "energy does not apply to save_as=factors"),
-        (["--lora_r", "4"], "lora_r does not apply to save_as=adapter"),
+        (
+            ["--save_as", "factors", "--energy", "0.5"],
+            "--energy does not apply to --save_as=factors",
+        ),
+        (["--lora_r", "4"], "--lora_r does not apply to --save_as=adapter"),
         (["--read_ahead", "0"], "read_ahead must be at least 1"),
         (["--device", "nonsense"], "cannot be used"),
         (["--target_modules", "(q_proj"], "q_proj"),

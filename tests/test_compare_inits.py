@@ -216,9 +216,9 @@ def test_an_existing_teacher_is_compared_with_its_cost_as_sunk(compared, tmp_pat
         (["--starts", "weight-principal:delta"], "starts must be of"),
         (
             ["--starts", "gradient:subspace", "--teacher_adapter", "x/y/z"],
-            "of no use to starts",
+            "of no use to --starts",
         ),
-        (["--lora_r", "8"], "above teacher_rank=4"),
+        (["--lora_r", "8"], "above --teacher_rank=4"),
         (["--init", "pissa"], "set by the comparison"),
         (["--seed", "7"], "use seeds"),
         (["--noise_share", "1"], r"noise_share must be in \[0, 1\)"),

@@ -196,7 +196,7 @@ def test_the_configuration_in_the_repository_runs_with_two_seeds(learnt, tmp_pat
     [
         (["--schemes", "full"], "schemes must be of lora, lori, lori_exclude, shared"),
         (["--seeds", "1", "1"], "seeds must be different"),
-        (["--dataset_name", "x.jsonl"], "use first_ and second_dataset_name"),
+        (["--dataset_name", "x.jsonl"], "use --first_dataset_name and --second_dataset_name"),
         (["--second_dataset_name", "builtin:stdlib-docstrings"], "must differ"),
         (["--lori_density", "2"], "density must be in (0, 1]"),
     ],
@@ -218,7 +218,7 @@ def test_contradictory_options_are_refused_in_one_line(extra, message, capsys):
     ],
 )
 def test_options_that_belong_to_single_runs_are_refused(extra, message):
-    with pytest.raises(SystemExit, match=f"^error: {message}"):
+    with pytest.raises(SystemExit, match=f"^error: --{message}"):
         continual.main(["--use_cpu", "true", *extra])
 
 
@@ -262,6 +262,6 @@ def test_stage_two_of_lora_prepares_a_quantised_base_as_stage_one_does(
 def test_a_missing_data_set_is_named_before_anything_is_trained(learnt, tmp_path):
     _, options = learnt
     gone = [*options, "--second_dataset_name", str(tmp_path / "gone.jsonl")]
-    with pytest.raises(SystemExit, match="error: dataset_name: there is no file"):
+    with pytest.raises(SystemExit, match="error: --dataset_name: there is no file"):
         continual.main([*gone, "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

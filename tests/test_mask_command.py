@@ -19,6 +19,7 @@ from tiny_models import TARGETS, rewrite_tensors, tiny_model, trained_adapter
 from peft_svdinit import FactorsFile, LoriConfig
 from peft_svdinit.cli import main
 from peft_svdinit.initializers import random_projection, tensor_hash
+from peft_svdinit.mask_sources import Choice, shapes_of_factors, teacher_mask
 from peft_svdinit.masks import load_mask, save_mask, select, teacher_scores
 
 RANK, SEED = 4, 9
@@ -255,6 +256,19 @@ def test_a_teacher_gives_a_mask_without_training(tmp_path, capsys):
     assert energy["kept"] > 1.5 * energy["random"]
 
 
+def test_shapes_of_factors_are_read_from_the_header(tmp_path, monkeypatch):
+    file, read = make_scene(tmp_path).file, []
+    layer_of = FactorsFile.__getitem__
+    monkeypatch.setattr(
+        FactorsFile, "__getitem__", lambda self, name: read.append(name) or layer_of(self, name)
+    )
+    shapes, in_features, _ = shapes_of_factors(file, RANK)
+    assert not read
+    assert in_features == {name: FactorsFile(file).shape_of(name)[1] for name in shapes}
+    teacher_mask(file, RANK, Choice(scope="matrix"))
+    assert sorted(read) == sorted(shapes)
+
+
 def test_a_random_mask_is_the_one_that_the_configuration_makes(folder, calibrated, tmp_path):
     source = f"mask --source random --adapter {folder / 'dense'} --density 0.3 --plots false"
     main([*source.split(), "--output", str(tmp_path / "m")])
@@ -369,14 +383,14 @@ def test_entries_of_score_zero_are_warned_of(tmp_path, caplog):
         (["--density", "nan"], "density must be in (0, 1], got nan"),
         (["--density", "0.0001"], "density=0.0001 keeps none of the"),
         (["--scope", "all"], "scope must be one of"),
-        (["--scope", "1:8"], "set density=0.125"),
-        (["--floor", "0.5"], "floor must be in [0, density=0.1], got 0.5"),
+        (["--scope", "1:8"], "set --density=0.125"),
+        (["--floor", "0.5"], "floor must be in [0, --density=0.1], got 0.5"),
         (["--exclude", "nowhere/at/all"], "there is no file or folder"),
         (["--factors", "f"], "source magnitude does not use factors"),
-        (["--rank", "4"], "give factors and rank together"),
+        (["--rank", "4"], "give --factors and --rank together"),
         (["--source", "gradient"], "run recipes/train_lori.py --mask_source gradient"),
         (["--source", "teacher"], "source teacher needs factors"),
-        (["--source", "reference"], "source reference needs reference_mask and seed"),
+        (["--source", "reference"], "source reference needs --reference_mask and --seed"),
         (["--source", "fisher"], "invalid choice"),
         (["--show", "a"], "give either source, to make a mask, or show"),
         (["--densty", "0.5"], "densty"),

@@ -167,7 +167,7 @@ def test_help_shows_the_description_and_a_group_per_class(capsys):
         (["config.yaml", "--base", "b"], "unexpected argument 'config.yaml'"),
         (["--base", "b", "--lora_r", "many"], "--lora_r"),
         (["--base", "b", "--start", "deltas"], "invalid choice: 'deltas'"),
-        (["--base", "b", "--lora_r", "0"], "error: lora_r must be at least 1, got 0"),
+        (["--base", "b", "--lora_r", "0"], "error: --lora_r must be at least 1, got 0"),
     ],
 )
 def test_a_wrong_command_line_is_one_clear_line(argv, expected, refusal):
@@ -195,7 +195,7 @@ def test_a_wrong_command_line_is_one_clear_line(argv, expected, refusal):
         ("start: deltas", "start must be one of 'delta', 'subspace', got 'deltas'"),
         ("colour: green", "colour must be one of 'red', 'blue', got 'green'"),
         ("folder: 3", "folder must be a path in quotes, got 3"),
-        ("lora_r: 0", "error: lora_r must be at least 1, got 0"),
+        ("lora_r: 0", "error: --lora_r must be at least 1, got 0"),
         ("- base", "must map names of options to values"),
         ("base: [", "is not valid YAML"),
     ],

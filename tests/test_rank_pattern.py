@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
+from reference import smallest_rank
 from strategies import layer_factors, spectra
 
 from peft_svdinit import LowRankFactors
@@ -23,6 +24,7 @@ from peft_svdinit.analysis import (
     ranks_for_error,
     recommend_ranks,
 )
+from peft_svdinit.analysis.spectra import ENERGY_RESOLUTION
 
 
 def of_spectrum(
@@ -237,6 +239,38 @@ def test_the_rank_for_an_error_is_the_smallest_that_keeps_within_it(factors, err
         assert not rank or truncation_error(rank) <= error * (1 + 1e-12)
         assert not rank or truncation_error(rank - 1) > error
     assert rank > 0 or not factors.norm
+
+
+@given(
+    spectrum=st.integers(1, 40).flatmap(spectra),
+    held=st.integers(1, 40),
+    error=st.floats(1e-4, 0.999),
+)
+def test_halving_the_ranks_finds_the_one_that_taking_away_triplets_finds(spectrum, held, error):
+    norm = torch.tensor(spectrum, dtype=torch.float64).norm().item()
+    held_values = spectrum[:held]
+    squares = [value * value for value in held_values]
+    missing = norm**2 - math.fsum(squares)
+    limit = (error * norm) ** 2
+    if missing <= 0.01 * limit and missing <= ENERGY_RESOLUTION * norm**2:
+        missing = 0.0
+    layer = Spectrum(torch.tensor(held_values, dtype=torch.float64), norm, (64, 64))
+    rank = smallest_rank(squares, missing, limit)
+    assert ranks_for_error({"a": layer}, error) == ({"a": rank}, ["a"] if missing > limit else [])
+
+
+def test_the_smallest_of_many_ranks_is_found_in_few_sums(monkeypatch):
+    summed, fsum = [], math.fsum
+
+    def counting(values):
+        values = list(values)
+        summed.append(len(values))
+        return fsum(values)
+
+    layer = Spectrum(torch.ones(4096, dtype=torch.float64), 64.0, (4096, 4096))
+    monkeypatch.setattr(math, "fsum", counting)
+    assert ranks_for_error({"a": layer}, 0.99).ranks == {"a": 82}
+    assert sum(summed) < 20 * 4096
 
 
 def test_layers_choose_their_ranks_on_their_own_and_zero_deltas_get_none():

@@ -261,13 +261,13 @@ def test_the_configuration_in_the_repository_runs(made, tmp_path):
     [
         (["--lori_density", "0"], "density must be in (0, 1], got 0.0"),
         (["--lori_density", "1"], "trains all of B and needs no mask"),
-        (["--lori_scope", "2:8", "--lori_density", "0.5"], "set density=0.25"),
-        (["--lori_floor", "0.3"], "lori_floor must be in [0, lori_density=0.25]"),
+        (["--lori_scope", "2:8", "--lori_density", "0.5"], "set --lori_density=0.25"),
+        (["--lori_floor", "0.3"], "--lori_floor must be in [0, --lori_density=0.25]"),
         (["--lora_r", "0"], "must be positive"),
         (["--calibration_steps", "0"], "calibration_steps must be at least 1"),
-        (["--mask_source", "teacher"], "svd_factors and mask_source=teacher need each other"),
-        (["--svd_factors", "x"], "svd_factors and mask_source=teacher need each other"),
-        (["--mask_source", "random"], "calibration_steps and calibration_learning_rate need"),
+        (["--mask_source", "teacher"], "--svd_factors and --mask_source=teacher need each other"),
+        (["--svd_factors", "x"], "--svd_factors and --mask_source=teacher need each other"),
+        (["--mask_source", "random"], "--calibration_steps and --calibration_learning_rate need"),
         (["--init_batches", "0"], "init_batches must be at least 1"),
         (["--lora_rank", "4"], "unknown option --lora_rank"),
     ],
@@ -286,7 +286,7 @@ def test_contradictory_options_are_refused_in_one_line(made, extra, message, cap
         (["--exclude_masks", "{run}", "--lori_density", "0.9"], "lower the density, or exclude"),
         (["--exclude_masks", "{run}", "--lora_r", "4"], "masks of one rank can be disjoint"),
         (["--lori_start", "{run}/nothing"], "nothing"),
-        (["--lori_start", "{run}", "--lori_seed", "3"], "has another A than lori_seed draws"),
+        (["--lori_start", "{run}", "--lori_seed", "3"], "has another A than --lori_seed draws"),
         (["--lori_start", "{run}", "--lora_alpha", "8"], "here it is 4, so that the same B"),
         (["--lori_density", "0.0001"], "keeps none of the"),
         (["--lora_target_modules", "nowhere"], "matches no linear layer"),
@@ -305,9 +305,12 @@ def test_what_cannot_work_is_refused_before_the_calibration(made, tmp_path, extr
     ("extra", "message"),
     [
         (["--mask_source", "magnitudes"], "mask_source must be one of magnitude"),
-        (["--mask_source", "{run}", "--lori_density", "0.5"], "set lori_density=0.25"),
-        (["--mask_source", "{run}", "--lori_seed", "1"], "set lori_density=0.25 and lori_seed=0"),
-        (["--mask_source", "{run}", "--lora_r", "4"], "lori_mask is for rank 2, r is 4"),
+        (["--mask_source", "{run}", "--lori_density", "0.5"], "set --lori_density=0.25"),
+        (
+            ["--mask_source", "{run}", "--lori_seed", "1"],
+            "set --lori_density=0.25 and --lori_seed=0",
+        ),
+        (["--mask_source", "{run}", "--lora_r", "4"], "--mask_source is for rank 2, r is 4"),
     ],
 )
 def test_a_given_mask_of_another_kind_is_refused(made, tmp_path, extra, message):
@@ -351,7 +354,7 @@ def test_a_training_does_not_replace_what_it_reads(made, tmp_path, option):
     chosen = uncalibrated(options) if option == "mask_source" else options
     extra = [f"--{option}", f"{tmp_path}/other/../run", "--output_dir", str(tmp_path / "run")]
     (tmp_path / "other").mkdir()
-    with pytest.raises(SystemExit, match=f"error: {option}: .* choose another output_dir"):
+    with pytest.raises(SystemExit, match=f"error: --{option}: .* choose another --output_dir"):
         train_lori.main([*chosen, *extra])
     assert weights.read_bytes() == before
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+import compare_inits
+import continual
 import pytest
 import torch
 import train_full_teacher
 import train_lora
+import train_lori
 from recipe_inputs import shared_options
 from safetensors.torch import load_file
 
@@ -145,13 +148,13 @@ def test_factors_of_other_options_in_the_folder_are_made_again(teacher, tmp_path
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--init", "svd"], "needs svd_factors"),
-        (["--svd_source", "weight"], "need init=svd"),
+        (["--init", "svd"], "needs --svd_factors"),
+        (["--svd_source", "weight"], "need --init=svd"),
         (["--init", "svd", "--svd_source", "noise"], "svd_source must be one of teacher"),
         (["--init", "svd", "--svd_source", "weight"], "would add a part of each weight"),
         (
             ["--init", "svd", "--svd_source", "weight", "--svd_factors", "x"],
-            "need svd_source=teach",
+            "need --svd_source=teach",
         ),
         (["--init", "svd", "--svd_source", "activation"], "svd_start=delta has no meaning"),
         (
@@ -166,7 +169,7 @@ def test_factors_of_other_options_in_the_folder_are_made_again(teacher, tmp_path
             ["--init", "svd", "--svd_source", "gradient", "--init_batches", "0"],
             "init_batches must be at least 1",
         ),
-        (["--svd_factors", "x"], "need init=svd"),
+        (["--svd_factors", "x"], "need --init=svd"),
         (["--lora_r", "0"], "must be positive"),
         (["--lora_rank", "4"], "unknown option --lora_rank"),
         (["--expected_processes", "2"], "expected_processes is 2, but 1 run"),
@@ -177,3 +180,29 @@ def test_contradictory_options_are_refused_in_one_line(teacher, extra, message, 
     with pytest.raises(SystemExit) as exit_:
         train_lora.main([*options, *extra])
     assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        (train_full_teacher, ["--model_name_or_path"]),
+        (train_full_teacher, ["--dataset_name"]),
+        (train_lora, ["--model_name_or_path"]),
+        (train_lora, ["--init", "svd", "--svd_factors"]),
+        (train_lori, ["--model_name_or_path"]),
+        (train_lori, ["--lori_start"]),
+        (train_lori, ["--exclude_masks"]),
+        (train_lori, ["--mask_source", "teacher", "--svd_factors"]),
+        (compare_inits, ["--model_name_or_path"]),
+        (compare_inits, ["--teacher_adapter"]),
+        (compare_inits, ["--teacher_model"]),
+        (continual, ["--model_name_or_path"]),
+    ],
+)
+def test_a_missing_path_is_refused_by_the_option_that_was_typed(teacher, recipe, options, tmp_path):
+    base = teacher[1][teacher[1].index("--model_name_or_path") + 1]
+    missing = str(tmp_path / "missing.json")
+    model = [] if "--model_name_or_path" in options else ["--model_name_or_path", base]
+    rest = ["--use_cpu", "true", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match=f"^error: {options[-1]}\\b"):
+        recipe.main([*model, *rest, *options, missing])

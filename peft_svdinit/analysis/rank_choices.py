@@ -7,6 +7,7 @@ one budget where it captures the most.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -73,12 +74,13 @@ def _smallest(
         # Rounding may pass for nothing only where it is little beside what may be lost.
         if missing <= 0.01 * limit:
             missing = energy_not_held(squares, layer.norm)
-        # Summed from what is lost, as in `analyze_layer`: from the last triplet to the first.
-        rank = len(squares)
-        lost = [missing]
-        while rank and math.fsum([*lost, squares[rank - 1]]) <= limit:
-            rank -= 1
-            lost.append(squares[rank])
+        # Summed from what is lost, as in `analyze_layer`. Exactly rounded sums of squares never
+        # grow with the rank, so that halving the ranks finds the first one that is good enough.
+        rank = bisect_left(
+            range(len(squares)),
+            True,
+            key=lambda rank: math.fsum([missing, *squares[rank:]]) <= limit,
+        )
         usable = rank if max_rank is None else min(rank, max_rank)
         if missing > limit or usable < rank:
             short.append(name)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..training import parse_options
+from ..training import parse_options, refusal
 from . import analyze, compare, environment, export, extract, mask, merge, resize, synthesize
 
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -24,7 +24,10 @@ VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the command `svdinit`; exits with 2 after one line for a wrong input."""
+    """Entry point of the command `svdinit`; exits with 2 after one line for a wrong input.
+
+    Whatever else goes wrong is a fault of the program and leaves its traceback.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -40,8 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     try:
         run(options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise SystemExit(_failure(str(error), verb)) from error
+    except Exception as error:
+        message = refusal(error, [options])
+        if message is None:
+            raise
+        raise SystemExit(_failure(message, verb)) from error
 
 
 def _failure(message: str, verb: str = "") -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -11,19 +12,21 @@ from tqdm.auto import tqdm
 from ..analysis import LayerIntruders, find_intruders
 from ..checkpoints import Checkpoint, LinearWeights
 from ..deltas import CheckpointPair, LoraAdapter
-from ..embedded import resolve_model
 from ..extraction import factors_of_adapter, factors_of_checkpoints
 from ..factors import LowRankFactors
 from ..factors_file import FactorsFile
 from ..linalg import frobenius_norm
 from ..recognition import BaseSample, first_difference
 from ..teacher_files import write_factors_analysis
+from .paths import model_source, refuse_file
 from .summary import print_analysis
 
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
     """Analyse a fine-tune, an adapter or factors: energy, error, spectra, spikes, best ranks."""
+
+    _known_as: ClassVar = {"factors": ["svd_factors"]}
 
     output_dir: str = field(metadata={"help": "Folder for the reports and the figures."})
     factors: str | None = field(default=None, metadata={"help": "Factors file, folder or Hub id."})
@@ -72,6 +75,9 @@ class AnalyzeOptions:
             raise ValueError("intruders needs base: they are directions that the base lacks")
         if self.energy is not None and self.error is not None:
             raise ValueError("give energy or error, not both: error is √(1 - energy)")
+        for name in ("rank", "lora_r"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.tuned and self.lora_r > self.rank:
             raise ValueError(f"lora_r={self.lora_r} must not be above rank={self.rank}")
 
@@ -87,6 +93,7 @@ class _Subject:
 
 
 def run(options: AnalyzeOptions) -> None:
+    refuse_file(options.output_dir, "output_dir")
     subject = _checkpoints(options) if options.tuned else _factors(options)
     norms: dict[str, float] | None = None
     intruders: list[LayerIntruders] | None = None
@@ -115,8 +122,8 @@ def run(options: AnalyzeOptions) -> None:
 def _checkpoints(options: AnalyzeOptions) -> _Subject:
     targets = options.target_modules
     pair = CheckpointPair(
-        resolve_model(str(options.base)),
-        str(options.tuned),
+        model_source(str(options.base)),
+        model_source(str(options.tuned)),
         target_modules=targets[0] if targets == ["all-linear"] else targets,
     )
     extraction = factors_of_checkpoints(
@@ -128,17 +135,19 @@ def _checkpoints(options: AnalyzeOptions) -> _Subject:
 
 
 def _factors(options: AnalyzeOptions) -> _Subject:
-    base = resolve_model(options.base) if options.base else None
+    base = model_source(options.base) if options.base else None
     if options.factors:
         factors = FactorsFile(options.factors)
         metadata = factors.metadata
+        shapes = {name: factors.shape_of(name) for name in factors}
     else:
         extraction = factors_of_adapter(LoraAdapter(str(options.adapter)), base=base)
         factors, metadata = extraction.factors, extraction.metadata
+        shapes = {name: layer.shape for name, layer in factors.items()}
     if base is None:
         return _Subject(factors, asdict(metadata), None, None)
     weights = LinearWeights(Checkpoint(base, argument="base"), target_modules=list(factors))
-    _check_base(weights, factors, str(options.base))
+    _check_base(weights, factors, shapes, str(options.base))
 
     def tuned(name: str) -> Tensor:
         return weights[name] + factors[name].dense()
@@ -146,10 +155,15 @@ def _factors(options: AnalyzeOptions) -> _Subject:
     return _Subject(factors, asdict(metadata), weights, tuned)
 
 
-def _check_base(weights: LinearWeights, factors: Mapping[str, LowRankFactors], base: str) -> None:
+def _check_base(
+    weights: LinearWeights,
+    factors: Mapping[str, LowRankFactors],
+    shapes: Mapping[str, tuple[int, int]],
+    base: str,
+) -> None:
     """Refuse a base that lacks a layer or is not the one that the factors were taken from."""
-    for name in factors:
-        module, shape = weights.modules.get(name), factors[name].shape
+    for name, shape in shapes.items():
+        module = weights.modules.get(name)
         if module is None or (module.out_features, module.in_features) != shape:
             raise ValueError(
                 f"base: {base} has no linear layer {name} of shape {shape} (out, in): not the "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..comparison import write_comparison
 from ..runs import read_run
+from .paths import refuse_file
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class CompareOptions:
 
 
 def run(options: CompareOptions) -> None:
+    refuse_file(options.output_dir, "output_dir")
     paths = write_comparison(
         [read_run(folder) for folder in options.runs],
         {},

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from ..compact import compact_adapter_folder, write_stock_adapter
-from ..embedded import resolve_model
 from ..export import export_adapter
 from ..exported import ExportedAdapter
 from ..factors_file import FactorsFile
 from ..linalg import rank_for_energy
 from ..masks import load_compact
+from .paths import model_source, refuse_file
 
 _DEFAULT_RANK = 16
 
@@ -22,6 +22,8 @@ _DEFAULT_RANK = 16
 @dataclass(frozen=True)
 class ExportOptions:
     """Write factors, or a compact LoRI adapter, as a LoRA adapter that stock PEFT loads."""
+
+    _known_as: ClassVar = {"factors": ["svd_factors"]}
 
     output_dir: str = field(metadata={"help": "Folder of the adapter."})
     factors: str | None = field(
@@ -82,11 +84,13 @@ class ExportOptions:
         if self.adapter is None and self.compact:
             raise ValueError("compact needs adapter, the folder of a LoRI adapter")
         of_factors = ("lora_r", "energy", "uniform_rank", "base")
-        beside = [name for name in of_factors if getattr(self, name)]
+        beside = [name for name in of_factors if getattr(self, name) not in (None, False)]
         if self.adapter is not None and (beside or self.split != "output"):
             raise ValueError(
                 f"{', '.join(beside) or 'split'} belongs to factors: an adapter keeps its rank"
             )
+        if self.lora_r is not None and self.lora_r < 1:
+            raise ValueError(f"lora_r must be at least 1, got {self.lora_r}")
         if self.lora_r is not None and self.energy is not None:
             raise ValueError("lora_r and energy exclude each other; give one of them")
         if self.energy is not None and not 0 < self.energy <= 1:
@@ -98,6 +102,7 @@ class ExportOptions:
 
 
 def run(options: ExportOptions) -> None:
+    refuse_file(options.output_dir, "output_dir")
     if options.factors is not None:
         _export_factors(options, options.factors)
     elif options.adapter is not None:
@@ -120,7 +125,7 @@ def _export_adapter(options: ExportOptions, adapter: str) -> None:
 
 def _export_factors(options: ExportOptions, factors: str) -> None:
     file = FactorsFile(factors)
-    base = resolve_model(options.base) if options.base else None
+    base = model_source(options.base) if options.base else None
     if options.energy is not None:
         ranks = {name: _rank_of(file, name, options.energy) for name in file}
     else:

@@ -16,12 +16,12 @@ from ..adapter_extraction import (
     stored_spectra,
 )
 from ..deltas import CheckpointPair, LoraAdapter
-from ..embedded import resolve_model
 from ..extraction import Extraction, base_samples, factors_of_adapter
 from ..extraction_estimate import estimate
 from ..factors_file import FactorsMetadata
 from ..rank_rule import RankRule
 from ..teacher_files import write_teacher
+from .paths import model_source, refuse_file
 from .summary import print_analysis
 
 _DEFAULT_RANK, _DEFAULT_MAX_RANK = 64, 128
@@ -124,8 +124,9 @@ class ExtractOptions:
             raise ValueError("give either tuned (with base) or adapter")
         if self.tuned and not self.base:
             raise ValueError("tuned needs base, the model before fine-tuning")
-        if self.read_ahead < 1:
-            raise ValueError(f"read_ahead must be at least 1, got {self.read_ahead}")
+        for name in ("read_ahead", "lora_r"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         self._refuse_what_does_not_apply()
         rank = self.rule().rank
         if self.save_as == "factors" and not self.adapter:
@@ -153,7 +154,13 @@ class ExtractOptions:
         if self.max_bytes is not None:
             if budget is not None:
                 raise ValueError("max_parameters and max_bytes exclude each other")
-            budget = self.max_bytes // getattr(torch, self.dtype).itemsize
+            size = getattr(torch, self.dtype).itemsize
+            if self.max_bytes < size:
+                raise ValueError(
+                    f"max_bytes must be at least {size}, one parameter of {self.dtype}, got "
+                    f"{self.max_bytes}"
+                )
+            budget = self.max_bytes // size
         others = [self.energy, self.error, budget]
         alone = all(wish is None for wish in others)
         return RankRule(
@@ -167,8 +174,8 @@ class ExtractOptions:
     def pair(self) -> CheckpointPair:
         """The two checkpoints."""
         return CheckpointPair(
-            resolve_model(str(self.base)),
-            resolve_model(str(self.tuned)),
+            model_source(str(self.base)),
+            model_source(str(self.tuned)),
             target_modules=_choice(self.target_modules),
             exclude_modules=_choice(self.exclude_modules),
             slice_modules=_choice(self.slice_modules),
@@ -184,8 +191,21 @@ def _choice(names: list[str]) -> str | list[str]:
 
 
 def run(options: ExtractOptions) -> None:
+    refuse_file(options.output_dir, "output_dir")
+    try:
+        _run(options)
+    except ValueError as error:
+        if options.max_bytes is None or not str(error).startswith("max_parameters "):
+            raise
+        raise ValueError(
+            f"max_bytes={options.max_bytes} are {options.rule().max_parameters:,} parameters of "
+            f"{options.dtype}: {error}"
+        ) from error
+
+
+def _run(options: ExtractOptions) -> None:
     if options.adapter:
-        base = resolve_model(options.base) if options.base else None
+        base = model_source(options.base) if options.base else None
         _write_factors(factors_of_adapter(LoraAdapter(options.adapter), base=base), options, {})
         return
     pair, rule = options.pair(), options.rule()

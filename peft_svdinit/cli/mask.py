@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -14,7 +14,6 @@ from ..analysis.mask_overlap import Delta, compare_masks
 from ..analysis.mask_report import REPORT, write_mask_comparison, write_mask_report
 from ..analysis.mask_words import comparison_in_words, mask_in_words
 from ..deltas import LoraAdapter
-from ..embedded import resolve_model
 from ..mask_sources import (
     AdapterShapes,
     Choice,
@@ -33,6 +32,7 @@ from ..masks import (
     save_mask,
 )
 from ..sources import resolve_folder
+from .paths import model_source, refuse_file
 
 Source = Literal["magnitude", "teacher", "random", "reference", "gradient"]
 # What each source reads; the first of them that is given is enough.
@@ -50,6 +50,13 @@ class MaskOptions:
 
     LoRI (arXiv:2504.07448) trains a few entries of B over a frozen random A, which a seed draws.
     """
+
+    _known_as: ClassVar = {
+        "factors": ["svd_factors"],
+        "reference_mask": ["mask"],
+        "exclude": ["lori_mask"],
+        "show": ["lori_mask", "adapter"],
+    }
 
     output: str = field(metadata={"help": "Folder of the mask, the report and the figures."})
     source: Source | None = field(
@@ -159,8 +166,7 @@ class MaskOptions:
 
 def run(options: MaskOptions) -> None:
     output = Path(options.output).expanduser()
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output must be a folder, but {output} is a file")
+    refuse_file(output, "output")
     if options.source is not None:
         _refuse_mask_in_use(output, options.exclude)
     if options.show:
@@ -203,7 +209,7 @@ def _made(options: MaskOptions) -> tuple[LoriMask, dict[str, Tensor] | None]:
     if options.source == "teacher" and options.factors and options.rank is not None:
         return teacher_mask(options.factors, options.rank, choice, options.seed or 0)
     if options.source == "reference" and options.reference_mask and options.seed is not None:
-        base = None if options.base is None else resolve_model(options.base)
+        base = None if options.base is None else model_source(options.base)
         return (
             reference_mask(options.reference_mask, options.seed, adapter=adapter, base=base),
             None,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..merging import MajoritySign, Merged, MergeMethod, Method, merge
 from ..merging.report import PAIR_COLUMNS, in_words, pair_cells, shown_error, worst_layers
 from ..resizing import Dtype
+from .paths import refuse_file
 
 _WORST = 5
 
@@ -17,6 +19,8 @@ class MergeOptions:
 
     The error against the exact weighted sum is measured, and the interference of each pair.
     """
+
+    _known_as: ClassVar = {"adapter": ["adapters"]}
 
     adapter: list[str] = field(metadata={"help": "PEFT LoRA folders or Hub ids, two at least."})
     output: str = field(metadata={"help": "Folder of the merged adapter and the reports."})
@@ -61,6 +65,7 @@ class MergeOptions:
 
 
 def run(options: MergeOptions) -> None:
+    refuse_file(options.output, "output")
     merged = merge(
         options.adapter,
         options.output,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
 from ..resizing import RankTarget, Resized, resize
+from .paths import refuse_file
 
 _WORST = 5
 
@@ -16,6 +18,8 @@ class ResizeOptions:
 
     The output is a LoRA in the style of the input: PEFT folder, kohya or diffusers file.
     """
+
+    _known_as: ClassVar = {"adapter": ["adapters"]}
 
     adapter: list[str] = field(
         metadata={"help": "PEFT folder, kohya, LyCORIS or diffusers file, or Hub id; or several."}
@@ -64,6 +68,7 @@ class ResizeOptions:
 
 
 def run(options: ResizeOptions) -> None:
+    refuse_file(Path(options.output).parent, "output")
     resized = resize(
         options.adapter,
         options.output,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..deltas import LoraAdapter, Synthesis
-from ..embedded import resolve_model
 from ..extraction import factors_of_adapter
 from ..teacher_files import write_teacher
+from .paths import model_source, refuse_file
 from .summary import print_analysis
 
 
@@ -30,11 +30,16 @@ class SynthesizeOptions:
     lora_r: int = field(default=16, metadata={"help": "Student rank of the analysis."})
     plots: bool = field(default=True, metadata={"help": "Draw the figures."})
 
+    def __post_init__(self) -> None:
+        if self.lora_r < 1:
+            raise ValueError(f"lora_r must be at least 1, got {self.lora_r}")
+
 
 def run(options: SynthesizeOptions) -> None:
+    refuse_file(options.output_dir, "output_dir")
     adapter = LoraAdapter(options.adapter)
     synthesis = Synthesis(options.rank, options.tail_decay, options.noise_share, options.seed)
-    base = resolve_model(options.base) if options.base else None
+    base = model_source(options.base) if options.base else None
     extraction = factors_of_adapter(adapter, synthesis=synthesis, base=base)
     original = {name: adapter[name].factors() for name in adapter}
     analysis = write_teacher(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool
+from safetensors import SafetensorError
 from torch import Tensor
 
 _PREFIX, _MIDDLE = "base_model.model.", ".lora_B."
@@ -21,6 +22,7 @@ _DAMAGED = (
     AssertionError,
     AttributeError,
     TypeError,
+    SafetensorError,
 )
 
 

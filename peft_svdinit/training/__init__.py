@@ -9,7 +9,7 @@ from .data import (
     tokenize_examples,
 )
 from .models import ModelOptions, load_model, load_tokenizer
-from .options import parse_options
+from .options import parse_options, refusal
 
 __all__ = [
     "DataOptions",
@@ -21,5 +21,6 @@ __all__ = [
     "load_tokenizer",
     "parse_options",
     "prepare_examples",
+    "refusal",
     "tokenize_examples",
 ]

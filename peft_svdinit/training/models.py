@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from transformers import (
@@ -24,6 +24,7 @@ class ModelOptions:
     """The base model, and how it is loaded."""
 
     _argument_group_name = "model"
+    _known_as: ClassVar = {"model_name_or_path": ["base"]}
 
     model_name_or_path: str = field(
         default="builtin:smollm2-135m",

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import dis
 import json
+import os
+import re
 import sys
+import sysconfig
 import types
 import typing
 from argparse import ArgumentTypeError, Namespace
@@ -86,7 +90,7 @@ class _Parser(HfArgumentParser):
         try:
             return option_class(**{name: getattr(namespace, name) for name in names})
         except ValueError as error:
-            self.error(str(error))
+            self.error(_as_typed(str(error), list(self.dataclass_types)))
 
     def _refuse_unknown_options(self, argv: list[str]) -> None:
         # Before parsing, where a misspelt required option would be reported as missing.
@@ -129,6 +133,123 @@ class _Parser(HfArgumentParser):
         if not isinstance(content, Mapping):
             self.error(f"--config: {path} must map names of options to values")
         return content
+
+
+def refusal(error: Exception, options: Sequence[Any]) -> str | None:
+    """The line that tells a user of a wrong input; None of a fault of the program itself.
+
+    An input is at fault where the disk or the network says so (`OSError`), and where a `raise`
+    statement of ours does (`ValueError`, `TypeError`, `ImportError`). The same errors from Python,
+    from torch or from any other library are faults of the code that called them. What a library
+    thinks of a user's file is raised anew where the file is read.
+
+    The line names options as they were typed: an argument in front of the message becomes
+    `--argument`. Where functions know an option by other names, its dataclass says so in
+    `_known_as`, a mapping of the option to these names. A message that only quotes what was given
+    has the option put before it.
+
+    Args:
+        error: what was raised.
+        options: the dataclasses of the options, or their instances if there are any yet.
+    """
+    if not isinstance(error, OSError) and not (
+        isinstance(error, ValueError | TypeError | ImportError) and _is_raised_by_us(error)
+    ):
+        return None
+    file = error.filename if isinstance(error, OSError) else None
+    return _as_typed(
+        " ".join(str(error).split()), options, file if isinstance(file, str | os.PathLike) else None
+    )
+
+
+def _is_raised_by_us(error: BaseException) -> bool:
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    if code.co_code[trace.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
+        return False
+    module = str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    return module in ("peft_svdinit", "trainer_callbacks") or not _is_installed(code.co_filename)
+
+
+def _is_installed(file: str) -> bool:
+    """Whether it belongs to a library, where a recipe or a user's script does not."""
+    path = Path(file)
+    return not {"site-packages", "dist-packages"}.isdisjoint(path.parts) or path.is_relative_to(
+        sysconfig.get_path("stdlib")
+    )
+
+
+def _as_typed(message: str, options: Sequence[Any], file: str | os.PathLike | None = None) -> str:
+    """`message` about options, or about a `file`, with their names as they are typed."""
+    typed, given = _names(options)
+    name = "|".join(sorted(map(re.escape, typed), key=len, reverse=True))
+    bare, ends = r"(?<![\w./('\"-])", r"\b(?![./-])"
+    compound = "|".join(each for each in name.split("|") if "_" in each) or "(?!)"
+    # A single word may be one of the sentence, unless it is in a list, first, or before a value.
+    for pattern in (
+        rf"{bare}(?:{name})(?:(?:, | and | or )(?:{name}))+{ends}",
+        rf"^(?:{name}){ends}",
+        rf"{bare}(?:{name})(?==)",
+        rf"{bare}(?:{compound}){ends}",
+    ):
+        message = re.sub(
+            pattern,
+            lambda found: re.sub(
+                r"\w+",
+                lambda word: f"--{typed[word[0]]}" if word[0] in typed else word[0],
+                found[0],
+            ),
+            message,
+        )
+    if message.startswith("--"):
+        return message
+    quoted = {option: _quoted(value, message, file) for option, value in given.items()}
+    option = max(quoted, key=lambda option: quoted[option], default="")
+    return f"--{option}: {message}" if quoted.get(option) else message
+
+
+def _names(options: Sequence[Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """(the option that every name in a message means, values of the options that were given)."""
+    typed: dict[str, str] = {}
+    given: dict[str, Any] = {}
+    for group in options:
+        typed |= {entry.name: entry.name for entry in fields(group) if entry.init}
+        given |= {} if isinstance(group, type) else _given(group)
+    for group in options:
+        for option, names in getattr(group, "_known_as", {}).items():
+            if option in given or isinstance(group, type):
+                # An option that was given keeps its name.
+                typed |= {name: option for name in names if name not in given}
+    return typed, given
+
+
+def _given(group: Any) -> dict[str, Any]:
+    """The options that differ from their defaults."""
+    values = {}
+    for entry in fields(group):
+        default = entry.default_factory() if callable(entry.default_factory) else entry.default
+        if entry.init and getattr(group, entry.name) != default:
+            values[entry.name] = getattr(group, entry.name)
+    return values
+
+
+def _quoted(value: Any, message: str, file: str | os.PathLike | None) -> int:
+    """Length of the longest text of an option that `message` quotes or `file` belongs to."""
+    longest = 0
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, str | os.PathLike):
+            continue
+        text = os.fspath(item)
+        for path in {text, os.path.expanduser(text)}:
+            is_path = "/" in path or ":" in path or os.path.exists(path)
+            within = file is not None and Path(file) in Path(path).parents
+            if repr(path) in message or (is_path and path in message) or within:
+                longest = max(longest, len(path))
+    return longest
 
 
 def _suggestion(name: str, valid: Iterable[str]) -> str:

@@ -1,0 +1,31 @@
+"""Paths that users give to the verbs: models to read, folders to write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..embedded import resolve_model
+
+
+def model_source(name: str) -> str:
+    """The folder of a model, by path or `builtin:` name; a Hub id is returned unchanged.
+
+    Raises:
+        ValueError, ModuleNotFoundError, TimeoutError: as `resolve_model`.
+    """
+    source = resolve_model(name)
+    return str(Path(source).expanduser()) if source.startswith("~") else source
+
+
+def refuse_file(folder: str | Path, option: str) -> None:
+    """Refuse, before any work, an output folder that cannot be made for a file in its place.
+
+    Raises:
+        ValueError: if the path or one of its parents is a file.
+    """
+    path = Path(folder).expanduser()
+    for place in (path, *path.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise ValueError(f"{option} must be a folder, but {place} is a file")
+            return
