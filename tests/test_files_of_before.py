@@ -1,4 +1,4 @@
-"""Files of earlier versions, as `data/before/write.py` wrote them, are read as what they were."""
+"""Files of earlier versions, as `data/before/README.md` says they were written, are read as what they were."""
 
 from __future__ import annotations
 
