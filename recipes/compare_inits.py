@@ -24,20 +24,28 @@ from typing import Any
 import datasets
 import transformers
 from accelerate import PartialState
-from comparison_options import ComparisonOptions, Setting, examples_per_step
-from comparison_plan import Plan, make_plan
-from fit import Materials
-from lora_options import LoraOptions
-from quiet_arguments import QuietArguments
+from stages.comparison_options import ComparisonOptions, Setting, examples_per_step
+from stages.comparison_plan import Plan, make_plan
+from stages.fit import Materials
+from stages.lora_options import LoraOptions
+from stages.quiet_arguments import QuietArguments
 
-from peft_svdinit.checkpoints import Checkpoint
-from peft_svdinit.comparison import write_comparison
-from peft_svdinit.deltas import CheckpointPair, LoraAdapter
-from peft_svdinit.embedded import resolve_model
-from peft_svdinit.linear_modules import linear_modules, model_skeleton
-from peft_svdinit.pipeline import run_tasks, selected_steps
-from peft_svdinit.runs import Run, describe_environment, read_run
-from peft_svdinit.training import DataOptions, ModelOptions, RecipeArguments, parse_options, refusal
+from peft_svdinit.analysis import write_comparison
+from peft_svdinit.factors import CheckpointPair, LoraAdapter
+from peft_svdinit.models import Checkpoint, linear_modules, model_skeleton
+from peft_svdinit.training import (
+    DataOptions,
+    ModelOptions,
+    RecipeArguments,
+    Run,
+    describe_environment,
+    parse_options,
+    read_run,
+    refusal,
+    resolve_model,
+    run_tasks,
+    selected_steps,
+)
 
 
 @dataclass

@@ -22,21 +22,20 @@ from pathlib import Path
 import datasets
 import transformers
 from accelerate import PartialState
-from continual_options import (
+from stages.continual_options import (
     TASKS,
     ContinualArguments,
     ContinualDataOptions,
     ContinualOptions,
     ContinualSetting,
 )
-from continual_plan import Plan
-from fit import Materials
-from lori_options import SparseOptions
-from lori_stages import check_selection, target_layers
+from stages.continual_plan import Plan
+from stages.fit import Materials
+from stages.lori_options import SparseOptions
+from stages.lori_stages import check_selection, target_layers
 
-from peft_svdinit.continual import write_continual
-from peft_svdinit.pipeline import run_tasks
-from peft_svdinit.training import ModelOptions, parse_options, refusal
+from peft_svdinit.analysis import write_continual
+from peft_svdinit.training import ModelOptions, parse_options, refusal, run_tasks
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fit import Materials, fit, outcome
+from stages.fit import Materials, fit, outcome
 
-from peft_svdinit.runs import Run
 from peft_svdinit.training import (
     DataOptions,
     ModelOptions,
     RecipeArguments,
+    Run,
     load_model,
     parse_options,
     refusal,

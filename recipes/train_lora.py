@@ -17,29 +17,29 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from data_start import factors_from_data
-from fit import Materials, fit, outcome
-from lora_options import LoraOptions
 from peft import (
     PeftModel,
     get_peft_model,
     initialize_lora_eva_weights,
     prepare_model_for_kbit_training,
 )
+from stages.data_start import factors_from_data
+from stages.fit import Materials, fit, outcome
+from stages.lora_options import LoraOptions
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
-from peft_svdinit.runs import Run
 from peft_svdinit.training import (
     DataOptions,
     ModelOptions,
     RecipeArguments,
+    Run,
     completion_collator,
     load_model,
     parse_options,
     refusal,
 )
-from trainer_callbacks import CarryMomentsCallback, SaveMomentsCallback
+from trainer_callbacks.adam_moments import CarryMomentsCallback, SaveMomentsCallback
 
 
 def adapted(model: Any, options: LoraOptions, materials: Materials, seed: int) -> PeftModel:

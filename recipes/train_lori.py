@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from fit import Materials, outcome
-from lori_options import SOURCES, LoriArguments, LoriOptions
-from lori_stages import (
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from stages.fit import Materials, outcome
+from stages.lori_options import SOURCES, LoriArguments, LoriOptions
+from stages.lori_stages import (
     calibration_arguments,
     check_adapter,
     check_selection,
@@ -29,17 +30,14 @@ from lori_stages import (
     train_sparse,
     uncalibrated_scores,
 )
-from lori_tasks import calibration_task, mask_task, run_inputs
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from stages.lori_tasks import calibration_task, mask_task, run_inputs
 
 from peft_svdinit import FactorsFile
-from peft_svdinit.atomic import write_json
-from peft_svdinit.compact import compact_adapter_folder
-from peft_svdinit.linear_modules import LinearModule
+from peft_svdinit.adapters import compact_adapter_folder
+from peft_svdinit.files import file_stamps, read_json, write_json
 from peft_svdinit.masks import COMPACT_FILE_NAME, MASK_FILE_NAME, LoriMask, load_mask, save_mask
-from peft_svdinit.pipeline import Task, run_tasks
-from peft_svdinit.sources import file_stamps, read_json
-from peft_svdinit.training import DataOptions, ModelOptions, parse_options, refusal
+from peft_svdinit.models import LinearModule
+from peft_svdinit.training import DataOptions, ModelOptions, Task, parse_options, refusal, run_tasks
 
 RECORD = "lori_training.json"
 

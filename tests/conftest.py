@@ -9,11 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Before the package under test: whatever its modules import first while jaxtyping's import hook is
 # active is compiled from source instead of read from the byte code cache, 20 s for PEFT and torch.
-import peft  # noqa: F401
 import pytest
 import torch
 from hypothesis import settings
-from transformers import Trainer, TrainingArguments  # noqa: F401
 
 # Models and matrices here are so small that threads only cost, and more so under pytest-xdist.
 torch.set_num_threads(1)

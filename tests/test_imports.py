@@ -3,149 +3,169 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("peft_svdinit", "trainer_callbacks", "recipes")
 
-# The core from the bottom up; a part imports from lower rows only. Whatever is not listed stands
-# above all of it.
-LAYERS = [
-    {
-        "linalg",
-        "atomic",
-        "sources",
-        "linear_modules",
-        "module_names",
-        "recognition",
-        "tensor_writer",
-    },
-    {"factors", "checkpoints", "layers"},
-    {"factors_file", "deltas", "initializers", "factor_sources"},
-    {"extraction", "masks"},
-    {"config"},
-    {"tuner"},
-    {"registration"},
-]
-# Parts whose place is narrower than their row.
-ONLY = {
+# The rooms from the bottom up, with the rooms below that each may know.
+ROOMS: dict[str, set[str]] = {
     "linalg": set(),
-    "atomic": set(),
-    "sources": set(),
-    "linear_modules": set(),
-    "module_names": set(),
-    "recognition": set(),
-    "tensor_writer": set(),
-    "layers": set(),
-    "factors": {"linalg"},
-    "initializers": {"factors"},
+    "files": set(),
+    "models": {"files"},
+    "training": {"files"},
+    "factors": {"linalg", "files", "models"},
+    "masks": {"factors", "files", "models"},
+    "optim": {"factors", "files"},
+    "analysis": {"linalg", "files", "models", "training", "factors", "masks"},
+    "tuner": {"files", "models", "factors", "masks", "optim"},
+    "adapters": {"linalg", "files", "models", "factors", "masks", "analysis"},
+    "cli": {"linalg", "files", "models", "training", "factors", "masks", "analysis", "adapters"},
 }
+# Rooms that work without PEFT.
+WITHOUT_PEFT = ("linalg", "files", "models", "training", "factors", "masks", "optim", "analysis")
+# Files of this many lines hold more than one idea.
+LONGEST, MEDIAN, EQUAL_LINES = 350, 150, 6
 
 
 @cache
 def files() -> dict[str, Path]:
-    """Module name to file, of everything that belongs to us."""
-    return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-        for package in PACKAGES
-        for path in sorted((ROOT / package).rglob("*.py"))
-    }
+    """Module name to file, of everything that belongs to us; the stub of a lazy face is its file."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            stub = path.with_suffix(".pyi")
+            found[name.removesuffix(".__init__")] = stub if stub.is_file() else path
+    return found
 
 
 @cache
-def tree(module: str) -> ast.Module:
-    return ast.parse(files()[module].read_text(encoding="utf-8"))
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def targets(module: str, node: ast.AST) -> Iterator[str]:
-    """Absolute names of the modules that an import statement reads, most specific known one."""
+def targets(module: str, node: ast.AST) -> Iterator[tuple[str, str]]:
+    """(module, name) of what an import statement reads; the name of a whole module is ""."""
     if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names)
+        yield from ((alias.name, "") for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
         parts = module.split(".")
-        if files()[module].name == "__init__.py":
+        if files()[module].stem == "__init__":
             parts.append("__init__")
         start = parts[: -node.level] if node.level else []
         source = ".".join([*start, *([node.module] if node.module else [])])
         for alias in node.names:
             inner = f"{source}.{alias.name}"
-            yield inner if inner in files() else source
+            yield (inner, "") if inner in files() else (source, alias.name)
 
 
-def imports(module: str) -> set[str]:
-    return {name for node in ast.walk(tree(module)) for name in targets(module, node)}
+@cache
+def imports(module: str) -> set[tuple[str, str]]:
+    nodes = ast.walk(tree(files()[module]))
+    return {target for node in nodes for target in targets(module, node)}
+
+
+def imported_modules(module: str) -> set[str]:
+    return {name for name, _ in imports(module)}
 
 
 def is_ours(name: str) -> bool:
     return name.partition(".")[0] in PACKAGES
 
 
-def part_of(module: str) -> str:
-    """`linalg` of `peft_svdinit.linalg.spectrum`; the package itself is "__init__"."""
-    return [*module.split("."), "__init__"][1]
+def room_of(module: str) -> str:
+    """`linalg` of `peft_svdinit.linalg.spectrum`, "" of the package's own face and of others."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "peft_svdinit" and len(parts) > 1 else ""
 
 
-@cache
-def parts_imported() -> dict[str, set[str]]:
-    """Part of peft_svdinit to the other parts that it imports."""
-    found: dict[str, set[str]] = {}
+def neighbours(module: str) -> set[tuple[str, str]]:
+    """What a module takes from rooms of peft_svdinit other than its own."""
+    return {
+        (name, part)
+        for name, part in imports(module)
+        if room_of(name) and room_of(name) != room_of(module)
+    }
+
+
+def test_the_picture_shows_the_rooms_that_exist():
+    assert {room_of(module) for module in files()} - {""} == set(ROOMS)
+
+
+def test_rooms_are_listed_from_the_bottom_up():
+    below: set[str] = set()
+    for room, known in ROOMS.items():
+        assert known <= below, f"{room} knows {sorted(known - below)}, which stand above it"
+        below.add(room)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_the_picture_says(room):
     for module in files():
-        if module.startswith("peft_svdinit"):
-            used = {part_of(name) for name in imports(module) if name.startswith("peft_svdinit")}
-            found.setdefault(part_of(module), set()).update(used - {part_of(module)})
-    return found
+        if room_of(module) == room:
+            above = {room_of(name) for name, _ in neighbours(module)} - ROOMS[room]
+            assert not above, f"{module} imports from {sorted(above)}"
 
 
-def test_the_picture_lists_parts_that_exist():
-    assert set().union(*LAYERS) <= set(parts_imported())
+def test_rooms_are_entered_by_their_door():
+    for module in files():
+        behind = {name for name, _ in neighbours(module) if name.count(".") > 1}
+        assert not behind, f"{module} imports {sorted(behind)}, which are behind a room's face"
 
 
-def test_the_core_imports_downwards_only():
-    allowed: set[str] = set()
-    for layer in LAYERS:
-        for part in sorted(layer):
-            above = parts_imported()[part] - allowed
-            assert not above, f"{part} imports {sorted(above)}, which stand above or beside it"
-        allowed |= layer
+def test_a_face_lists_what_others_use():
+    used = {target for module in files() for target in neighbours(module)}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for room in ROOMS:
+        face = f"peft_svdinit.{room}"
+        for name in listed(face):
+            documented = re.search(rf"from {face} import .*\b{name}\b", readme)
+            assert room == "linalg" or (face, name) in used or documented, f"{face}.{name}"
 
 
-@pytest.mark.parametrize("part", ONLY)
-def test_the_lowest_parts_import_no_more_than_the_picture_says(part):
-    assert parts_imported()[part] <= ONLY[part]
+def listed(face: str) -> set[str]:
+    nodes = tree(files()[face]).body
+    found = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return {alias.name for node in found for alias in node.names}
 
 
 def test_linalg_imports_torch_and_nothing_else_from_outside():
     outside = {
         name.partition(".")[0]
         for module in files()
-        if module.startswith("peft_svdinit.linalg")
-        for name in imports(module)
+        if room_of(module) == "linalg"
+        for name in imported_modules(module)
         if not is_ours(name)
     }
     assert outside - sys.stdlib_module_names <= {"torch", "jaxtyping"}
 
 
-@pytest.mark.parametrize(
-    "part", ["factors", "initializers", "factors_file", "factor_sources", "masks", "extraction"]
-)
-def test_the_numerical_core_does_not_know_peft(part):
+@pytest.mark.parametrize("room", WITHOUT_PEFT)
+def test_rooms_below_the_tuner_do_not_know_peft(room):
     for module in files():
-        if module.startswith("peft_svdinit") and part_of(module) == part:
-            assert not any(name.partition(".")[0] == "peft" for name in imports(module))
+        if room_of(module) == room:
+            statements = [node for node in tree(files()[module]).body]
+            top = {name for node in statements for name, _ in targets(module, node)}
+            assert not any(name.partition(".")[0] == "peft" for name in top), module
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    # The package's own __init__ collects names and is imported by no part of it.
+    # Lazy faces read a module when a name of it is asked for: the edge goes to that module.
     graph = {
-        module: {name for name in imports(module) if name in files()} - {module}
+        module: {
+            defining(name, part) for name, part in imports(module) if name in files() and is_code(module)
+        }
+        - {module}
         for module in files()
-        if module != "peft_svdinit"
     }
     try:
         TopologicalSorter(graph).prepare()
@@ -153,10 +173,24 @@ def test_no_modules_import_each_other_in_a_circle():
         pytest.fail(f"circle: {' -> '.join(error.args[1])}")
 
 
+def is_code(module: str) -> bool:
+    return files()[module].suffix == ".py"
+
+
+def defining(name: str, part: str) -> str:
+    """The module that a face takes a name from, or the module itself."""
+    if is_code(name):
+        return name
+    for source, member in imports(name):
+        if member == part:
+            return defining(source, part)
+    return name
+
+
 def test_no_part_imports_the_package_that_collects_it():
     for module in files():
         if module.startswith("peft_svdinit."):
-            assert "peft_svdinit" not in imports(module), module
+            assert "peft_svdinit" not in imported_modules(module), module
 
 
 @pytest.mark.parametrize(
@@ -166,7 +200,7 @@ def test_no_part_imports_the_package_that_collects_it():
 def test_packages_do_not_import_what_is_built_on_them(package, forbidden):
     for module in files():
         if module.partition(".")[0] == package:
-            bad = {name for name in imports(module) if name.partition(".")[0] in forbidden}
+            bad = {n for n in imported_modules(module) if n.partition(".")[0] in forbidden}
             assert not bad, f"{module} imports {sorted(bad)}"
 
 
@@ -175,12 +209,12 @@ def test_our_own_packages_are_imported_at_the_top_of_a_file(package):
     for module in files():
         if module.partition(".")[0] != package:
             continue
-        for node in ast.walk(tree(module)):
+        for node in ast.walk(tree(files()[module])):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 inner = {
                     name
                     for statement in ast.walk(node)
-                    for name in targets(module, statement)
+                    for name, _ in targets(module, statement)
                     if is_ours(name)
                 }
                 assert not inner, f"{module}.{node.name} imports {sorted(inner)}"
@@ -188,14 +222,50 @@ def test_our_own_packages_are_imported_at_the_top_of_a_file(package):
 
 def test_every_module_postpones_its_annotations():
     # Shapes such as Float[Tensor, "out in"] must not be evaluated for users.
-    for module, path in files().items():
+    for path in files().values():
         names = {
             alias.name
-            for node in tree(module).body
+            for node in tree(path).body
             if isinstance(node, ast.ImportFrom) and node.module == "__future__"
             for alias in node.names
         }
         has_code = any(
-            isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in tree(module).body
+            isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in tree(path).body
         )
         assert "annotations" in names or not has_code, path
+
+
+def test_no_test_imports_another():
+    tests = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in tests.values():
+        for node in ast.walk(tree(path)):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not {name.rpartition(".")[2] for name in names} & set(tests), path
+
+
+def test_a_file_holds_one_idea():
+    lengths = {
+        module: len(path.read_text(encoding="utf-8").splitlines())
+        for module, path in files().items()
+        if is_code(module)
+    }
+    assert not {module: length for module, length in lengths.items() if length > LONGEST}
+    assert median(length for length in lengths.values() if length > 1) <= MEDIAN
+
+
+def test_nothing_is_said_twice():
+    seen: dict[tuple[str, ...], str] = {}
+    for module, path in files().items():
+        if not is_code(module):
+            continue
+        lines = [
+            line.strip()
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if len(line.strip()) > 1 and not re.match(r"\s*(from|import|#|@\w+$)", line)
+        ]
+        for start in range(len(lines) - EQUAL_LINES + 1):
+            run = tuple(lines[start : start + EQUAL_LINES])
+            place = f"{module}, code line {start}"
+            other = seen.setdefault(run, place)
+            assert other == place, f"{other} and {place}: {run}"

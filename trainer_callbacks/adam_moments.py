@@ -11,8 +11,8 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_svdinit.deltas import LoraAdapter
-from peft_svdinit.moments import (
+from peft_svdinit.factors import LoraAdapter
+from peft_svdinit.optim import (
     MOMENTS_FILE_NAME,
     install_moments,
     keeps_moments,

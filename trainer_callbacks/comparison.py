@@ -15,8 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_model_param_count
 
-from peft_svdinit.memory import peak_memory_mb, reset_peak_memory
-from peft_svdinit.runs import (
+from peft_svdinit.analysis import figure_class, plot_loss_curve
+from peft_svdinit.training import (
     EVAL_PREFIX,
     LOSS_CURVE,
     RUN_INFO,
@@ -24,11 +24,12 @@ from peft_svdinit.runs import (
     Row,
     TrainingLog,
     describe_environment,
+    peak_memory_mb,
     read_run_info,
     read_training_log,
+    reset_peak_memory,
     write_run_info,
 )
-from trainer_callbacks.loss_curve import figure_class, plot_loss_curve
 from trainer_callbacks.sparing import Sparing, prepare_folder
 from trainer_callbacks.step_clock import StepClock, step_clock
 
@@ -44,8 +45,8 @@ _AGAIN = "Make room for it and resume from the last checkpoint."
 class ComparisonCallback(TrainerCallback, ExportableState):
     """Record a training run as `training_log.csv`, `run.json` and `loss_curve.png`.
 
-    The files are those of `peft_svdinit.runs`. Only the main process writes, only during `train()`:
-    an evaluation before or after it is not recorded. A metric that is no single number, and the
+    The files are those of `peft_svdinit.training`. Only the main process writes, only during
+    `train()`: an evaluation before or after it is not recorded. A metric that is no single number, and the
     timings of an evaluation, are left out.
 
     A run resumed from the checkpoint of step k keeps the rows up to step k and drops the later

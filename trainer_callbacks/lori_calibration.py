@@ -16,21 +16,24 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peft_svdinit import LoriConfig
-from peft_svdinit.calibration import dense_factors, gradients_of, input_sizes
-from peft_svdinit.deltas import LoraAdapter
+from peft_svdinit.factors import LoraAdapter
 from peft_svdinit.masks import (
     MASK_FILE_NAME,
+    SCORES_FILE_NAME,
     GradientScores,
+    LayerScores,
     LoriMask,
     check_density,
+    check_floor,
     check_scope,
     load_mask,
+    load_scores,
     magnitude_scores,
     random_scores,
     save_mask,
+    save_scores,
 )
-from peft_svdinit.masks.scores_file import SCORES_FILE_NAME, LayerScores, load_scores, save_scores
-from peft_svdinit.masks.selection import check_floor
+from peft_svdinit.tuner import dense_factors, gradients_of, input_sizes
 from trainer_callbacks.sparing import Sparing, prepare_folder
 
 SCORES = ("magnitude", "magnitude_gradient", "gradient")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..atomic import replacing
+from ..files import replacing
 
 # Okabe and Ito's colours, told apart with any colour vision, but for their yellow, too pale on
 # white, and their black, too heavy in a filled area.

@@ -9,15 +9,17 @@ from typing import ClassVar
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..analysis import LayerIntruders, find_intruders
-from ..checkpoints import Checkpoint, LinearWeights
-from ..deltas import CheckpointPair, LoraAdapter
-from ..extraction import factors_of_adapter, factors_of_checkpoints
-from ..factors import LowRankFactors
-from ..factors_file import FactorsFile
+from ..analysis import LayerIntruders, find_intruders, write_factors_analysis
+from ..factors import (
+    CheckpointPair,
+    FactorsFile,
+    LoraAdapter,
+    LowRankFactors,
+    factors_of_adapter,
+    factors_of_checkpoints,
+)
 from ..linalg import frobenius_norm
-from ..recognition import BaseSample, first_difference
-from ..teacher_files import write_factors_analysis
+from ..models import BaseSample, Checkpoint, LinearWeights, first_difference
 from .paths import model_source, refuse_file
 from .summary import print_analysis
 

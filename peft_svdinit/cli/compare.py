@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from ..comparison import write_comparison
-from ..runs import read_run
+from ..analysis import write_comparison
+from ..training import read_run
 from .paths import refuse_file
 
 

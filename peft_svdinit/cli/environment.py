@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..runs import describe_environment
+from ..training import describe_environment
 
 
 @dataclass(frozen=True)

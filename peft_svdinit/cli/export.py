@@ -8,10 +8,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from ..compact import compact_adapter_folder, write_stock_adapter
-from ..export import export_adapter
-from ..exported import ExportedAdapter
-from ..factors_file import FactorsFile
+from ..adapters import ExportedAdapter, compact_adapter_folder, export_adapter, write_stock_adapter
+from ..factors import FactorsFile
 from ..linalg import rank_for_energy
 from ..masks import load_compact
 from .paths import model_source, refuse_file

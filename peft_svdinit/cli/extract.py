@@ -8,19 +8,24 @@ from typing import Literal
 
 import torch
 
-from ..adapter_extraction import (
+from ..adapters import (
     AdapterForm,
+    estimate,
     extract_adapter,
     factorisation,
     factorised,
     stored_spectra,
 )
-from ..deltas import CheckpointPair, LoraAdapter
-from ..extraction import Extraction, base_samples, factors_of_adapter
-from ..extraction_estimate import estimate
-from ..factors_file import FactorsMetadata
-from ..rank_rule import RankRule
-from ..teacher_files import write_teacher
+from ..analysis import write_teacher
+from ..factors import (
+    CheckpointPair,
+    Extraction,
+    FactorsMetadata,
+    LoraAdapter,
+    RankRule,
+    checkpoint_samples,
+    factors_of_adapter,
+)
 from .paths import model_source, refuse_file
 from .summary import print_analysis
 
@@ -260,7 +265,7 @@ def _factors(pair: CheckpointPair, rule: RankRule, options: ExtractOptions) -> N
         uncovered = {tensor.key: tensor.relative_change for tensor in pair.uncovered()}
         unchanged()
         _write_factors(
-            Extraction(store, metadata, base_samples(pair)), options, {"uncovered": uncovered}
+            Extraction(store, metadata, checkpoint_samples(pair)), options, {"uncovered": uncovered}
         )
     if uncovered:
         print(

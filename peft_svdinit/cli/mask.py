@@ -10,28 +10,32 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ..analysis.mask_overlap import Delta, compare_masks
-from ..analysis.mask_report import REPORT, write_mask_comparison, write_mask_report
-from ..analysis.mask_words import comparison_in_words, mask_in_words
-from ..deltas import LoraAdapter
-from ..mask_sources import (
-    AdapterShapes,
-    Choice,
-    magnitude_mask,
-    random_mask,
-    reference_mask,
-    shapes_of_factors,
-    teacher_mask,
+from ..analysis import (
+    REPORT,
+    Delta,
+    compare_masks,
+    comparison_in_words,
+    mask_in_words,
+    write_mask_comparison,
+    write_mask_report,
 )
+from ..factors import LoraAdapter
+from ..files import resolve_folder
 from ..masks import (
     MASK_FILE_NAME,
+    AdapterShapes,
+    Choice,
     LoriMask,
     check_density,
     check_scope,
     load_mask,
+    magnitude_mask,
+    random_mask,
+    reference_mask,
     save_mask,
+    shapes_of_factors,
+    teacher_mask,
 )
-from ..sources import resolve_folder
 from .paths import model_source, refuse_file
 
 Source = Literal["magnitude", "teacher", "random", "reference", "gradient"]

@@ -5,9 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..merging import MajoritySign, Merged, MergeMethod, Method, merge
-from ..merging.report import PAIR_COLUMNS, in_words, pair_cells, shown_error, worst_layers
-from ..resizing import Dtype
+from ..adapters import (
+    PAIR_COLUMNS,
+    Dtype,
+    MajoritySign,
+    Merged,
+    MergeMethod,
+    Method,
+    in_words,
+    merge,
+    pair_cells,
+    shown_error,
+    worst_layers,
+)
 from .paths import refuse_file
 
 _WORST = 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..embedded import resolve_model
+from ..training import resolve_model
 
 
 def model_source(name: str) -> str:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ..resizing import RankTarget, Resized, resize
+from ..adapters import Resized, resize
+from ..factors import RankTarget
 from .paths import refuse_file
 
 _WORST = 5

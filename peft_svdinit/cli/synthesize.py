@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..deltas import LoraAdapter, Synthesis
-from ..extraction import factors_of_adapter
-from ..teacher_files import write_teacher
+from ..analysis import write_teacher
+from ..factors import LoraAdapter, Synthesis, factors_of_adapter
 from .paths import model_source, refuse_file
 from .summary import print_analysis
 

@@ -9,8 +9,8 @@ from typing import Any
 from jaxtyping import Bool
 from torch import Tensor
 
-from ..initializers import random_projection, tensor_hash
-from ..module_names import natural_order
+from ..models import natural_order
+from .projection import random_projection, tensor_hash
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,8 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from ..module_names import natural_order
-from ..sources import resolve_file
-from ..tensor_writer import target_file
-from .headed_file import checked_fields, opened_headed, write_headed
+from ..files import checked_fields, opened_headed, resolve_file, target_file, write_headed
+from ..models import natural_order
 from .mask import LoriMask, MaskedLayer
 from .selection import check_density, check_floor, check_scope
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..factors import LowRankFactors
-from ..module_names import layer_seed
+from ..models import layer_seed
 
 Scores = dict[str, Float[Tensor, "out rank"]]
 

@@ -16,9 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..sources import resolve_file
-from ..tensor_writer import target_file
-from .headed_file import checked_fields, opened_headed, write_headed
+from ..files import checked_fields, opened_headed, resolve_file, target_file, write_headed
 from .making import mask_from_scores
 from .mask import LoriMask
 

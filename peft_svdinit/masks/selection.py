@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..module_names import module_types, natural_order
+from ..models import module_types, natural_order
 
 SCOPES = ("global", "type", "layer", "matrix", "row")
 """The scopes by name; "N:M" with numbers in place of the letters is the one beside them."""

@@ -1,26 +1,5 @@
-"""What recipes share: options, the base model and its tokenizer, and exactly labelled data."""
+"""What a run is made of and leaves behind: options, data, models, its record."""
 
-from .arguments import RecipeArguments
-from .data import (
-    DataOptions,
-    completion_collator,
-    load_examples,
-    prepare_examples,
-    tokenize_examples,
-)
-from .models import ModelOptions, load_model, load_tokenizer
-from .options import parse_options, refusal
+import lazy_loader
 
-__all__ = [
-    "DataOptions",
-    "ModelOptions",
-    "RecipeArguments",
-    "completion_collator",
-    "load_examples",
-    "load_model",
-    "load_tokenizer",
-    "parse_options",
-    "prepare_examples",
-    "refusal",
-    "tokenize_examples",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

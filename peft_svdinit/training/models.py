@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..embedded import resolve_model
+from .builtin.model import resolve_model
 
 
 @dataclass(frozen=True)

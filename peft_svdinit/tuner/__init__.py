@@ -1,13 +1,5 @@
-"""What knows PEFT's internals: its LoRA tuner, with starts of our own."""
+"""What lives inside a PEFT model; the only place that knows PEFT's internals."""
 
-from .adapter_layers import lora_layers, lora_scalings
-from .model import SvdLoraModel
-from .svd_start import initialize_layers, initialize_lora_from_factors
+import lazy_loader
 
-__all__ = [
-    "SvdLoraModel",
-    "initialize_layers",
-    "initialize_lora_from_factors",
-    "lora_layers",
-    "lora_scalings",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

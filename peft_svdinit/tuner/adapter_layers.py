@@ -9,7 +9,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
-from ..layers.reference import lora_linears
+from .layers.parts import lora_linears
 
 PREFIX = "base_model.model."
 

@@ -10,16 +10,21 @@ from peft.tuners.lora.variants import _register_frozen_peft_weight
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
-from ..config import LoriConfig
-from ..config.lori import RANDOM
-from ..deltas import LoraAdapter
-from ..initializers import random_projection, tensor_hash
-from ..layers.reference import lora_linears
-from ..layers.sparse_factor import SparseFactor
-from ..masks import LoriMask, load_mask, mask_from_scores, random_scores
+from ..factors import LoraAdapter
+from ..masks import (
+    LoriMask,
+    is_same_projection,
+    load_mask,
+    mask_from_scores,
+    random_projection,
+    random_scores,
+    tensor_hash,
+)
 from .adapter_layers import given_memory, is_linear, lora_layers, module_name, shortened
+from .config.lori import RANDOM, LoriConfig
+from .layers.parts import lora_linears
+from .layers.sparse_factor import SparseFactor
 from .magnitudes import refresh_magnitude
-from .sparse_form import is_same_projection
 
 
 class LoriStart:

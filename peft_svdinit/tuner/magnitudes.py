@@ -9,9 +9,9 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import gather_params_ctx
 
-from ..layers.base_weight import dequantised_weight
-from ..layers.reference import lora_linears
+from ..models import dequantised_weight
 from .adapter_layers import given_memory
+from .layers.parts import lora_linears
 
 
 def refresh_magnitude(layer: LoraLayer, adapter_name: str) -> None:

@@ -8,9 +8,12 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
-from ..config import LoriConfig, StockSavedConfig, SvdLoraConfig, config_of_alias
-from ..layers.reference import stacked_factors
 from .adapter_layers import adapter_dtypes, weight_keys
+from .config.alias import config_of_alias
+from .config.lori import LoriConfig
+from .config.stock_saved import StockSavedConfig
+from .config.svd import SvdLoraConfig
+from .layers.reference import stacked_factors
 from .lori_start import LoriStart
 from .sparse_form import densify, renamed, restore_projections, sparsify
 from .stacked_form import references, unstack

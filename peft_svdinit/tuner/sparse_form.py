@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from ..initializers import random_projection
-from ..layers.reference import lora_linears
-from ..layers.sparse_factor import SparseFactor
+from ..masks import is_same_projection, random_projection
 from .adapter_layers import PREFIX, lora_layers, module_name, weight_keys
+from .layers.parts import lora_linears
+from .layers.sparse_factor import SparseFactor
 
 
 def sparse_factors(model: nn.Module, adapter_name: str) -> dict[str, SparseFactor]:
@@ -109,11 +108,3 @@ def _factor_key(path: str, adapter_name: str) -> str:
 
 def _values_key(path: str, adapter_name: str) -> str:
     return f"{_factor_key(path, adapter_name)}.values"
-
-
-def is_same_projection(saved: Tensor, drawn: Tensor) -> bool:
-    """Whether a saved A is the drawn one, in its own dtype or once rounded to a half precision."""
-    return saved.shape == drawn.shape and any(
-        torch.equal(saved.float().cpu(), drawn.to(dtype).float())
-        for dtype in (saved.dtype, torch.bfloat16, torch.float16)
-    )

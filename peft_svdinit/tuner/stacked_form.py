@@ -6,8 +6,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from ..layers.reference import ReferenceVariant, reference_of
 from .adapter_layers import lora_layers, weight_keys
+from .layers.reference import ReferenceVariant, reference_of
 
 
 def references(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:

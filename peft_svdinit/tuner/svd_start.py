@@ -16,24 +16,30 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..config import Coverage, LoriConfig, SvdLoraConfig, lora_options
-from ..config.svd import IN_MEMORY
-from ..deltas.adapter import INITS_MOVING_BASE
-from ..factor_sources import WeightFactors, WeightSource
-from ..factors import LowRankFactors
-from ..factors_file import FactorsFile
-from ..initializers import LoraInit, Split, Start, SvdGuided
-from ..layers.base_weight import base_weight, is_plain
-from ..layers.reference import (
+from ..factors import (
+    INITS_MOVING_BASE,
+    FactorsFile,
+    LoraInit,
+    LowRankFactors,
+    Split,
+    Start,
+    SvdGuided,
+    WeightFactors,
+    WeightSource,
+)
+from ..models import BaseSample, base_weight, entries_at, first_difference, is_plain
+from .adapter_layers import given_memory, is_linear, lora_layers, module_name, shortened
+from .config.lori import LoriConfig
+from .config.stock_saved import lora_options
+from .config.svd import IN_MEMORY, Coverage, SvdLoraConfig
+from .layers.parts import lora_linears
+from .layers.reference import (
     ReferenceVariant,
     attach_reference,
     attach_zero_reference,
     detach_reference,
-    lora_linears,
     reference_of,
 )
-from ..recognition import BaseSample, entries_at, first_difference
-from .adapter_layers import given_memory, is_linear, lora_layers, module_name, shortened
 from .magnitudes import refresh_magnitude
 
 logger = logging.getLogger(__name__)

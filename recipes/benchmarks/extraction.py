@@ -33,9 +33,9 @@ from measuring import cpu_seconds, options_parser, run_child, svdinit
 from torch import Tensor
 from transformers import LlamaConfig
 
-from peft_svdinit.deltas import CheckpointPair
-from peft_svdinit.linalg.gram import gram_matrix
-from peft_svdinit.tensor_writer import TensorWriter
+from peft_svdinit.factors import CheckpointPair
+from peft_svdinit.files import TensorWriter
+from peft_svdinit.linalg import gram_matrix
 
 _RANK = 32
 

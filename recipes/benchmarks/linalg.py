@@ -32,8 +32,8 @@ from measuring import cpu_seconds, options_parser
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_svdinit.embedded import resolve_model
 from peft_svdinit.linalg import truncated_svd
+from peft_svdinit.training import resolve_model
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 Method = Callable[[Tensor, int], Triplets]  # of a matrix and a seed

@@ -27,9 +27,8 @@ from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_svdinit.analysis import analyze
-from peft_svdinit.deltas import LoraAdapter
-from peft_svdinit.embedded import resolve_model
-from peft_svdinit.extraction import factors_of_adapter
+from peft_svdinit.factors import LoraAdapter, factors_of_adapter
+from peft_svdinit.training import resolve_model
 
 _RANK, _LOWER_RANK = 16, 8
 
@@ -60,7 +59,7 @@ def peak_extra_mb(folder: Path) -> float:
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\nfrom lora_factors import ours\n"
-        "from peft_svdinit.memory import peak_memory_mb, reset_peak_memory\n"
+        "from peft_svdinit.training.memory import peak_memory_mb, reset_peak_memory\n"
         "torch.linalg.svd(torch.randn(64, 64)); device = torch.device('cpu')\n"
         "reset_peak_memory(device); before = peak_memory_mb(device)\n"
         "ours(Path(sys.argv[2])); print(peak_memory_mb(device) - before)"

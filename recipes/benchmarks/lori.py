@@ -35,9 +35,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_svdinit import LoriConfig
-from peft_svdinit.compact import save_compact_adapter
-from peft_svdinit.embedded import resolve_model
+from peft_svdinit.adapters import save_compact_adapter
 from peft_svdinit.masks import random_scores, select
+from peft_svdinit.training import resolve_model
 
 RANK, DENSITY = 32, 0.1
 _MODEL = "builtin:smollm2-135m"

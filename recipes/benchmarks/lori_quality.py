@@ -32,9 +32,8 @@ from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
 from peft_svdinit import LoriConfig
-from peft_svdinit.atomic import write_json
-from peft_svdinit.calibration import gradient_scores, input_sizes
-from peft_svdinit.deltas import LoraAdapter
+from peft_svdinit.factors import LoraAdapter
+from peft_svdinit.files import write_json
 from peft_svdinit.masks import LoriMask, load_mask, magnitude_scores, mask_from_scores, save_mask
 from peft_svdinit.training import (
     DataOptions,
@@ -44,6 +43,7 @@ from peft_svdinit.training import (
     load_tokenizer,
     prepare_examples,
 )
+from peft_svdinit.tuner import gradient_scores, input_sizes
 
 RANK, ALPHA, DENSITY, BATCH = 32, 64, 0.1, 4
 VALIDATION, TEST = 32, 64  # examples

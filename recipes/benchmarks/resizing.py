@@ -26,9 +26,9 @@ from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from peft_svdinit.deltas import LoraAdapter
-from peft_svdinit.embedded import resolve_model
-from peft_svdinit.resizing import RankTarget, resize
+from peft_svdinit.adapters import resize
+from peft_svdinit.factors import LoraAdapter, RankTarget
+from peft_svdinit.training import resolve_model
 
 _RANK, _LOWER_RANK = 64, 32
 

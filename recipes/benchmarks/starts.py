@@ -33,8 +33,8 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_svdinit import SvdLoraConfig, activation_factors, gradient_factors
-from peft_svdinit.embedded import resolve_model
-from peft_svdinit.linear_modules import linear_modules
+from peft_svdinit.models import linear_modules
+from peft_svdinit.training import resolve_model
 
 _RANK = 16
 _MODEL = "builtin:smollm2-135m"

@@ -1,0 +1,5 @@
+"""Saved adapters as artefacts: read, written, extracted, merged, resized, checked."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

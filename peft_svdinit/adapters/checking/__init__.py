@@ -1,0 +1,1 @@
+"""Adapters checked as stock PEFT loads them."""

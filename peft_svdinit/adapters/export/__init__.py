@@ -1,0 +1,1 @@
+"""Factors as a stock LoRA adapter."""

@@ -1,0 +1,194 @@
+"""Factors as a stock LoRA adapter that anybody loads with PEFT, written layer by layer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from ...factors import LowRankFactors, Split, SvdGuided
+from ...files import TensorWriter
+from ...models import WholeModules, exact_pattern, loadable_task_type, model_skeleton, whole_modules
+from ..output_folder import OutputFolder
+from ..rounding import rounded, rounding_error
+from .plan import ExportPlan, export_plan, target_modules
+from .record import ExportedAdapter, ExportedLayer
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "base_model.model."
+_KEY_A, _KEY_B = _PREFIX + "{}.lora_A.weight", _PREFIX + "{}.lora_B.weight"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Bfloat16 changes a delta by about 0.0025 of its norm: beyond this, entries have underflowed.
+_COARSE = 0.01
+
+
+def export_adapter(
+    factors: Mapping[str, LowRankFactors],
+    ranks: int | Mapping[str, int],
+    output_dir: str | os.PathLike,
+    *,
+    base_model_name_or_path: str | None = None,
+    base_model_revision: str | None = None,
+    base: str | os.PathLike | None = None,
+    split: Split = "output",
+    dtype: torch.dtype = torch.float32,
+    uniform: bool = False,
+    modules_to_save: Mapping[str, Tensor] | None = None,
+    task_type: str | None = "auto",
+) -> ExportedAdapter:
+    """Write the truncation of every delta as a LoRA adapter with scaling 1 (alpha = r).
+
+    Layers too small for their rank, and deltas of lower rank, get all they have. A layer without
+    any triplet is left out. Each layer is read twice, and one is in memory at a time.
+
+    Args:
+        factors: by module name; may read from a disk.
+        ranks: triplets kept, one number for all layers or one for each, where 0 leaves one out.
+        output_dir: folder of the adapter, see `OutputFolder`: one with an adapter is replaced.
+        base_model_name_or_path, base_model_revision: stored in the adapter's config.
+        base: folder of the base model; with it target modules are checked, and listed by their last
+            name part where that selects the same layers, as servers expect, else by full name.
+        split: "output" or "balanced", see `SvdGuided`. Of the two, "balanced" loses less of the
+            range of half precision: its A and B have entries of one size.
+        dtype: of A and B: float32, bfloat16 or float16.
+        uniform: give all layers the largest of the ranks, padded with zeros, so that there is no
+            `rank_pattern`, which servers such as vLLM do not read. A layer left out gets zeros
+            where its last name part is that of an adapted one.
+        modules_to_save: whole tensors by name of the parameter in the base model, embeddings and
+            norms say, stored in their own dtype; read one at a time, twice each. Needs `base`.
+            See `whole_modules` for tied ones. Servers such as vLLM refuse such adapters.
+        task_type: stored in the adapter's config, by which PEFT chooses the class that it wraps the
+            model in. "auto" is that of the class of `base`, as `loadable_task_type` says, and
+            "CAUSAL_LM" without a base; None suits a model of any class.
+
+    Raises:
+        ValueError: if a layer holds fewer triplets than asked for although its delta has more, a
+            factor overflows `dtype`, no layer has anything to keep, `ranks`, `modules_to_save`,
+            `task_type` and `base` do not fit the factors, or `output_dir` holds other files, then
+            or when the adapter is to be put there.
+        OSError: if the disk is full; as after any error, what was there before is still there.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    output = OutputFolder.checked(output_dir, "output_dir")
+    plan = export_plan(factors, ranks, uniform=uniform)
+    skeleton = model_skeleton(base) if base is not None else None
+    whole = _whole_modules(skeleton, modules_to_save or {}, plan)
+    unusual = {name: rank for name, rank in plan.stored.items() if rank != plan.usual}
+    config = LoraConfig(
+        r=plan.usual,
+        lora_alpha=plan.usual,
+        rank_pattern=dict(exact_pattern(unusual)),
+        alpha_pattern=dict(exact_pattern(unusual)),
+        target_modules=target_modules(plan, skeleton),
+        modules_to_save=whole.names or None,
+        ensure_weight_tying=whole.tied,
+        base_model_name_or_path=base_model_name_or_path,
+        revision=base_model_revision,
+        task_type=_task_type(skeleton, task_type, whole),
+        inference_mode=True,
+    )
+    layout = _layout(plan, dtype)
+    for name, source in whole.source_of.items():
+        tensor = _whole_tensor(skeleton, name, (modules_to_save or {})[source])
+        layout[_PREFIX + name] = (tensor.dtype, tuple(tensor.shape))
+    initializer = SvdGuided("delta", split)
+    layers = {}
+    with output.replacing() as temporary:
+        config.save_pretrained(os.fspath(temporary))
+        with TensorWriter(temporary / SAFETENSORS_WEIGHTS_NAME, layout, {"format": "pt"}) as writer:
+            # disable=None: no bar where standard error is not a terminal.
+            for name in tqdm(plan.kept, desc="Writing the adapter", unit="layer", disable=None):
+                layers[name] = _write_layer(writer, name, factors[name], plan, initializer, dtype)
+            for name, source in whole.source_of.items():
+                writer.write(_PREFIX + name, (modules_to_save or {})[source])
+    _warn_of_coarse_rounding(layers, dtype)
+    return ExportedAdapter(output.path, plan.usual, layers, plan.omitted)
+
+
+def _layout(plan: ExportPlan, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name, rank in plan.stored.items():
+        rows, cols = plan.shapes[name]
+        layout[_KEY_A.format(name)] = (dtype, (rank, cols))
+        layout[_KEY_B.format(name)] = (dtype, (rows, rank))
+    return layout
+
+
+def _write_layer(
+    writer: TensorWriter,
+    name: str,
+    layer: LowRankFactors,
+    plan: ExportPlan,
+    initializer: SvdGuided,
+    dtype: torch.dtype,
+) -> ExportedLayer:
+    rank, (rows, cols) = plan.kept[name], plan.shapes[name]
+    lora_A, lora_B = torch.zeros(0, cols, dtype=dtype), torch.zeros(rows, 0, dtype=dtype)
+    lost, rounding = layer.norm, 0.0
+    if rank:
+        init = initializer(layer, rank=rank, scaling=1.0)
+        try:
+            stored = rounded(init, dtype)
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from error
+        lora_A, lora_B = stored.lora_A, stored.lora_B
+        lost, rounding = layer.relative_error(rank) * layer.norm, rounding_error(init, stored)
+    if name in plan.stored:
+        padding = plan.stored[name] - rank
+        writer.write(_KEY_A.format(name), functional.pad(lora_A, (0, 0, 0, padding)))
+        writer.write(_KEY_B.format(name), functional.pad(lora_B, (0, padding)))
+    return ExportedLayer(rank, layer.norm, lost, rounding)
+
+
+def _whole_modules(
+    skeleton: nn.Module | None, given: Mapping[str, Tensor], plan: ExportPlan
+) -> WholeModules:
+    if not given:
+        return WholeModules([], {})
+    if skeleton is None:
+        raise ValueError("modules_to_save needs base, against which its names are checked")
+    return whole_modules(skeleton, list(given), plan.stored)
+
+
+def _task_type(
+    skeleton: nn.Module | None, task_type: str | None, whole: WholeModules
+) -> str | None:
+    if skeleton is None:
+        return "CAUSAL_LM" if task_type == "auto" else task_type
+    return loadable_task_type(skeleton, task_type, whole.names)
+
+
+def _whole_tensor(skeleton: nn.Module | None, name: str, tensor: Tensor) -> Tensor:
+    expected = tuple(skeleton.get_parameter(name).shape) if skeleton is not None else None
+    if tuple(tensor.shape) != expected:
+        raise ValueError(
+            f"modules_to_save: {name} has shape {tuple(tensor.shape)}, the base's has {expected}; "
+            "was the vocabulary changed?"
+        )
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"modules_to_save: {name} has NaN or infinite entries")
+    return tensor
+
+
+def _warn_of_coarse_rounding(layers: Mapping[str, ExportedLayer], dtype: torch.dtype) -> None:
+    coarse = [name for name in layers if layers[name].rounding_error > _COARSE * layers[name].norm]
+    if coarse:
+        worst = max(coarse, key=lambda name: layers[name].rounding_error / layers[name].norm)
+        logger.warning(
+            "Rounding to %s changes %d layers by more than %g of their delta, %s by %.2g: entries "
+            'are below its range. Use a wider dtype, or split="balanced"',
+            dtype,
+            len(coarse),
+            _COARSE,
+            worst,
+            layers[worst].rounding_error / layers[worst].norm,
+        )

@@ -1,0 +1,1 @@
+"""From a pair of checkpoints to a verified adapter."""

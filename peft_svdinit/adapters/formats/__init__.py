@@ -1,0 +1,1 @@
+"""Saved adapters of the ecosystem: PEFT folders, kohya, LyCORIS, diffusers, compact LoRI."""

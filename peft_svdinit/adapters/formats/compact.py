@@ -1,0 +1,196 @@
+"""A LoRI adapter as a file of its trained entries, and back as the stock LoRA it stands for.
+
+A is drawn again from its seed, and its hash compared: it takes no room.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...factors import SIDECAR_NAME, LoraAdapter, LoraInit
+from ...files import read_json, write_json
+from ...masks import (
+    MASK_FILE_NAME,
+    CompactAdapter,
+    LoriMask,
+    MaskedLayer,
+    is_same_projection,
+    load_mask,
+    random_projection,
+    save_compact,
+    tensor_hash,
+)
+from ...tuner import LoriConfig
+from ..output_folder import OutputFolder
+from ..rounding import rounded
+
+_PREFIX = "base_model.model."
+
+
+def save_compact_adapter(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    adapter_name: str = "default",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """Write the sparse adapter of a model as bits and values, a twentieth of its stock form.
+
+    Args:
+        model: a PeftModel with a sparse LoRI adapter.
+        path: file, or folder that gets `lori_adapter.safetensors`.
+        adapter_name: the adapter.
+        dtype: of the values; A is exact in any case.
+
+    Raises:
+        ValueError: if the adapter is no sparse LoRI one, is DoRA's, has modules trained as a whole,
+            or has values that `dtype` cannot hold.
+    """
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
+    if not isinstance(config, LoriConfig) or config.mask is None:
+        raise ValueError(f"adapter_name={adapter_name!r} is no adapter of a sparse LoriConfig")
+    stored = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    dense = {}
+    for name in config.mask.layers:
+        dense[name] = stored.pop(f"{_PREFIX}{name}.lora_B.weight")
+        del stored[f"{_PREFIX}{name}.lora_A.weight"]
+    if stored:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} has more than A and B, {min(stored)} for one; "
+            "save it as stock LoRA with save_pretrained"
+        )
+    return _write(path, config.mask, dense, _stock_options(config), dtype)
+
+
+def compact_adapter_folder(
+    adapter: str | os.PathLike, path: str | os.PathLike, *, dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """Write a saved LoRI adapter, a checkpoint's for one, as bits and values.
+
+    Raises:
+        FileNotFoundError: if a file is missing, the mask among them.
+        ValueError: as `save_compact_adapter`, or if A or B do not fit the mask.
+    """
+    saved = LoraAdapter(adapter)
+    if not (saved.folder / SIDECAR_NAME).is_file() or not (saved.folder / MASK_FILE_NAME).is_file():
+        raise FileNotFoundError(
+            f"adapter: {saved.folder} has no {SIDECAR_NAME} with {MASK_FILE_NAME}: it was not "
+            "saved from a sparse LoriConfig, and other adapters have no compact form"
+        )
+    mask = load_mask(saved.folder)
+    other = set(saved) ^ set(mask.layers)
+    if other:
+        raise ValueError(f"adapter: layer {min(other)} is in the adapter or in its mask alone")
+    dense = {}
+    for name, layer in mask.layers.items():
+        product = saved[name]
+        if not is_same_projection(product.lora_A, _projection(name, layer, mask.seed)):
+            raise ValueError(
+                f"adapter: layer {name} of {saved.folder} has another A than seed {mask.seed} of "
+                "its mask draws; a LoRI adapter never changes A"
+            )
+        if product.lora_B.shape != layer.mask.shape:
+            raise ValueError(
+                f"adapter: lora_B of layer {name} is of shape {tuple(product.lora_B.shape)}, its "
+                f"mask of {tuple(layer.mask.shape)}"
+            )
+        dense[name] = product.lora_B
+    return _write(path, mask, dense, read_json(saved.folder / CONFIG_NAME, "adapter"), dtype)
+
+
+def write_stock_adapter(
+    compact: CompactAdapter, folder: str | os.PathLike, *, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write the stock LoRA folder that a compact adapter stands for, atomically.
+
+    Args:
+        compact: as `load_compact` reads it.
+        folder: see `OutputFolder`: one with an adapter is replaced.
+        dtype: of A and B.
+
+    Raises:
+        ValueError: if an A drawn here is another than the one it was trained with, `folder` holds
+            other files, a compact adapter for one, or the configuration is not that of these
+            layers.
+    """
+    output = OutputFolder.checked(folder, "output_dir")
+    tensors: dict[str, Tensor] = {}
+    for name, layer in compact.mask.layers.items():
+        lora_B = torch.zeros(layer.mask.shape)
+        lora_B[layer.mask] = compact.values[name].float()
+        init = LoraInit(_projection(name, layer, compact.mask.seed), lora_B, False)
+        stored = rounded(init, dtype)
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = stored.lora_A
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = stored.lora_B
+    with output.replacing() as temporary:
+        temporary.mkdir()
+        write_json(temporary / CONFIG_NAME, dict(compact.config))
+        save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        _refuse_unless_product(temporary)
+    return output.path
+
+
+def _refuse_unless_product(folder: Path) -> None:
+    """Raise ValueError if the configuration, read from a file, is not that of these weights."""
+    try:
+        LoraAdapter(folder)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"adapter: the adapter_config.json in the compact file does not fit its entries "
+            f"({error}); write the file again"
+        ) from error
+
+
+def _stock_options(config: LoriConfig) -> dict[str, Any]:
+    """`adapter_config.json` of the stock LoRA."""
+    return {**config.stock().to_dict(), "inference_mode": True}
+
+
+def _projection(name: str, layer: MaskedLayer, seed: int) -> Tensor:
+    lora_A = random_projection(name, layer.rank, layer.in_features, seed)
+    if tensor_hash(lora_A) != layer.hash_A:
+        raise ValueError(
+            f"layer {name}: seed {seed} draws another A here than the adapter was trained with; "
+            "its mask is damaged, or was made by another version of peft-svdinit"
+        )
+    return lora_A
+
+
+def _write(
+    path: str | os.PathLike,
+    mask: LoriMask,
+    dense: dict[str, Tensor],
+    config: dict[str, Any],
+    dtype: torch.dtype,
+) -> Path:
+    # PEFT writes sets in any order; the same adapter is to give the same bytes.
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), (set, list)):
+            config[key] = sorted(config[key])
+    layers, values = {}, {}
+    for name, layer in mask.layers.items():
+        lora_B = dense[name].detach().cpu()
+        # What an adapter started from may lie off the mask, and belongs to it.
+        kept = layer.mask | (lora_B != 0)
+        layers[name] = MaskedLayer(kept, layer.in_features, layer.hash_A)
+        values[name] = lora_B[kept].to(dtype)
+        if not torch.isfinite(values[name]).all():
+            raise ValueError(f"layer {name}: lora_B has entries that {dtype} cannot hold")
+    details = {
+        "density": mask.density,
+        "seed": mask.seed,
+        "scope": mask.scope,
+        "floor": mask.floor,
+        "source": mask.source,
+        "base_model_name_or_path": config.get("base_model_name_or_path"),
+    }
+    return save_compact(path, CompactAdapter(LoriMask(layers, **details), values, config))

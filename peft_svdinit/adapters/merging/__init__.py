@@ -1,0 +1,1 @@
+"""Several LoRA adapters as one, with the error against their exact sum and their interference."""

@@ -1,0 +1,162 @@
+"""Merging adapters layer by layer, measuring the result and writing it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ...factors import ComparableDelta, LoraInit, layer_interference, pair_interference
+from ...files import write_json, write_text
+from ..formats.peft_folder import write_peft_folder
+from ..output_folder import MERGE_JSON, MERGE_REPORT
+from ..resizing.resize import DTYPES, Dtype
+from ..rounding import rounded
+from .exact import Factors, concatenated, on_shared_A, recompressed
+from .inputs import MergeInputs
+from .methods import MergeMethod
+from .record import Merged, MergedLayer, Pair
+from .report import merge_report
+from .terms import Term, distance_from_sum, norm_of_sum
+from .through_peft import merged_by_peft
+
+# Below this share of its summands a sum is float64 rounding.
+_CANCELLED = 1e-12
+
+
+def merge(
+    adapters: Sequence[str | os.PathLike],
+    output: str | os.PathLike,
+    method: MergeMethod | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: Dtype | None = None,
+    progress: bool = False,
+) -> Merged:
+    """Write several LoRA adapters as one, with its error against their exact weighted sum.
+
+    The result is a stock PEFT LoRA of scaling 1, with `merge_report.json` and `merge_report.md`
+    beside it. The error of every layer is measured on what is stored, in factored form, and so is
+    the interference of each pair of adapters. One layer of each adapter is in memory at a time,
+    beside the merged adapter.
+
+    Args:
+        adapters: PEFT LoRA folders or Hub ids, two at least.
+        output: folder of the merged adapter, see `OutputFolder`: one with an adapter is replaced.
+        method: by default "cat".
+        weights: of the adapters, 1 each by default. An adapter of weight 0 is left out. Negative
+            ones subtract; methods that elect signs refuse them, since PEFT elects before it
+            applies the weights.
+        dtype: of the stored factors; by default the widest of the inputs, at most float32.
+        progress: show a bar.
+
+    Raises:
+        FileNotFoundError: if an adapter does not exist.
+        ValueError: if an adapter is no LoRA whose effect is scaling * B @ A alone, the shapes of a
+            layer differ, the weights or the output do not fit, an entry is NaN or infinite, the
+            method does not suit a layer, or `dtype` is too narrow for a value.
+    """
+    method = method or MergeMethod()
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    inputs = MergeInputs.of(adapters, weights, method)
+    folder = inputs.checked_output(output)
+    chosen = inputs.adapters
+
+    tensors: dict[str, tuple[Tensor, Tensor]] = {}
+    layers: list[MergedLayer] = []
+    norms: list[list[float]] = [[] for _ in chosen.paths]
+    with inputs.terms() as read:
+        for name in tqdm(chosen.names, desc="Merging", disable=not progress):
+            terms = read(name)
+            stored = chosen.dtype(name) if dtype is None else getattr(torch, dtype)
+            try:
+                merged_layer = _merged(name, terms, chosen.weights, method)
+                init = rounded(LoraInit(*merged_layer, subtract_initial=False), stored)
+            except ValueError as error:
+                raise ValueError(f"layer {name}: {error}") from error
+            tensors[name] = init.lora_A.contiguous(), init.lora_B.contiguous()
+            compared = {term.adapter: _comparable(term) for term in terms}
+            for index, delta in compared.items():
+                norms[index].append(delta.norm)
+            layers.append(_measured(name, terms, tensors[name], compared))
+
+    total = tuple(math.hypot(*found) for found in norms)
+    merged = Merged(
+        output=folder.path,
+        adapters=tuple(chosen.paths),
+        weights=chosen.weights,
+        norms=total,
+        left_out=inputs.left_out,
+        method=method,
+        dtypes=dict(Counter(str(A.dtype).removeprefix("torch.") for A, _ in tensors.values())),
+        layers=tuple(layers),
+        pairs=_pairs(layers, total),
+        parameters_before=chosen.parameters,
+        parameters=sum(A.numel() + B.numel() for A, B in tensors.values()),
+        only_in_some=chosen.only_in_some(),
+    )
+    with folder.replacing() as temporary:
+        write_peft_folder(chosen.adapters, temporary, tensors)
+        write_json(temporary / MERGE_JSON, merged.as_dict())
+        write_text(temporary / MERGE_REPORT, merge_report(merged))
+    return merged
+
+
+def _merged(
+    name: str, terms: Sequence[Term], weights: Sequence[float], method: MergeMethod
+) -> Factors:
+    if method.name == "cat":
+        return concatenated(terms)
+    if method.name == "shared":
+        return on_shared_A(terms)
+    if method.name == "svd" and method.rank is not None:
+        return recompressed(terms, method.rank)
+    lora_A, lora_B = merged_by_peft(name, terms, weights, method)
+    given = any(term.delta.lora_A.any() and term.delta.lora_B.any() for term in terms)
+    if method.prunes and given and not (lora_A.any() and lora_B.any()):
+        raise ValueError(
+            f"density {method.density} keeps nothing with method {method.name}; use a larger one"
+        )
+    return lora_A, lora_B
+
+
+def _comparable(term: Term) -> ComparableDelta:
+    return ComparableDelta.of(term.delta.lora_B, term.delta.lora_A, term.delta.scaling)
+
+
+def _measured(
+    name: str,
+    terms: Sequence[Term],
+    stored: tuple[Tensor, Tensor],
+    compared: Mapping[int, ComparableDelta],
+) -> MergedLayer:
+    lora_A, lora_B = stored
+    size = math.hypot(*(term.weight * compared[term.adapter].norm for term in terms))
+    norm, difference = norm_of_sum(terms), distance_from_sum(lora_B, lora_A, terms)
+    return MergedLayer(
+        name=name,
+        shape=terms[0].delta.shape,
+        ranks={term.adapter: term.delta.lora_A.shape[0] for term in terms},
+        rank=lora_A.shape[0],
+        norm=norm if norm > _CANCELLED * size else 0.0,
+        difference=difference if difference > _CANCELLED * size else 0.0,
+        pairs={
+            (i, j): layer_interference(compared[i], compared[j])
+            for i, j in itertools.combinations(compared, 2)
+        },
+    )
+
+
+def _pairs(layers: Sequence[MergedLayer], norms: Sequence[float]) -> tuple[Pair, ...]:
+    pairs = []
+    for i, j in itertools.combinations(range(len(norms)), 2):
+        common = [layer.pairs[i, j] for layer in layers if (i, j) in layer.pairs]
+        pairs.append(Pair(i, j, pair_interference(common, (norms[i], norms[j]))))
+    return tuple(pairs)

@@ -1,0 +1,111 @@
+"""The folder of an adapter that is made of others: what it may replace, and what it keeps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from ..factors import SIDECAR_NAME
+from ..files import file_stamps, replacing
+from ..masks import MASK_FILE_NAME
+
+RESIZE_REPORT = "resize.json"
+MERGE_JSON, MERGE_REPORT = "merge_report.json", "merge_report.md"
+EXTRACTION_JSON, EXTRACTION_REPORT = "extraction.json", "extraction.md"
+# Not a compact adapter, which is not written again and may be the only copy of what was trained.
+_REPLACED = {
+    CONFIG_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    SIDECAR_NAME,
+    MASK_FILE_NAME,
+    RESIZE_REPORT,
+    MERGE_JSON,
+    MERGE_REPORT,
+    EXTRACTION_JSON,
+    EXTRACTION_REPORT,
+}
+# PEFT writes the first into every adapter, the Hub the second.
+_KEPT = {"README.md", ".gitattributes"}
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that is new, empty or an adapter's and no more, and still so when it is replaced.
+
+    Attributes:
+        path: the folder.
+        argument: by which the user names it.
+    """
+
+    path: Path
+    argument: str
+    _replaced: Mapping[str, list[int]] = field(repr=False)
+
+    @classmethod
+    def checked(
+        cls, path: str | os.PathLike, argument: str, inputs: Iterable[Path] = ()
+    ) -> OutputFolder:
+        """The folder, if it may be written.
+
+        Args:
+            path: the folder to write.
+            argument: by which the user names it.
+            inputs: folders and files that are read.
+
+        Raises:
+            ValueError: if it is an input or holds one, is a file, or holds anything but an adapter.
+        """
+        output = Path(path).expanduser()
+        target, read = output.resolve(), {path.resolve() for path in inputs}
+        if target in read:
+            raise ValueError(f"{argument} must not be an input, got {output}; choose another name")
+        # PEFT saves the second adapter of a model in a folder within that of the first.
+        within = [path for path in read if target in path.parents]
+        if within:
+            raise ValueError(
+                f"{argument} must not hold an input, but {min(within)} is in {output}, which would "
+                "be replaced; choose another name"
+            )
+        return cls(output, argument, _replaced_files(output, argument))
+
+    @contextmanager
+    def replacing(self) -> Iterator[Path]:
+        """As `atomic.replacing`, for a folder; a README.md of the old one is carried over.
+
+        Raises:
+            ValueError: if the folder changed since it was checked; it is left as it is.
+        """
+        # Through a link, to the folder it leads to.
+        with replacing(self.path.resolve()) as temporary:
+            yield temporary
+            if _replaced_files(self.path, self.argument) != self._replaced:
+                raise ValueError(
+                    f"{self.argument}: {self.path} was changed while the adapter was made, and is "
+                    "not replaced; choose another folder and run this again"
+                )
+            for name in _KEPT:
+                if (self.path / name).is_file():
+                    shutil.copy2(self.path / name, temporary / name, follow_symlinks=False)
+
+
+def _replaced_files(folder: Path, argument: str) -> dict[str, list[int]]:
+    """The files that go when `folder` is replaced, by what tells that one changed."""
+    if not folder.exists():
+        return {}
+    if not folder.is_dir():
+        raise ValueError(f"{argument} must be a folder, but {folder} is a file")
+    files = file_stamps(folder) or {}
+    known = _KEPT | (_REPLACED if CONFIG_NAME in files else set())
+    others = [path.name for path in folder.iterdir() if path.name not in files.keys() & known]
+    if others:
+        raise ValueError(
+            f"{argument}: {folder} holds {min(others)}, which is no part of a saved adapter and "
+            "would be deleted; choose a new folder, an empty one or one with an adapter alone"
+        )
+    return {name: stamp for name, stamp in files.items() if name not in _KEPT}

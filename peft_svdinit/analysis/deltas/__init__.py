@@ -1,0 +1,1 @@
+"""What the SVD says about a model's deltas."""

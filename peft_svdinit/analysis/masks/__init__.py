@@ -1,0 +1,1 @@
+"""What masks keep, and how far they overlap."""

@@ -1,0 +1,107 @@
+"""Writing a comparison to a directory: report, numbers, page and figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...files import replacing, write_json, write_text
+from ...training import Run
+from . import wording
+from .compare import Comparison, compare_runs
+from .figures import draw_png, figure_files
+from .page import html_page
+from .report import markdown_report
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ComparisonPaths:
+    """The files of one written comparison."""
+
+    report: Path
+    numbers: Path
+    page: Path
+    figures: tuple[Path, ...]
+
+
+def write_comparison(
+    runs: Sequence[Run],
+    context: Mapping[str, Any],
+    output_dir: str | os.PathLike,
+    *,
+    reference: str = "random",
+    total_reference: str | None = None,
+) -> ComparisonPaths:
+    """Compare `runs` and write `comparison_report.md`, `.json`, `.html` and the figures.
+
+    Everything is computed before the first file is written; equal input gives equal files.
+
+    Args:
+        runs: completed runs of all methods and seeds.
+        context: what the runs do not say themselves: `model`, `dataset`, `machine`,
+            `student_steps`, `teacher_steps`, `lora_r`, `teacher_rank`, `teacher_kind` ("lora",
+            "full" or "given"), `synthesis` (a mapping; its `energy_kept_mean`, or that of
+            the context itself, is the share of the teacher's energy that truncation kept) and
+            `command`. All are optional, and others are listed among the settings.
+        output_dir: made if it does not exist.
+        reference, total_reference: as for `compare_runs`.
+
+    Raises:
+        ValueError: as `compare_runs` does.
+        ImportError: if scipy, matplotlib or jinja2 is missing.
+    """
+    comparison = compare_runs(runs, reference=reference, total_reference=total_reference)
+    figures = figure_files(comparison)
+    images = {f"{figure.name}.png": draw_png(figure, comparison) for figure in figures}
+    report = markdown_report(comparison, context, figures)
+    page = html_page(comparison, context, figures)
+    numbers = comparison_numbers(comparison, context)
+
+    folder = Path(output_dir)
+    paths = ComparisonPaths(
+        report=folder / "comparison_report.md",
+        numbers=folder / "comparison.json",
+        page=folder / "comparison.html",
+        figures=tuple(folder / name for name in images),
+    )
+    for path, image in zip(paths.figures, images.values(), strict=True):
+        with replacing(path) as temporary:
+            temporary.write_bytes(image)
+    write_json(paths.numbers, numbers)
+    write_text(paths.report, report)
+    write_text(paths.page, page)
+    return paths
+
+
+def comparison_numbers(comparison: Comparison, context: Mapping[str, Any]) -> dict[str, Any]:
+    """All numbers of the comparison for JSON; losses that were not finite become null."""
+    numbers = {
+        "format_version": FORMAT_VERSION,
+        "headline": wording.headline(comparison),
+        "context": context,
+        **dataclasses.asdict(comparison),
+    }
+    for table, written in zip(comparison.tables, numbers["tables"], strict=True):
+        for row, entry in zip(table.rows, written["rows"], strict=True):
+            entry["result"]["outcome"] = row.result.outcome
+            entry["verdict"] = wording.verdict(row.result)
+    return _for_json(numbers)
+
+
+def _for_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _for_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_for_json(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)

@@ -1,0 +1,5 @@
+"""Weight deltas as low-rank factors: where they come from, their file, and their ranks."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,1 @@
+"""Where weight deltas come from: LoRA adapters, pairs of checkpoints, synthesis."""

@@ -1,0 +1,194 @@
+"""The delta of a saved LoRA adapter, layer by layer, as the two factors it is stored in."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...files import read_json, refuse_pickle, resolve_folder
+from ...models import natural_order
+from ..low_rank import LowRankFactors
+
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX, _SUFFIX_A, _SUFFIX_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+
+# Options under which the update of a layer is more than scaling * B @ A.
+_BEYOND_THE_PRODUCT = (
+    "use_dora",
+    "use_bdlora",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "lora_bias",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+)
+# Initialisations that moved the base weight: B @ A is then no delta of the original base.
+INITS_MOVING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def options_beyond_the_product(config: Mapping[str, Any]) -> list[str]:
+    """Options of an `adapter_config.json` in use under which the delta is not scaling * B @ A."""
+    beyond = [option for option in _BEYOND_THE_PRODUCT if config.get(option)]
+    return [*beyond, "bias"] if config.get("bias", "none") != "none" else beyond
+
+
+@dataclass(frozen=True)
+class LoraProduct:
+    """`scaling * lora_B @ lora_A`, unmultiplied; (out, in) for Conv1D layers too."""
+
+    lora_A: Float[Tensor, "rank in"]
+    lora_B: Float[Tensor, "out rank"]
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the delta."""
+        return self.lora_B.shape[0], self.lora_A.shape[1]
+
+    def factors(self, rank: int | None = None) -> LowRankFactors:
+        """The SVD of the product through its thin factors; the leading `rank` triplets, or all."""
+        factors = LowRankFactors.from_product(self.lora_B, self.lora_A, self.scaling)
+        return factors if rank is None else factors.truncated(min(rank, factors.rank))
+
+    def product(self) -> tuple[Float[Tensor, "out inner"], Float[Tensor, "inner in"]]:
+        """Two matrices whose product is the delta, the scaling included."""
+        wide = torch.promote_types(self.lora_B.dtype, torch.float32)
+        return self.lora_B.to(wide) * self.scaling, self.lora_A.to(wide)
+
+
+class LoraAdapter(Mapping[str, LoraProduct]):
+    """Read-only, lazy view of a saved PEFT LoRA adapter: module name to `LoraProduct`.
+
+    Args:
+        path_or_id: a folder or Hub repository with `adapter_config.json` and
+            `adapter_model.safetensors`.
+        revision: branch, tag or commit of the Hub repository.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the adapter is no LoRA, stores a pickle, is truncated, or has parts that
+            B @ A does not express (DoRA, biases, embeddings, fully trained modules, initialisations
+            that mutate the base).
+    """
+
+    def __init__(self, path_or_id: str | os.PathLike, *, revision: str | None = None) -> None:
+        self.folder = resolve_folder(path_or_id, argument="adapter", revision=revision)
+        self.config = self._read_config()
+        self._path = self.folder / _WEIGHTS
+        if not self._path.is_file():
+            pickle = self._path.with_suffix(".bin")
+            if pickle.is_file():
+                refuse_pickle(pickle, "adapter")
+            raise FileNotFoundError(f"adapter: the folder {self.folder} has no {_WEIGHTS}")
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self._path} is not a readable safetensors file ({error}): truncated while "
+                "copying? Fetch or write it again"
+            ) from error
+        self._names = self._checked_names(shapes)
+
+    def _read_config(self) -> dict[str, Any]:
+        path = self.folder / _CONFIG
+        if not path.is_file():
+            raise FileNotFoundError(f"adapter: the folder {self.folder} has no {_CONFIG}")
+        config = read_json(path, "adapter")
+        if config.get("peft_type") != "LORA":
+            raise ValueError(
+                f"adapter: {self.folder} is of type {config.get('peft_type')}, only LORA is "
+                "supported; peft.convert_to_lora turns many other types into it"
+            )
+        beyond = options_beyond_the_product(config)
+        if beyond:
+            raise ValueError(
+                f"adapter: {self.folder} uses {', '.join(beyond)}, so that its effect is not "
+                "scaling * B @ A; merge it and extract the delta of the merged checkpoint instead"
+            )
+        start = config.get("init_lora_weights", True)
+        if isinstance(start, str) and start.lower().startswith(INITS_MOVING_BASE):
+            raise ValueError(
+                f"adapter: {self.folder} was initialised with {start!r}, which moves the base "
+                "weights, so B @ A is not its delta; convert it first by saving with "
+                "path_initial_model_for_weight_conversion"
+            )
+        return config
+
+    def _checked_names(self, shapes: Mapping[str, list[int]]) -> list[str]:
+        names = []
+        for key, shape in shapes.items():
+            partner_A = f"{key.removesuffix(_SUFFIX_B)}{_SUFFIX_A}"
+            if key.endswith(_SUFFIX_B) and key.startswith(_PREFIX) and partner_A in shapes:
+                continue
+            if not (key.endswith(_SUFFIX_A) and key.startswith(_PREFIX)):
+                raise ValueError(
+                    f"adapter: {self._path} holds {key}, which is not one of a pair lora_A, lora_B "
+                    "of a linear layer; only linear layers are supported"
+                )
+            name = key.removeprefix(_PREFIX).removesuffix(_SUFFIX_A)
+            partner = shapes.get(f"{_PREFIX}{name}{_SUFFIX_B}")
+            if partner is None or len(shape) != 2 or len(partner) != 2 or partner[1] != shape[0]:
+                raise ValueError(
+                    f"adapter: lora_A {shape} and lora_B {partner} of layer {name} in {self._path} "
+                    "do not form a product of two matrices"
+                )
+            if shape[0] != self._rank_of(name):
+                raise ValueError(
+                    f"adapter: lora_A of layer {name} has rank {shape[0]}, but {_CONFIG} says "
+                    f"{self._rank_of(name)}: not the configuration of these weights?"
+                )
+            names.append(name)
+        if not names:
+            raise ValueError(f"adapter: {self._path} holds no LoRA layer")
+        return sorted(names, key=natural_order)
+
+    def _rank_of(self, name: str) -> int:
+        ranks = self.config.get("rank_pattern") or {}
+        return ranks.get(get_pattern_key(list(ranks), name), self.config["r"])
+
+    def scaling_of(self, name: str) -> float:
+        """The factor before B @ A: alpha over the rank, or over its root with rslora."""
+        alphas = self.config.get("alpha_pattern") or {}
+        alpha = alphas.get(get_pattern_key(list(alphas), name), self.config["lora_alpha"])
+        rank = self._rank_of(name)
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+    def __getitem__(self, name: str) -> LoraProduct:
+        with safe_open(self._path, framework="pt") as file:
+            try:
+                lora_A = file.get_tensor(f"{_PREFIX}{name}{_SUFFIX_A}")
+                lora_B = file.get_tensor(f"{_PREFIX}{name}{_SUFFIX_B}")
+            except SafetensorError:
+                raise KeyError(name) from None
+        for part, weight in (("lora_A", lora_A), ("lora_B", lora_B)):
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"adapter: {part} of layer {name} has NaN or infinite entries")
+        return LoraProduct(lora_A, lora_B, self.scaling_of(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the layer
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+SIDECAR_NAME = "svdinit_config.json"

@@ -1,0 +1,1 @@
+"""From deltas to the factors of every layer: in memory, or streamed and resumable."""

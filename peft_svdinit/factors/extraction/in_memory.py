@@ -1,0 +1,113 @@
+"""The factors of every layer of a delta in memory; the deltas themselves are streamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...linalg import Method
+from ...models import Checkpoint, LinearWeights
+from ..deltas.checkpoint_pair import CheckpointPair
+from ..deltas.lora_adapter import LoraAdapter
+from ..deltas.synthesis import Synthesis
+from ..file import FactorsMetadata
+from ..low_rank import LowRankFactors
+from .factorisation import Factorisation
+
+Delta = TypeVar("Delta")
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Factors of every layer with what the factors file stores beside them."""
+
+    factors: Mapping[str, LowRankFactors]
+    metadata: FactorsMetadata
+    base_samples: dict[str, Tensor]
+
+
+def factors_of_adapter(
+    adapter: LoraAdapter,
+    *,
+    synthesis: Synthesis | None = None,
+    base: str | os.PathLike | None = None,
+) -> Extraction:
+    """Factors of a LoRA's delta, extended by `synthesis` if given; B @ A is never formed.
+
+    Args:
+        adapter: the saved adapter.
+        synthesis: how to extend it to a higher rank.
+        base: folder of its base model, read only to note by which entries to recognise it.
+
+    Raises:
+        ValueError: if the base lacks a layer of the adapter or differs from it in shape.
+    """
+    factors = {}
+    for name, product in _progress(adapter, "SVD of the adapter"):
+        layer = product.factors()
+        factors[name] = synthesis(name, layer) if synthesis else layer
+    samples = {}
+    if base is not None:
+        weights = LinearWeights(Checkpoint(base, argument="base"), target_modules=list(factors))
+        for name, layer in factors.items():
+            module = weights.modules.get(name)
+            if module is None or (module.out_features, module.in_features) != layer.shape:
+                raise ValueError(
+                    f"base: {base} has no linear layer {name} of shape {layer.shape} (out, in): "
+                    "not the base model of this adapter?"
+                )
+            samples[name] = weights.sample(name)
+    source: dict = {"kind": "adapter"}
+    if synthesis:
+        source = {"kind": "synthesised", "adapter_rank": adapter.config["r"], **asdict(synthesis)}
+    metadata = FactorsMetadata(
+        base_model_name_or_path=adapter.config.get("base_model_name_or_path"),
+        base_model_revision=adapter.config.get("revision"),
+        source=source,
+        seed=synthesis.seed if synthesis else None,
+    )
+    return Extraction(factors, metadata, samples)
+
+
+def factors_of_checkpoints(
+    pair: CheckpointPair,
+    rank: int,
+    *,
+    base_model_name_or_path: str,
+    method: Method = "auto",
+    seed: int = 0,
+) -> Extraction:
+    """Leading `rank` triplets of tuned − base for every linear layer, the pair streamed.
+
+    Raises:
+        ValueError: if the two checkpoints are equal in every linear layer.
+    """
+    factorise = Factorisation(rank=rank, method=method, seed=seed)
+    factors = {
+        name: factorise(name, delta)
+        for name, delta in _progress(pair, "SVD of the checkpoints' delta")
+    }
+    if not any(layer.norm for layer in factors.values()):
+        raise ValueError("tuned: its linear layers all equal the base's; there is no delta")
+    metadata = FactorsMetadata(
+        base_model_name_or_path=base_model_name_or_path,
+        source={"kind": "checkpoints"},
+        method=method,
+        seed=seed,
+    )
+    return Extraction(factors, metadata, checkpoint_samples(pair))
+
+
+def checkpoint_samples(pair: CheckpointPair) -> dict[str, Tensor]:
+    """A few entries of every base weight, by which the model is recognised."""
+    return {name: pair.base.sample(name) for name in pair}
+
+
+def _progress(layers: Mapping[str, Delta], description: str) -> Iterator[tuple[str, Delta]]:
+    # disable=None: no bar where standard error is not a terminal.
+    return iter(tqdm(layers.items(), desc=description, unit="layer", disable=None))

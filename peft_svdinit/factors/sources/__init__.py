@@ -1,0 +1,1 @@
+"""Factors without a teacher: from weights, gradients and activations of the base."""

@@ -1,0 +1,85 @@
+"""Reading an adapter's safetensors file: checked, in float32, without its pages piling up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .locate import refuse_pickle
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+# Pages of the mapped file that were read count as resident until it is closed.
+_BYTES_MAPPED = 1 << 25
+
+
+class TensorFile:
+    """Shapes, dtypes and metadata of a safetensors file, and its tensors on demand.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        ValueError: if it is a pickle, truncated, or no safetensors file.
+        TypeError: if a tensor is quantised or no floating-point number.
+    """
+
+    def __init__(self, path: Path) -> None:
+        refuse_pickle(path, "adapter")
+        if not path.is_file():
+            raise FileNotFoundError(f"adapter: there is no file {path}")
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        try:
+            with safe_open(path, framework="pt") as file:
+                self.metadata: dict[str, str] = dict(file.metadata() or {})
+                stored = {key: file.get_slice(key) for key in file.keys()}
+                found = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in stored.items()}
+        except SafetensorError as error:
+            raise ValueError(
+                f"adapter: {path} is not a readable safetensors file ({error}): truncated while "
+                "copying? Fetch it again"
+            ) from error
+        for key, (shape, dtype) in found.items():
+            if dtype not in _DTYPES:
+                raise TypeError(
+                    f"adapter: {key} in {path} is stored as {dtype}; an adapter must be in "
+                    f"{', '.join(_DTYPES)}: dequantise it first"
+                )
+            self.shapes[key], self.dtypes[key] = shape, _DTYPES[dtype]
+
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[str], Tensor]]:
+        """A reader of tensors by key, in float32, for as long as the context lasts.
+
+        The file is mapped again after some tens of megabytes, which releases what was read.
+
+        Raises:
+            ValueError: on reading a tensor with NaN or infinite entries.
+        """
+        file = safe_open(self.path, framework="pt")
+        mapped = 0
+
+        def read(key: str) -> Tensor:
+            nonlocal file, mapped
+            mapped += math.prod(self.shapes[key]) * self.dtypes[key].itemsize
+            if mapped > _BYTES_MAPPED:
+                file, mapped = safe_open(self.path, framework="pt"), 0
+            tensor = file.get_tensor(key)
+            if not all(math.isfinite(bound) for bound in torch.aminmax(tensor)):
+                raise ValueError(f"adapter: {key} in {self.path} has NaN or infinite entries")
+            return tensor.float()
+
+        yield read

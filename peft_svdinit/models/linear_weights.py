@@ -1,0 +1,167 @@
+"""The weights of a checkpoint's linear layers, by module name, read one at a time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .architecture import LinearModule, is_chosen, linear_modules, model_skeleton
+from .checkpoint import (
+    _WEIGHT_DTYPES,
+    Checkpoint,
+    _spellings,
+)
+from .recognition import Position, sampled_positions
+
+
+class LinearWeights(Mapping[str, Tensor]):
+    """Read-only, lazy view of the linear layers: module name to weight, float32 (out, in).
+
+    The layers are those of the architecture, so that Conv1D weights are turned to (out, in) and
+    names agree with the loaded model even where the checkpoint's keys lack its prefix.
+
+    Args:
+        checkpoint: the tensors.
+        architecture: folder whose config.json names the architecture; the checkpoint's own if None.
+        target_modules, exclude_modules: as in LoraConfig.
+        longer_modules: layers, by their names or endings, that may have more rows than the
+            architecture says, as an output head does after its vocabulary grew; rows beyond are
+            not read.
+
+    Raises:
+        ValueError: if a layer is missing or has another shape than the architecture's; on reading
+            one with NaN or infinite entries.
+        TypeError: if a layer is quantised.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        architecture: Path | None = None,
+        target_modules: str | Sequence[str] = "all-linear",
+        exclude_modules: str | Sequence[str] = (),
+        longer_modules: str | Sequence[str] = (),
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.skeleton = model_skeleton(architecture or checkpoint.folder)
+        self.prefix = getattr(self.skeleton, "base_model_prefix", "")
+        self.tied_to = _tied_parameters(self.skeleton)
+        self.modules = {
+            name: module
+            for name, module in linear_modules(self.skeleton, target_modules).items()
+            if not is_chosen(name, exclude_modules)
+        }
+        if not self.modules:
+            raise ValueError(f"exclude_modules={exclude_modules!r} leaves no linear layer")
+        self.keys_of = {name: self._key(name) for name in self.modules}
+        for module in self.modules.values():
+            self._check(module, may_be_longer=is_chosen(module.name, longer_modules))
+
+    def stored_key(self, parameter: str) -> str | None:
+        """The checkpoint's key of a parameter, or of the one that it is tied to."""
+        for name in (parameter, self.tied_to.get(parameter, parameter)):
+            stored = self.checkpoint.stored_key(name, self.prefix)
+            if stored is not None:
+                return stored
+        return None
+
+    def _key(self, name: str) -> str:
+        stored = self.stored_key(f"{name}.weight")
+        if stored is not None:
+            return stored
+        argument = self.checkpoint.argument
+        for packed in ("qweight", "weight_packed"):
+            if self.checkpoint.stored_key(f"{name}.{packed}", self.prefix):
+                raise TypeError(
+                    f"{argument}: the weight of layer {name} is stored as {packed}: quantised "
+                    "checkpoints have no delta; dequantise the model first"
+                )
+        spellings = dict.fromkeys(_spellings(f"{name}.weight", self.prefix))
+        raise ValueError(
+            f"{argument}: {self.checkpoint.folder} has no weight for layer {name} (looked for "
+            f"{', '.join(spellings)}): another architecture?"
+        )
+
+    def _check(self, module: LinearModule, *, may_be_longer: bool) -> None:
+        argument, key = self.checkpoint.argument, self.keys_of[module.name]
+        if self.checkpoint.dtypes[key] not in _WEIGHT_DTYPES:
+            raise TypeError(
+                f"{argument}: the weight of layer {module.name} is stored as "
+                f"{self.checkpoint.dtypes[key]}: quantised checkpoints have no delta; dequantise "
+                "the model first"
+            )
+        shape = self.checkpoint.shapes[key]
+        expected = (module.out_features, module.in_features)
+        oriented = shape[::-1] if module.transposed else shape
+        longer = oriented[1:] == expected[1:] and oriented[0] > expected[0]
+        if oriented != expected and not (longer and may_be_longer and not module.transposed):
+            raise ValueError(
+                f"{argument}: the weight of layer {module.name} has shape {shape}, but (out, in) = "
+                f"{expected} was expected: another architecture? Of a longer vocabulary, "
+                "slice_modules compares the rows that both have"
+            )
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """The stored weight in blocks of rows of float32, those of Conv1D being its inputs."""
+        module, key = self.modules[name], self.keys_of[name]
+        rows = module.in_features if module.transposed else module.out_features
+        for start, block in self.checkpoint.blocks(key, rows):
+            wide = block.float()
+            # The norm is cheaper to look at than every entry; it may overflow without a defect.
+            if not (torch.linalg.vector_norm(wide).isfinite() or torch.isfinite(wide).all()):
+                raise ValueError(
+                    f"{self.checkpoint.argument}: the weight of layer {name} has NaN or infinite "
+                    "entries"
+                )
+            yield start, wide
+
+    def stored_shape(self, name: str) -> tuple[int, int]:
+        """(out, in), or (in, out) of a Conv1D."""
+        module = self.modules[name]
+        if module.transposed:
+            return module.in_features, module.out_features
+        return module.out_features, module.in_features
+
+    def oriented(self, name: str, stored: Tensor) -> Float[Tensor, "out in"]:
+        """What is stored in the checkpoint's orientation, as (out, in)."""
+        return stored.mT if self.modules[name].transposed else stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = torch.empty(self.stored_shape(name))
+        for start, block in self.blocks(name):
+            weight[start : start + len(block)] = block
+        return self.oriented(name, weight)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.modules  # Mapping's own would read the layer
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def entries(self, name: str, positions: Sequence[Position]) -> Float[Tensor, " n"]:
+        """Entries of the (out, in) weight in its stored dtype, without reading the rest."""
+        if self.modules[name].transposed:
+            positions = [(col, row) for row, col in positions]
+        return self.checkpoint.entries(self.keys_of[name], positions)
+
+    def sample(self, name: str) -> Float[Tensor, " n"]:
+        """The entries by which the weight is recognised, see `recognition_sample`."""
+        module = self.modules[name]
+        return self.entries(name, sampled_positions((module.out_features, module.in_features)))
+
+
+def _tied_parameters(skeleton: nn.Module) -> dict[str, str]:
+    """Every parameter and the first one that it is tied to, mostly itself."""
+    groups: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        groups[id(parameter)].append(name)
+    return {name: group[0] for group in groups.values() for name in group}

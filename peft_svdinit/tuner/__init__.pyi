@@ -1,0 +1,10 @@
+from .adapter_layers import lora_scalings as lora_scalings
+from .calibration import dense_factors as dense_factors
+from .calibration import gradient_scores as gradient_scores
+from .calibration import gradients_of as gradients_of
+from .calibration import input_sizes as input_sizes
+from .config.lori import LoriConfig as LoriConfig
+from .config.svd import SvdLoraConfig as SvdLoraConfig
+from .registration import register as register
+from .registration import unregister as unregister
+from .svd_start import initialize_lora_from_factors as initialize_lora_from_factors

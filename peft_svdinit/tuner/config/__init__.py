@@ -1,0 +1,1 @@
+"""PEFT configurations of our starts."""

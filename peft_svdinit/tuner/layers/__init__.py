@@ -1,0 +1,1 @@
+"""Parts of the forward pass that LoRA does not have."""

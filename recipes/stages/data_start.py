@@ -1,0 +1,123 @@
+"""Factors that a start takes from a few batches of a run's own training data, and their cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from peft_svdinit import (
+    FactorsFile,
+    FactorsMetadata,
+    LowRankFactors,
+    activation_factors,
+    base_samples,
+    descent_directions,
+    gradient_factors,
+    line_search,
+    lora_ga_factors,
+    save_factors,
+    scaled,
+    weight_norms,
+)
+from peft_svdinit.factors import FACTORS_FILE_NAME
+from peft_svdinit.training import RecipeArguments, completion_collator
+from stages.fit import Materials
+from stages.lora_options import LoraOptions
+
+FOLDER = "start"
+
+
+def factors_from_data(
+    model: Any, options: LoraOptions, materials: Materials, arguments: RecipeArguments
+) -> tuple[Path, dict[str, Any]]:
+    """The factors file in the run's folder, made unless it is there, and what it cost.
+
+    A resumed run finds the file, and so starts from the same factors; one process makes it.
+    """
+    folder = Path(str(arguments.output_dir)) / FOLDER
+    size = arguments.train_batch_size
+    wanted = {"kind": options.svd_source, "batch_size": size, **options.start_options}
+    with arguments.main_process_first(local=False, desc="factors from data"):
+        if (folder / FACTORS_FILE_NAME).is_file():
+            source = FactorsFile(folder).metadata.source
+            if source.get("options") == wanted:
+                return folder, source["cost"]
+        if not getattr(model, "is_quantized", False):
+            model.to(arguments.device)
+        loader = DataLoader(
+            materials.train,  # pyright: ignore[reportArgumentType]
+            batch_size=size,
+            collate_fn=completion_collator(materials.tokenizer),
+        )
+        with _counted(model) as cost:
+            factors, notes = _factors(model, options, iter(loader))
+        source = {"kind": options.svd_source, "options": wanted, "cost": cost, **notes}
+        metadata = FactorsMetadata(
+            base_model_name_or_path=getattr(model, "name_or_path", None), source=source
+        )
+        save_factors(folder, factors, metadata, base_samples=base_samples(model, factors))
+    return folder, cost
+
+
+def _factors(
+    model: nn.Module, options: LoraOptions, batches: Iterator[dict[str, Any]]
+) -> tuple[dict[str, LowRankFactors], dict[str, Any]]:
+    """Factors for the start that the options describe, and what is worth noting of them."""
+    rank, targets = options.lora_r, options.target_modules
+    searches = options.svd_source == "gradient" and options.svd_start == "delta"
+    seen = list(islice(batches, options.init_batches * (2 if searches else 1)))
+    held_out = [seen.pop() for _ in range(len(seen) // 2)] if searches else []
+    if searches and not held_out:
+        raise ValueError(
+            "svd_source=gradient with svd_start=delta needs two batches of training data, one for "
+            f"the gradient and one for the step's size, and there are {len(seen)}"
+        )
+    if options.svd_source == "activation":
+        factors = activation_factors(
+            model,
+            seen,
+            rank=rank,
+            weighting=options.activation_weighting,  # pyright: ignore[reportArgumentType]
+            part=options.svd_part,  # pyright: ignore[reportArgumentType]
+            target_modules=targets,
+        )
+        return factors, {}
+    triplets = 2 * rank if options.svd_start == "reference" else rank
+    gradients = gradient_factors(model, seen, rank=triplets, target_modules=targets)
+    if options.svd_start == "subspace":
+        return gradients, {}
+    if options.svd_start == "reference":
+        return lora_ga_factors(gradients, rank=rank, scaling=options.scaling), {}
+    directions = descent_directions(
+        gradients,
+        weight_norms(model, gradients),
+        rank=rank,
+        form=options.gradient_form,  # pyright: ignore[reportArgumentType]
+    )
+    search = line_search(model, directions, held_out)
+    return scaled(directions, search.step), {"step": search.step, "tried": search.tried}
+
+
+@contextmanager
+def _counted(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Batches and tokens that pass through the model, and the seconds it takes."""
+    cost: dict[str, Any] = {"batches": 0, "tokens": 0, "seconds": 0.0}
+
+    def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        cost["batches"] += 1
+        cost["tokens"] += int(kwargs["attention_mask"].sum())
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    began = time.perf_counter()
+    try:
+        yield cost
+    finally:
+        handle.remove()
+        cost["seconds"] = round(time.perf_counter() - began, 3)

@@ -1,0 +1,179 @@
+"""The options of an adapter and its start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import EvaConfig, LoraConfig
+
+from peft_svdinit import SvdLoraConfig
+from peft_svdinit.factors import FORMS, WEIGHTINGS
+
+_SOURCES = ("teacher", "weight", "gradient", "activation")
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The adapter and its start."""
+
+    _argument_group_name = "adapter"
+
+    init: str = field(
+        default="random",
+        metadata={
+            "help": "random, svd (see svd_source), or an init_lora_weights of PEFT: gaussian, "
+            "pissa, pissa_niter_4, olora, orthogonal, eva"
+        },
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scaling times rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before lora_A."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Names or name endings of the layers to adapt, or all-linear."},
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by the root of the rank."})
+    use_dora: bool = field(default=False, metadata={"help": "Train magnitudes apart (DoRA)."})
+    svd_source: str = field(
+        default="teacher",
+        metadata={
+            "help": "Of init=svd: teacher (svd_factors), weight (the layer's own), gradient or "
+            "activation (both over init_batches of the training data)."
+        },
+    )
+    svd_factors: str | None = field(
+        default=None,
+        metadata={"help": "Factors file, its folder or Hub id, for svd_source=teacher."},
+    )
+    svd_part: str = field(
+        default="principal",
+        metadata={
+            "help": "principal or minor, for svd_source=weight and activation_weighting=weight."
+        },
+    )
+    gradient_form: str = field(
+        default="orthogonalised",
+        metadata={"help": "orthogonalised or plain, for svd_source=gradient with svd_start=delta."},
+    )
+    activation_weighting: str = field(
+        default="none",
+        metadata={
+            "help": "Of svd_source=activation: none (the directions of the inputs) or weight (the "
+            "weight as the inputs see it)."
+        },
+    )
+    init_batches: int = field(
+        default=4,
+        metadata={
+            "help": "Training batches that svd_source=gradient or activation reads, and as many "
+            "more for the line search of svd_start=delta; half and half of fewer."
+        },
+    )
+    svd_start: str = field(default="delta", metadata={"help": "delta, subspace or reference."})
+    svd_split: str = field(default="output", metadata={"help": "output or balanced."})
+    carry_moments_from: str | None = field(
+        default=None,
+        metadata={"help": "Run folder of the teacher adapter whose Adam moments go on, init=svd."},
+    )
+    save_moments: bool = field(
+        default=False, metadata={"help": "Keep the Adam moments beside the trained adapter."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 1 or self.lora_alpha <= 0:
+            raise ValueError(
+                f"lora_r and lora_alpha must be positive, got {self.lora_r} and {self.lora_alpha}"
+            )
+        if self.init != "svd" and (
+            self.svd_factors or self.carry_moments_from or self.svd_source != "teacher"
+        ):
+            raise ValueError(
+                f"svd_factors, svd_source and carry_moments_from need init=svd, got {self.init!r}"
+            )
+        if self.init == "svd":
+            self._check_source()
+
+    def _check_source(self) -> None:
+        if self.svd_source not in _SOURCES:
+            raise ValueError(
+                f"svd_source must be one of {', '.join(_SOURCES)}, got {self.svd_source!r}"
+            )
+        if self.svd_source == "teacher" and not self.svd_factors:
+            raise ValueError("init=svd needs svd_factors; make them with `svdinit synthesize`")
+        if self.svd_source != "teacher" and (self.svd_factors or self.carry_moments_from):
+            raise ValueError(
+                "svd_factors and carry_moments_from need svd_source=teacher, got "
+                f"{self.svd_source!r}"
+            )
+        if self.gradient_form not in FORMS or self.activation_weighting not in WEIGHTINGS:
+            raise ValueError(
+                f"gradient_form must be one of {', '.join(FORMS)} and activation_weighting one of "
+                f"{', '.join(WEIGHTINGS)}, got {self.gradient_form!r} and "
+                f"{self.activation_weighting!r}"
+            )
+        weighted = self.activation_weighting == "weight"
+        if self.svd_source == "activation" and self.svd_start not in (
+            ("reference", "subspace") if weighted else ("subspace",)
+        ):
+            raise ValueError(
+                f"svd_start={self.svd_start} has no meaning for svd_source=activation with "
+                f"activation_weighting={self.activation_weighting}; use subspace, or reference "
+                "with activation_weighting=weight"
+            )
+        if self.svd_part != "principal" and not (
+            self.svd_source == "weight" or (self.svd_source == "activation" and weighted)
+        ):
+            raise ValueError(
+                f"svd_part={self.svd_part} needs svd_source=weight, or svd_source=activation with "
+                "activation_weighting=weight"
+            )
+        if self.init_batches < 1:
+            raise ValueError(f"init_batches must be at least 1, got {self.init_batches}")
+        if not self.reads_data:
+            self.config()
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether the start is taken from training data."""
+        return self.init == "svd" and self.svd_source in ("gradient", "activation")
+
+    @property
+    def start_options(self) -> dict[str, Any]:
+        """What factors taken from data depend on, the data aside."""
+        names = (
+            "svd_start", "svd_part", "gradient_form", "activation_weighting", "init_batches",
+            "lora_r", "lora_target_modules",
+        )  # fmt: skip
+        return {**{name: getattr(self, name) for name in names}, "scaling": self.scaling}
+
+    @property
+    def scaling(self) -> float:
+        """The factor before B A."""
+        return self.lora_alpha / (self.lora_r**0.5 if self.use_rslora else self.lora_r)
+
+    @property
+    def target_modules(self) -> str | list[str]:
+        """As LoraConfig wants it."""
+        targets = self.lora_target_modules
+        return targets[0] if targets == ["all-linear"] else targets
+
+    def config(self) -> LoraConfig:
+        """The PEFT configuration these options describe."""
+        options: dict[str, Any] = {
+            "r": self.lora_r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": self.target_modules,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "task_type": "CAUSAL_LM",
+        }
+        if self.init == "svd":
+            names = ("svd_source", "svd_part", "svd_start", "svd_split")
+            options.update({name: getattr(self, name) for name in names})
+            return SvdLoraConfig(**options, svd_factors=self.svd_factors or "")
+        if self.init == "eva":
+            options["eva_config"] = EvaConfig(rho=1.0)
+        options["init_lora_weights"] = True if self.init == "random" else self.init
+        return LoraConfig(**options)

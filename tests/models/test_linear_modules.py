@@ -1,0 +1,54 @@
+"""Linear layers by name, and the model of a folder whose configuration is not to be trusted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+from support.tiny_models import tiny_model
+
+from peft_svdinit.models import is_chosen, linear_modules, model_skeleton
+
+
+def folder_with(config: dict, folder: Path) -> Path:
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["set_seed", "Trainer", "LlamaConfig", "torch", "NoSuchModel", 7])
+def test_an_architecture_is_a_model_of_transformers_and_nothing_else(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers, "set_seed", lambda seed: pytest.fail("called"))
+    folder = folder_with({"model_type": "llama", "architectures": [name]}, tmp_path)
+    with pytest.raises(ValueError, match="names no architecture that transformers"):
+        model_skeleton(folder)
+
+
+def test_no_architecture_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="names no architecture that transformers"):
+        model_skeleton(folder_with({"model_type": "llama"}, tmp_path))
+
+
+def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    config = {"model_type": "strange", "auto_map": {"AutoConfig": "strange.StrangeConfig"}}
+    (tmp_path / "strange.py").write_text("raise SystemExit")
+    with pytest.raises(ValueError, match="code of a checkpoint is never run"):
+        model_skeleton(folder_with(config, tmp_path))
+
+
+def test_a_skeleton_has_the_layers_of_the_model(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    skeleton = model_skeleton(tmp_path)
+    assert linear_modules(skeleton) == linear_modules(model)
+    assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("broken", ["(q_proj", "*q_proj", "[a-"])
+def test_a_broken_expression_is_named_with_what_is_wrong(broken):
+    with pytest.raises(ValueError) as raised:
+        is_chosen("layers.0.q_proj", broken)
+    message = str(raised.value)
+    assert repr(broken) in message and "position" in message and "list of names" in message

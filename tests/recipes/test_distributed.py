@@ -1,0 +1,47 @@
+"""Two processes on one machine: one adapter, one record, and no silent single process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from support.recipe_inputs import shared_options
+
+from peft_svdinit.training import read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launched(launcher: list[str], options: list[str]) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
+    command = [sys.executable, "-m", *launcher, str(ROOT / "recipes" / "train_lora.py"), *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_share_the_batches_of_one_run(tmp_path):
+    options = [*shared_options(tmp_path), "--max_steps", "3", "--expected_processes", "2"]
+    options += ["--output_dir", str(tmp_path / "run")]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = launched(torchrun, options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = read_run(tmp_path / "run")
+    assert run.completed and run.info["world_size"] == 2
+    # Each step takes two examples from each of the two processes, out of 54.
+    assert run.log[-1]["epoch"] == 3 * 4 / 56
+    assert [row["step"] for row in run.log if row["loss"] is not None] == [1, 2, 3]
+
+
+def test_one_process_where_two_were_expected_is_refused(tmp_path):
+    options = [*shared_options(tmp_path), "--max_steps", "1", "--expected_processes", "2"]
+    options += ["--output_dir", str(tmp_path / "run")]
+    accelerate = ["accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    done = launched(accelerate, options)
+    assert done.returncode != 0
+    assert "expected_processes is 2, but 1 run" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,1 @@
+"""Fixtures, strategies and slow references that tests share."""

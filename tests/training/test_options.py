@@ -1,0 +1,224 @@
+"""Options from a file and the command line, and what a wrong one is answered with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import TrainingArguments
+
+from peft_svdinit.training import parse_options
+from peft_svdinit.training.options import convert
+
+
+class Colour(Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Every kind of field that recipes use."""
+
+    _argument_group_name = "adapter"
+
+    base: str = field(metadata={"help": "required"})
+    lora_r: int = field(default=8, metadata={"help": "rank, at most 100%% of the width"})
+    share: float = field(default=0.5, metadata={"help": "a share"})
+    modules: list[str] = field(default_factory=lambda: ["q", "v"], metadata={"help": "names"})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "seeds"})
+    name: str | None = field(default=None, metadata={"help": "text or nothing"})
+    limit: int | None = field(default=None, metadata={"help": "number or nothing"})
+    start: Literal["delta", "subspace"] = field(default="delta", metadata={"help": "a choice"})
+    colour: Colour = field(default=Colour.RED, metadata={"help": "an enum"})
+    balanced: bool = field(default=False, metadata={"help": "off by default"})
+    verified: bool = field(default=True, metadata={"help": "on by default"})
+    folder: Path = field(default=Path("runs"), metadata={"help": "a path"})
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 1:
+            raise ValueError(f"lora_r must be at least 1,\n got {self.lora_r}")
+
+
+def parse(argv: list[str], *classes: type) -> Any:
+    return parse_options(classes or (Adapter,), argv, description="Trains.", prog="train")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes options to a file and returns the arguments that read it."""
+
+    def write(options: Any, suffix: str = ".yaml") -> list[str]:
+        path = tmp_path / f"options{suffix}"
+        text = options if isinstance(options, str) else yaml.safe_dump(options)
+        path.write_text(text, encoding="utf-8")
+        return ["--config", str(path)]
+
+    return write
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Parses what must be refused and returns the one line that says why."""
+
+    def refused(argv: list[str], *classes: type) -> str:
+        with pytest.raises(SystemExit) as exit_:
+            parse(argv, *classes)
+        assert exit_.value.code == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert output.err.startswith("train: error: ") and output.err.count("\n") == 1
+        return output.err
+
+    return refused
+
+
+def test_the_command_line_overrides_the_file_which_overrides_the_default(config):
+    argv = config({"base": "b", "lora_r": 4, "modules": ["k"], "share": 0.25, "limit": None})
+    (options,) = parse([*argv, "--lora_r", "2", "--seeds", "1", "2"])
+    assert (options.base, options.lora_r, options.modules) == ("b", 2, ["k"])
+    assert (options.share, options.limit, options.start) == (0.25, None, "delta")
+    assert options.seeds == [1, 2]
+
+
+def test_a_file_value_equal_to_no_default_survives_an_absent_flag(config):
+    (options,) = parse(config({"base": "b", "verified": False, "balanced": True}))
+    assert (options.verified, options.balanced) == (False, True)
+    (options,) = parse([*config({"base": "b", "verified": False}), "--verified", "--balanced"])
+    assert (options.verified, options.balanced) == (True, True)
+    (options,) = parse(["--base", "b", "--no_verified"])
+    assert options.verified is False
+
+
+def test_json_and_yaml_files_give_the_same(config):
+    values = {"base": "b", "share": 1e-4, "colour": "blue", "folder": "x", "start": "subspace"}
+    assert parse(config(json.dumps(values), ".json")) == parse(config(values))
+
+
+def test_an_empty_file_changes_nothing(config):
+    assert parse([*config(""), "--base", "b"]) == parse(["--base", "b"])
+
+
+def test_yaml_text_becomes_the_number_it_means(config):
+    (options,) = parse(config("base: b\nshare: 1e-4\nlora_r: 1e1\nseeds: ['3', 2.0]\n"))
+    assert options.share == 1e-4 and isinstance(options.share, float)
+    assert options.lora_r == 10 and isinstance(options.lora_r, int)
+    assert options.seeds == [3, 2]
+
+
+@given(st.integers(), st.booleans())
+def test_whole_numbers_are_kept_exactly(value, quoted):
+    assert convert(str(value) if quoted else value, int) == value
+    assert convert(str(value) if quoted else value, int | None) == value
+
+
+@given(st.floats(allow_nan=False))
+def test_every_number_survives_a_yaml_file(value):
+    assert convert(yaml.safe_load(yaml.safe_dump(value)), float) == value
+    assert convert(repr(value), float) == value
+
+
+@given(st.text(), st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False)))
+def test_text_is_never_changed_and_nothing_else_becomes_text(text, other):
+    assert convert(text, str) == text
+    assert convert(text, str | None) == text
+    assert convert(text, bool | str) == text
+    with pytest.raises(ValueError, match="text in quotes"):
+        convert(other, str)
+
+
+def test_training_arguments_work_beside_own_classes(config, tmp_path):
+    argv = config(
+        "base: b\nlearning_rate: 1e-4\noutput_dir: o\nreport_to: none\nuse_cpu: true\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\ninclude_num_input_tokens_seen: all\n"
+        "eval_strategy: 'no'\nsave_strategy: steps\n"
+    )
+    options, training = parse([*argv, "--max_steps", "3"], Adapter, TrainingArguments)
+    assert options.base == "b"
+    assert (training.learning_rate, training.max_steps) == (1e-4, 3)
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert training.include_num_input_tokens_seen == "all"
+    assert (training.eval_strategy, training.output_dir) == ("no", "o")
+
+
+def test_help_shows_the_description_and_a_group_per_class(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(["--help"], Adapter, TrainingArguments)
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for part in ("Trains.", "\nadapter:\n", "\nconfiguration:\n", "--lora_r", "--learning_rate"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "required: --base"),
+        (["--bse", "b"], "unknown option --bse; did you mean --base?"),
+        (["--lora_r=4", "--modulse=q"], "unknown option --modulse; did you mean --modules?"),
+        (["--lora", "4"], "unknown option --lora; did you mean --lora_r?"),
+        (["--xyzzy"], "unknown option --xyzzy; --help lists"),
+        (["config.yaml", "--base", "b"], "unexpected argument 'config.yaml'"),
+        (["--base", "b", "--lora_r", "many"], "--lora_r"),
+        (["--base", "b", "--start", "deltas"], "invalid choice: 'deltas'"),
+        (["--base", "b", "--lora_r", "0"], "error: --lora_r must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_command_line_is_one_clear_line(argv, expected, refusal):
+    assert expected in refusal(argv)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("lora-r: 4", "unknown option 'lora-r'; did you mean lora_r?"),
+        ("3: 4", "unknown option 3"),
+        ("lora_r: many", "lora_r must be a whole number, got 'many'"),
+        ("lora_r: 1.5", "lora_r must be a whole number, got 1.5"),
+        ("lora_r: true", "lora_r must be a whole number, got True"),
+        ("lora_r:", "lora_r must be a whole number, got None"),
+        ("lora_r: .inf", "lora_r must be a whole number, got inf"),
+        ("share: half", "share must be a number, got 'half'"),
+        ("limit: [1]", "limit must be a whole number or null, got [1]"),
+        ("name: 1.10", "name must be text in quotes or null, got 1.1"),
+        ("name: no", "name must be text in quotes or null, got False"),
+        ("verified: 1", "verified must be true or false, got 1"),
+        ("verified: perhaps", "verified must be true or false, got 'perhaps'"),
+        ("modules: q", "modules must be a list, got 'q'"),
+        ("modules: [q, 1]", "modules must be a list with each item text in quotes"),
+        ("start: deltas", "start must be one of 'delta', 'subspace', got 'deltas'"),
+        ("colour: green", "colour must be one of 'red', 'blue', got 'green'"),
+        ("folder: 3", "folder must be a path in quotes, got 3"),
+        ("lora_r: 0", "error: --lora_r must be at least 1, got 0"),
+        ("- base", "must map names of options to values"),
+        ("base: [", "is not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(content, expected, config, refusal):
+    argv = config(content)
+    line = refusal([*argv, "--base", "b"])
+    assert expected in line
+    assert "__post_init__" not in line
+
+
+def test_a_file_that_cannot_be_read_is_one_clear_line(config, refusal, tmp_path):
+    assert "No such file" in refusal(["--config", str(tmp_path / "absent.yaml")])
+    assert "must end in .json, .yaml, .yml" in refusal(config("base: b", ".toml"))
+    assert "is not valid JSON" in refusal(config("{", ".json"))
+
+
+def test_what_only_python_can_give_is_refused_in_a_file(config, refusal):
+    argv = config("parallelism_config: {}\noutput_dir: o")
+    assert "parallelism_config must be" in refusal(argv, TrainingArguments)
+
+
+def test_an_error_of_training_arguments_is_one_clear_line(config, refusal):
+    argv = config("output_dir: o\neval_strategy: sometimes")
+    assert "sometimes" in refusal(argv, TrainingArguments)
