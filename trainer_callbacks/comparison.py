@@ -46,8 +46,8 @@ class ComparisonCallback(TrainerCallback, ExportableState):
     """Record a training run as `training_log.csv`, `run.json` and `loss_curve.png`.
 
     The files are those of `peft_svdinit.training`. Only the main process writes, only during
-    `train()`: an evaluation before or after it is not recorded. A metric that is no single number, and the
-    timings of an evaluation, are left out.
+    `train()`: an evaluation before or after it is not recorded. A metric that is no single number,
+    and the timings of an evaluation, are left out.
 
     A run resumed from the checkpoint of step k keeps the rows up to step k and drops the later
     ones, which training logs again. Where the log is not that of the checkpoint (another

@@ -7,7 +7,6 @@ from .extraction.extract import factorisation as factorisation
 from .extraction.extract import factorised as factorised
 from .extraction.extract import stored_spectra as stored_spectra
 from .formats.compact import compact_adapter_folder as compact_adapter_folder
-from .formats.compact import save_compact_adapter as save_compact_adapter
 from .formats.compact import write_stock_adapter as write_stock_adapter
 from .merging.merge import merge as merge
 from .merging.methods import MajoritySign as MajoritySign

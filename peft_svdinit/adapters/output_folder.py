@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-
 from ..factors import SIDECAR_NAME
 from ..files import file_stamps, replacing
 from ..masks import MASK_FILE_NAME
+from ..models import CONFIG_NAME, WEIGHTS_NAME
 
 RESIZE_REPORT = "resize.json"
 MERGE_JSON, MERGE_REPORT = "merge_report.json", "merge_report.md"
@@ -21,7 +20,7 @@ EXTRACTION_JSON, EXTRACTION_REPORT = "extraction.json", "extraction.md"
 # Not a compact adapter, which is not written again and may be the only copy of what was trained.
 _REPLACED = {
     CONFIG_NAME,
-    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
     SIDECAR_NAME,
     MASK_FILE_NAME,
     RESIZE_REPORT,

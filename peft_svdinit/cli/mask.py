@@ -36,6 +36,7 @@ from ..masks import (
     shapes_of_factors,
     teacher_mask,
 )
+from ..models import CONFIG_NAME
 from .paths import model_source, refuse_file
 
 Source = Literal["magnitude", "teacher", "random", "reference", "gradient"]
@@ -185,7 +186,7 @@ def run(options: MaskOptions) -> None:
 
 def _refuse_mask_in_use(output: Path, exclude: list[str]) -> None:
     """Raise ValueError if the mask to be written would replace an adapter's or one that is read."""
-    if (output / MASK_FILE_NAME).is_file() and (output / "adapter_config.json").is_file():
+    if (output / MASK_FILE_NAME).is_file() and (output / CONFIG_NAME).is_file():
         raise ValueError(
             f"output: {output} holds an adapter with its {MASK_FILE_NAME}, which would be replaced "
             "by another; choose another folder"
@@ -232,7 +233,7 @@ def _show(paths: list[str], output: Path, plots: bool) -> None:
         masks[label] = load_mask(path)
         if not Path(path).expanduser().is_file():
             folder = resolve_folder(path, argument="show")
-            if (folder / "adapter_config.json").is_file():
+            if (folder / CONFIG_NAME).is_file():
                 adapters[label] = LoraAdapter(folder)
     if len(masks) == 1:
         (label,) = masks

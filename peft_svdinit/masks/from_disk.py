@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..factors import SIDECAR_NAME, FactorsFile, LoraAdapter
+from ..factors import LORI_CONFIG, SIDECAR_NAME, FactorsFile, LoraAdapter
 from ..files import read_json
 from ..models import linear_modules, model_skeleton
-from ..tuner import LoriConfig
 from .making import mask_from_scores
 from .mask import LoriMask
 from .projection import is_same_projection, random_projection
@@ -79,7 +78,7 @@ class AdapterShapes:
         if not sidecar.is_file():
             return None
         options = read_json(sidecar, "adapter")
-        if options.get("config_class") != LoriConfig.__name__:
+        if options.get("config_class") != LORI_CONFIG:
             return None
         seed = options.get("lori_seed")
         if type(seed) is not int:

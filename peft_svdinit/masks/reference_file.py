@@ -11,7 +11,9 @@ from jaxtyping import Bool
 from safetensors import SafetensorError
 from torch import Tensor
 
-_PREFIX, _MIDDLE = "base_model.model.", ".lora_B."
+from ..models import PREFIX
+
+_MIDDLE = ".lora_B."
 # What torch's reader raises over bytes that it did not write.
 _DAMAGED = (
     pickle.UnpicklingError,
@@ -58,7 +60,7 @@ def read_reference_mask(path: str | os.PathLike) -> dict[str, Bool[Tensor, "out 
             raise ValueError(f"mask: {key} in {file} is no dense tensor with its entries")
         if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
             raise ValueError(f"mask: {key} in {file} has entries other than 0 and 1")
-        layer = name.removeprefix(_PREFIX)
+        layer = name.removeprefix(PREFIX)
         if layer in masks:
             raise ValueError(
                 f"mask: {file} has two masks of layer {layer}, {key} the second, of two adapters? "

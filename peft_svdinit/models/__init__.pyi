@@ -10,6 +10,11 @@ from .names import layer_seed as layer_seed
 from .names import module_types as module_types
 from .names import natural_order as natural_order
 from .patterns import exact_pattern as exact_pattern
+from .peft_names import CONFIG_NAME as CONFIG_NAME
+from .peft_names import PREFIX as PREFIX
+from .peft_names import WEIGHTS_NAME as WEIGHTS_NAME
+from .peft_names import lora_key as lora_key
+from .peft_names import pattern_value as pattern_value
 from .recognition import BaseSample as BaseSample
 from .recognition import entries_at as entries_at
 from .recognition import first_difference as first_difference

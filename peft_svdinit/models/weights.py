@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float
-from peft.utils.integrations import (
-    dequantize_bnb_weight,
-    dequantize_module_weight,
-    gather_params_ctx,
-)
 from torch import Tensor, nn
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -35,6 +30,9 @@ def dequantised_weight(module: nn.Module) -> Tensor:
         RuntimeError: if bitsandbytes has repacked the weight. On CPUs with AVX512-BF16 the first
             forward pass in evaluation mode does so, after which it reads as other numbers.
     """
+    # PEFT takes seconds to import, and imports what imports this module.
+    from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
+
     weight = module.weight
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         raise RuntimeError(
@@ -73,6 +71,8 @@ def base_weight(module: nn.Module, name: str, *, transposed: bool) -> Float[Tens
             f"layer {name}: its weight is on the meta device, so there is nothing to factorise; "
             "load the model's weights first"
         )
+    from peft.utils.integrations import gather_params_ctx
+
     with gather_params_ctx(module.parameters()):
         found = dequantised_weight(module)
         if found.dim() != 2 or found.dtype not in _PLAIN:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..factors import LoraProduct
 from ..files import replacing
+from ..models import lora_key
 
 MOMENTS_FILE_NAME = "adam_moments.safetensors"
 _PARTS = ("exp_avg", "exp_avg_sq")
@@ -180,7 +181,7 @@ def install_moments(
     """
     parameters = lora_parameters(model)
     for name, scaling in scalings.items():
-        key_A, key_B = (f"base_model.model.{name}.lora_{part}.weight" for part in "AB")
+        key_A, key_B = (lora_key(name, "A"), lora_key(name, "B"))
         if name not in teacher or key_A not in moments or key_B not in moments:
             raise ValueError(f"layer {name}: the teacher's files hold no Adam moments for it")
         student = LoraProduct(parameters[key_A].detach(), parameters[key_B].detach(), scaling)

@@ -9,9 +9,8 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
+from ..models import PREFIX
 from .layers.parts import lora_linears
-
-PREFIX = "base_model.model."
 
 
 def lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:

@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_svdinit import LoriConfig
-from peft_svdinit.adapters import save_compact_adapter
+from peft_svdinit.adapters import compact_adapter_folder
 from peft_svdinit.masks import random_scores, select
 from peft_svdinit.training import resolve_model
 
@@ -125,7 +125,9 @@ def make_batch() -> dict[str, Tensor]:
 def file_sizes(methods: dict[str, Method]) -> tuple[int, int]:
     """Bytes of the compact LoRI adapter, and of the LoRA in bfloat16."""
     with tempfile.TemporaryDirectory() as folder:
-        compact = save_compact_adapter(methods["lori"].model, folder)
+        saved = Path(folder) / "saved"
+        methods["lori"].model.save_pretrained(str(saved))
+        compact = compact_adapter_folder(saved, folder)
         lora = Path(folder) / "lora.safetensors"
         tensors = {
             name: parameter.detach().bfloat16()

@@ -11,11 +11,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.lori_fixtures import lori_config, lori_model
+from support.lori_fixtures import lori_config, lori_model, saved_compact
 from support.peft_fixtures import logits, tiny_base, train
 from support.tiny_models import trained_adapter
 
-from peft_svdinit.adapters import compact_adapter_folder, save_compact_adapter, write_stock_adapter
+from peft_svdinit.adapters import compact_adapter_folder, write_stock_adapter
 from peft_svdinit.cli import main
 from peft_svdinit.masks import COMPACT_FILE_NAME, CompactAdapter, load_compact, save_compact
 
@@ -32,8 +32,7 @@ def stock_logits(folder: Path) -> torch.Tensor:
 
 
 def test_the_stock_adapter_of_a_compact_one_is_the_one_that_was_saved(trained, tmp_path):
-    trained.save_pretrained(str(tmp_path / "saved"))
-    save_compact_adapter(trained, tmp_path, dtype=torch.float32)
+    saved_compact(trained, tmp_path, dtype=torch.float32)
     write_stock_adapter(load_compact(tmp_path), tmp_path / "stock")
     saved, stock = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("saved", "stock")
@@ -51,7 +50,7 @@ def test_the_stock_adapter_of_a_compact_one_is_the_one_that_was_saved(trained, t
 
 
 def test_bfloat16_rounds_values_and_never_a(trained, tmp_path):
-    compact = load_compact(save_compact_adapter(trained, tmp_path))
+    compact = load_compact(saved_compact(trained, tmp_path))
     assert all(values.dtype == torch.bfloat16 for values in compact.values.values())
     write_stock_adapter(compact, tmp_path / "stock")
     stock = load_file(tmp_path / "stock" / "adapter_model.safetensors")
@@ -69,11 +68,9 @@ def test_bfloat16_rounds_values_and_never_a(trained, tmp_path):
             assert not tensor[~mask].any()
 
 
-def test_a_saved_folder_gives_the_same_bytes_as_the_model(trained, tmp_path):
-    trained.save_pretrained(str(tmp_path / "saved"))
-    of_model = save_compact_adapter(trained, tmp_path / "model")
-    of_folder = compact_adapter_folder(tmp_path / "saved", tmp_path / "folder")
-    assert of_model.read_bytes() == of_folder.read_bytes()
+def test_the_same_adapter_gives_the_same_bytes(trained, tmp_path):
+    first, second = (saved_compact(trained, tmp_path / name) for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_what_an_adapter_started_from_is_kept_off_the_mask(trained, tmp_path):
@@ -81,7 +78,7 @@ def test_what_an_adapter_started_from_is_kept_off_the_mask(trained, tmp_path):
     config = lori_config(lori_start=str(tmp_path / "first"), lori_density=0.5)
     second = get_peft_model(tiny_base(), config)
     train(second)
-    save_compact_adapter(second, tmp_path, dtype=torch.float32)
+    saved_compact(second, tmp_path, dtype=torch.float32)
     write_stock_adapter(load_compact(tmp_path), tmp_path / "stock")
     assert torch.equal(stock_logits(tmp_path / "stock"), logits(second))
 
@@ -114,11 +111,11 @@ def test_contradictory_options_of_the_command_are_refused(options, said, tmp_pat
 
 
 def test_adapters_without_a_compact_form_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no adapter of a sparse LoriConfig"):
-        save_compact_adapter(lori_model(lori_density=1.0), tmp_path)
+    with pytest.raises(FileNotFoundError, match="not saved from a sparse LoriConfig"):
+        saved_compact(lori_model(lori_density=1.0), tmp_path / "dense")
     dora = get_peft_model(tiny_base(), lori_config(use_dora=True))
-    with pytest.raises(ValueError, match="more than A and B"):
-        save_compact_adapter(dora, tmp_path)
+    with pytest.raises(ValueError, match="uses use_dora"):
+        saved_compact(dora, tmp_path / "dora")
     trained_adapter(tmp_path / "lora")
     with pytest.raises(FileNotFoundError, match="not saved from a sparse LoriConfig"):
         compact_adapter_folder(tmp_path / "lora", tmp_path)
@@ -137,7 +134,7 @@ def test_a_folder_whose_a_was_changed_is_refused_by_layer(trained, tmp_path):
 
 
 def test_a_file_of_another_seed_is_refused_by_its_hash(trained, tmp_path):
-    compact = load_compact(save_compact_adapter(trained, tmp_path))
+    compact = load_compact(saved_compact(trained, tmp_path))
     forged = CompactAdapter(replace(compact.mask, seed=1), compact.values, compact.config)
     save_compact(tmp_path, forged)
     with pytest.raises(ValueError, match="seed 1 draws another A"):
@@ -150,11 +147,11 @@ def test_values_that_a_dtype_cannot_hold_are_refused(trained, tmp_path):
     with torch.no_grad():
         parameter[0] = 1e6
     with pytest.raises(ValueError, match="cannot hold"):
-        save_compact_adapter(trained, tmp_path, dtype=torch.float16)
+        saved_compact(trained, tmp_path, dtype=torch.float16)
 
 
 def test_a_configuration_that_is_not_that_of_the_entries_is_refused(trained, tmp_path):
-    compact = load_compact(save_compact_adapter(trained, tmp_path))
+    compact = load_compact(saved_compact(trained, tmp_path))
     for change, said in (
         ({"use_dora": True}, "uses use_dora"),
         ({"r": 16, "lora_alpha": 16}, "has rank 8, but adapter_config.json says 16"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.lori_fixtures import lori_model
+from support.lori_fixtures import lori_model, saved_compact
 from support.peft_fixtures import teacher_factors
 from support.tiny_models import save_pair, tiny_model, trained_adapter
 
@@ -21,7 +21,6 @@ from peft_svdinit.adapters import (
     merge,
     output_folder,
     resize,
-    save_compact_adapter,
     write_stock_adapter,
 )
 from peft_svdinit.factors import CheckpointPair, LoraAdapter, RankRule, RankTarget
@@ -44,7 +43,7 @@ def inputs_of(verb: str, folder: Path) -> Write:
             pair, output, RankRule(rank=2), form, base_model_name_or_path="tiny"
         )
     if verb == "export_compact":
-        compact = load_compact(save_compact_adapter(lori_model(), folder))
+        compact = load_compact(saved_compact(lori_model(), folder))
         return lambda output: write_stock_adapter(compact, output)
     one, two = folder / "one", folder / "two"
     for seed, adapter in enumerate((one, two)):

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from masks.test_mask_file import Malicious
 from peft import get_peft_model
 from safetensors.torch import load_file
+from support.malicious import Malicious
 from support.peft_fixtures import adapted_layers, make_scene
 from support.tiny_models import TARGETS, rewrite_tensors, tiny_model, trained_adapter
 

@@ -11,11 +11,11 @@ import torch
 from peft import get_peft_model
 from support.gradient_batches import batches, mean_gradients
 from support.peft_fixtures import adapted_layers, logits, tiny_base
+from support.quantised import quantised
 from support.reference import array, frobenius, truncated
 from support.tiny_models import TARGETS, tiny_model, weight_of
 from torch import nn
 from torch.testing import assert_close
-from tuner.test_quantised import quantised
 
 from peft_svdinit import (
     FactorsMetadata,

@@ -17,12 +17,12 @@ from support.peft_fixtures import (
     tiny_base,
     train,
 )
+from support.quantised import quantised
 from support.reference import array, principal_cosines, singular_values, tolerance, truncated
 from support.strategies import matrices_with_rank
 from support.tiny_models import TARGETS, VOCABULARY, weight_of
 from torch import nn
 from torch.testing import assert_close
-from tuner.test_quantised import quantised
 
 from peft_svdinit import SvdLoraConfig, initialize_lora_from_factors, weight_factors
 from peft_svdinit.factors.sources import weight as weight_source

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.malicious import Malicious
 from support.strategies import seeds
 from support.tiny_models import truncate
 from torch import Tensor
@@ -315,16 +316,6 @@ def test_a_mask_of_the_reference_is_read_by_module_name(tmp_path):
     torch.save({key: mask.float() for key, mask in masks.items()}, tmp_path / "float_mask.pt")
     as_numbers = read_reference_mask(tmp_path / "float_mask.pt")
     assert all(torch.equal(as_numbers[name], found[name]) for name in found)
-
-
-class Malicious:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.target,)
 
 
 @pytest.mark.parametrize("new_zip", [True, False])

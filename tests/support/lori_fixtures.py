@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peft_svdinit import LoriConfig
+from peft_svdinit.adapters import compact_adapter_folder
 from peft_svdinit.tuner.adapter_layers import lora_layers
 from peft_svdinit.tuner.layers.sparse_factor import SparseFactor
 from support.peft_fixtures import tiny_base
@@ -40,6 +41,12 @@ def reloaded(folder: Path, base: PreTrainedModel | None = None, **options: Any) 
     """The adapter of a folder as the LoRI it was; `options` go to PeftModel.from_pretrained."""
     config = LoriConfig.from_pretrained(str(folder))
     return PeftModel.from_pretrained(base or tiny_base(), str(folder), config=config, **options)
+
+
+def saved_compact(model: Any, folder: Path, **options: Any) -> Path:
+    """The compact file of a model's adapter, which is saved in `folder / "saved"` before."""
+    model.save_pretrained(str(folder / "saved"))
+    return compact_adapter_folder(folder / "saved", folder, **options)
 
 
 def sparse_factors(model: nn.Module, adapter_name: str = "default") -> dict[str, SparseFactor]:

@@ -30,6 +30,7 @@ from support.lori_fixtures import (
     sparse_factors,
     trained_names,
 )
+from support.mixture import Mixture
 from support.peft_fixtures import (
     adapted_layers,
     adapter_weights,
@@ -43,7 +44,6 @@ from support.peft_fixtures import (
 from support.stock_process import LOGITS_OF_ADAPTERS, run_without_us
 from support.tiny_models import ARCHITECTURES, TARGETS, rewrite_tensors, weight_of
 from torch import Tensor, nn
-from tuner.test_peft_traps import Mixture
 
 from peft_svdinit import LoriConfig
 from peft_svdinit.linalg import truncated_svd

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from support.interruption import INTERRUPTED_AT, STEPS, StopAt, losses
 from support.lori_fixtures import (
     factors,
     lori_config,
@@ -21,10 +22,9 @@ from support.lori_fixtures import (
     trained_names,
 )
 from support.peft_fixtures import adapter_weights, equal_bits, logits, tiny_base, tokens, train
+from support.quantised import KINDS, quantised
+from support.word_tokenizer import tokenizer
 from transformers import Trainer, TrainingArguments, set_seed
-from tuner.test_quantised import KINDS, quantised
-from tuner.test_trainer_resume import INTERRUPTED_AT, STEPS, StopAt, losses
-from tuner.test_trl_sft import tokenizer
 
 from peft_svdinit import LoriConfig
 

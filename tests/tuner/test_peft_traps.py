@@ -19,6 +19,7 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
+from support.mixture import Mixture
 from support.peft_fixtures import (
     HELD_RANK,
     STARTS,
@@ -35,7 +36,6 @@ from support.peft_fixtures import (
     write_factors,
 )
 from support.tiny_models import truncate, weight_of
-from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import peft_svdinit
@@ -210,21 +210,6 @@ def test_a_failing_second_adapter_leaves_the_first_as_it_was(scene, first, bad):
 
 
 # Layers that are not linear
-
-
-class Mixture(nn.Module):
-    """One layer of each kind that PEFT can adapt."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(10, 8)
-        self.convolution = nn.Conv1d(8, 8, 3, padding=1)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.linear = nn.Linear(8, 6)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.convolution(self.embedding(ids).mT).mT
-        return self.linear(self.attention(x, x, x)[0])
 
 
 LINEAR_ONLY = {"linear": LowRankFactors.from_delta(torch.ones(6, 8), 2)}

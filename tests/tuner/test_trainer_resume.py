@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.interruption import INTERRUPTED_AT, STEPS, StopAt, losses
 from support.peft_fixtures import (
     Scene,
     adapter_weights,
@@ -16,24 +17,12 @@ from support.peft_fixtures import (
     tokens,
     write_factors,
 )
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-
-STEPS, INTERRUPTED_AT = 6, 3
+from transformers import Trainer, TrainingArguments, set_seed
 
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory) -> Scene:
     return make_scene(tmp_path_factory.mktemp("resume"))
-
-
-class StopAt(TrainerCallback):
-    """End training after a step, as a killed job whose last checkpoint is that step's."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
 
 
 def trainer(scene: Scene, folder: Path, callbacks: list | None = None, **options: Any) -> Any:
@@ -53,10 +42,6 @@ def trainer(scene: Scene, folder: Path, callbacks: list | None = None, **options
         disable_tqdm=True,
     )
     return Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize(

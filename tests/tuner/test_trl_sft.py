@@ -15,9 +15,7 @@ from support.peft_fixtures import (
     make_scene,
     tokens,
 )
-from support.tiny_models import VOCABULARY
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from support.word_tokenizer import tokenizer
 
 from peft_svdinit import SvdLoraConfig
 
@@ -28,15 +26,6 @@ datasets = pytest.importorskip("datasets")
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory) -> Scene:
     return make_scene(tmp_path_factory.mktemp("trl"))
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {f"w{index}": index for index in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w2"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="w0", eos_token="w1", pad_token="w2", unk_token="w2"
-    )
 
 
 def sft_trainer(scene: Scene, folder, peft_config: LoraConfig):

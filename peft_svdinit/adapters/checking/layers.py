@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...linalg import frobenius_norm
-from ...models import BLOCK_ENTRIES, whole_modules
+from ...models import BLOCK_ENTRIES, PREFIX, WEIGHTS_NAME, whole_modules
 from .stock_loading import load_stock_adapter, weightless_model
 
-_PREFIX = "base_model.model."
 _SHOWN = 5
 _SPACING = {"F16": 2.0**-10, "BF16": 2.0**-7}
 
@@ -149,7 +147,7 @@ def _differing_tensors(
     loaded: PeftModel, source_of: Mapping[str, str], expected: Mapping[str, Tensor]
 ) -> list[str]:
     stored = {
-        key.removeprefix(_PREFIX): tensor
+        key.removeprefix(PREFIX): tensor
         for key, tensor in get_peft_model_state_dict(loaded, save_embedding_layers=False).items()
         if ".lora_" not in key
     }
@@ -170,7 +168,7 @@ def _equal(stored: Tensor, expected: Tensor) -> bool:
 
 
 def _coarsest_spacing(folder: Path) -> float:
-    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
         dtypes = {file.get_slice(key).get_dtype() for key in file.keys() if ".lora_" in key}
     return max((_SPACING.get(dtype, 0.0) for dtype in dtypes), default=0.0)
 

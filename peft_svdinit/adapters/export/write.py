@@ -8,14 +8,22 @@ from collections.abc import Mapping
 
 import torch
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
 from ...factors import LowRankFactors, Split, SvdGuided
 from ...files import TensorWriter
-from ...models import WholeModules, exact_pattern, loadable_task_type, model_skeleton, whole_modules
+from ...models import (
+    PREFIX,
+    WEIGHTS_NAME,
+    WholeModules,
+    exact_pattern,
+    loadable_task_type,
+    lora_key,
+    model_skeleton,
+    whole_modules,
+)
 from ..output_folder import OutputFolder
 from ..rounding import rounded, rounding_error
 from .plan import ExportPlan, export_plan, target_modules
@@ -23,8 +31,6 @@ from .record import ExportedAdapter, ExportedLayer
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = "base_model.model."
-_KEY_A, _KEY_B = _PREFIX + "{}.lora_A.weight", _PREFIX + "{}.lora_B.weight"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Bfloat16 changes a delta by about 0.0025 of its norm: beyond this, entries have underflowed.
 _COARSE = 0.01
@@ -99,17 +105,17 @@ def export_adapter(
     layout = _layout(plan, dtype)
     for name, source in whole.source_of.items():
         tensor = _whole_tensor(skeleton, name, (modules_to_save or {})[source])
-        layout[_PREFIX + name] = (tensor.dtype, tuple(tensor.shape))
+        layout[PREFIX + name] = (tensor.dtype, tuple(tensor.shape))
     initializer = SvdGuided("delta", split)
     layers = {}
     with output.replacing() as temporary:
         config.save_pretrained(os.fspath(temporary))
-        with TensorWriter(temporary / SAFETENSORS_WEIGHTS_NAME, layout, {"format": "pt"}) as writer:
+        with TensorWriter(temporary / WEIGHTS_NAME, layout, {"format": "pt"}) as writer:
             # disable=None: no bar where standard error is not a terminal.
             for name in tqdm(plan.kept, desc="Writing the adapter", unit="layer", disable=None):
                 layers[name] = _write_layer(writer, name, factors[name], plan, initializer, dtype)
             for name, source in whole.source_of.items():
-                writer.write(_PREFIX + name, (modules_to_save or {})[source])
+                writer.write(PREFIX + name, (modules_to_save or {})[source])
     _warn_of_coarse_rounding(layers, dtype)
     return ExportedAdapter(output.path, plan.usual, layers, plan.omitted)
 
@@ -118,8 +124,8 @@ def _layout(plan: ExportPlan, dtype: torch.dtype) -> dict[str, tuple[torch.dtype
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, rank in plan.stored.items():
         rows, cols = plan.shapes[name]
-        layout[_KEY_A.format(name)] = (dtype, (rank, cols))
-        layout[_KEY_B.format(name)] = (dtype, (rows, rank))
+        layout[lora_key(name, "A")] = (dtype, (rank, cols))
+        layout[lora_key(name, "B")] = (dtype, (rows, rank))
     return layout
 
 
@@ -144,8 +150,8 @@ def _write_layer(
         lost, rounding = layer.relative_error(rank) * layer.norm, rounding_error(init, stored)
     if name in plan.stored:
         padding = plan.stored[name] - rank
-        writer.write(_KEY_A.format(name), functional.pad(lora_A, (0, 0, 0, padding)))
-        writer.write(_KEY_B.format(name), functional.pad(lora_B, (0, padding)))
+        writer.write(lora_key(name, "A"), functional.pad(lora_A, (0, 0, 0, padding)))
+        writer.write(lora_key(name, "B"), functional.pad(lora_B, (0, padding)))
     return ExportedLayer(rank, layer.norm, lost, rounding)
 
 

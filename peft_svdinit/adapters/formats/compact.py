@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...factors import SIDECAR_NAME, LoraAdapter, LoraInit
 from ...files import read_json, write_json
@@ -28,47 +26,9 @@ from ...masks import (
     save_compact,
     tensor_hash,
 )
-from ...tuner import LoriConfig
+from ...models import CONFIG_NAME, WEIGHTS_NAME, lora_key
 from ..output_folder import OutputFolder
 from ..rounding import rounded
-
-_PREFIX = "base_model.model."
-
-
-def save_compact_adapter(
-    model: nn.Module,
-    path: str | os.PathLike,
-    *,
-    adapter_name: str = "default",
-    dtype: torch.dtype = torch.bfloat16,
-) -> Path:
-    """Write the sparse adapter of a model as bits and values, a twentieth of its stock form.
-
-    Args:
-        model: a PeftModel with a sparse LoRI adapter.
-        path: file, or folder that gets `lori_adapter.safetensors`.
-        adapter_name: the adapter.
-        dtype: of the values; A is exact in any case.
-
-    Raises:
-        ValueError: if the adapter is no sparse LoRI one, is DoRA's, has modules trained as a whole,
-            or has values that `dtype` cannot hold.
-    """
-    configs: dict[str, Any] = getattr(model, "peft_config", {})
-    config = configs.get(adapter_name)
-    if not isinstance(config, LoriConfig) or config.mask is None:
-        raise ValueError(f"adapter_name={adapter_name!r} is no adapter of a sparse LoriConfig")
-    stored = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    dense = {}
-    for name in config.mask.layers:
-        dense[name] = stored.pop(f"{_PREFIX}{name}.lora_B.weight")
-        del stored[f"{_PREFIX}{name}.lora_A.weight"]
-    if stored:
-        raise ValueError(
-            f"adapter_name={adapter_name!r} has more than A and B, {min(stored)} for one; "
-            "save it as stock LoRA with save_pretrained"
-        )
-    return _write(path, config.mask, dense, _stock_options(config), dtype)
 
 
 def compact_adapter_folder(
@@ -78,7 +38,8 @@ def compact_adapter_folder(
 
     Raises:
         FileNotFoundError: if a file is missing, the mask among them.
-        ValueError: as `save_compact_adapter`, or if A or B do not fit the mask.
+        ValueError: if it is no LoRA whose effect is scaling * B @ A alone, A or B do not fit the
+            mask, or a value is beyond `dtype`.
     """
     saved = LoraAdapter(adapter)
     if not (saved.folder / SIDECAR_NAME).is_file() or not (saved.folder / MASK_FILE_NAME).is_file():
@@ -129,12 +90,12 @@ def write_stock_adapter(
         lora_B[layer.mask] = compact.values[name].float()
         init = LoraInit(_projection(name, layer, compact.mask.seed), lora_B, False)
         stored = rounded(init, dtype)
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = stored.lora_A
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = stored.lora_B
+        tensors[lora_key(name, "A")] = stored.lora_A
+        tensors[lora_key(name, "B")] = stored.lora_B
     with output.replacing() as temporary:
         temporary.mkdir()
         write_json(temporary / CONFIG_NAME, dict(compact.config))
-        save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(tensors, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
         _refuse_unless_product(temporary)
     return output.path
 
@@ -148,11 +109,6 @@ def _refuse_unless_product(folder: Path) -> None:
             f"adapter: the adapter_config.json in the compact file does not fit its entries "
             f"({error}); write the file again"
         ) from error
-
-
-def _stock_options(config: LoriConfig) -> dict[str, Any]:
-    """`adapter_config.json` of the stock LoRA."""
-    return {**config.stock().to_dict(), "inference_mode": True}
 
 
 def _projection(name: str, layer: MaskedLayer, seed: int) -> Tensor:

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft.utils.other import get_pattern_key
-
+from ...models import pattern_value
 from .key_styles import KeyStyle
 
 STYLES = tuple(
@@ -65,8 +64,7 @@ _RANK_AND_ALPHA = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
 
 
 def _of_layer(config: Mapping[str, Any], name: str, key: str, pattern_key: str) -> Any:
-    pattern = config.get(pattern_key) or {}
-    return pattern.get(get_pattern_key(list(pattern), name), config.get(key))
+    return pattern_value(config.get(pattern_key), name, config.get(key))
 
 
 def metadata_after(metadata: Mapping[str, str]) -> dict[str, str]:

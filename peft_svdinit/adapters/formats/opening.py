@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from ...files import is_local, refuse_pickle, resolve_folder
-from .peft_folder import CONFIG, read_peft_folder
+from ...models import CONFIG_NAME
+from .peft_folder import read_peft_folder
 from .single_file import read_single_file
 from .stored import StoredAdapter
 
@@ -27,13 +28,15 @@ def open_adapter(path_or_id: str | os.PathLike) -> StoredAdapter:
     if path.suffix == ".safetensors" and is_local(path_or_id):
         raise FileNotFoundError(f"adapter: there is no file {path}")
     folder = resolve_folder(path_or_id, argument="adapter")
-    if (folder / CONFIG).is_file():
+    if (folder / CONFIG_NAME).is_file():
         return read_peft_folder(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         for pickle in sorted(file for file in folder.iterdir() if file.is_file()):
             refuse_pickle(pickle, "adapter")
-        raise FileNotFoundError(f"adapter: {folder} has neither {CONFIG} nor a safetensors file")
+        raise FileNotFoundError(
+            f"adapter: {folder} has neither {CONFIG_NAME} nor a safetensors file"
+        )
     if len(files) > 1:
         raise ValueError(
             f"adapter: {folder} holds several files ({', '.join(file.name for file in files)}); "

@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ...factors import LoraAdapter
 from ...files import TensorFile, read_json, refuse_pickle
-from ...models import exact_pattern
+from ...models import CONFIG_NAME, PREFIX, WEIGHTS_NAME, exact_pattern, lora_key, pattern_value
 from .key_styles import LYCORIS_PARTS, refuse_unsupported
 from .lora import DOWN, UP
 from .stored import StoredAdapter, StoredLayer, algorithm_of
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 # Of the configuration: which layers are adapted, of which model.
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
@@ -37,10 +34,10 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
         ValueError: if it is of another type, stores a pickle, is truncated, or does more than add
             a factored delta to linear layers.
     """
-    config = read_json(folder / CONFIG, "adapter")
+    config = read_json(folder / CONFIG_NAME, "adapter")
     if config.get("peft_type") not in ("LOHA", "LOKR"):
         return _lora(LoraAdapter(folder))
-    path = folder / WEIGHTS
+    path = folder / WEIGHTS_NAME
     if not path.is_file():
         refuse_pickle(path.with_suffix(".bin"), "adapter")
     if config.get("modules_to_save"):
@@ -52,8 +49,8 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
     refuse_unsupported(file.shapes, path)
     groups: dict[str, dict[str, str]] = {}
     for key in file.shapes:
-        name, _, part = key.removeprefix(_PREFIX).rpartition(".")
-        if not key.startswith(_PREFIX) or part not in LYCORIS_PARTS:
+        name, _, part = key.removeprefix(PREFIX).rpartition(".")
+        if not key.startswith(PREFIX) or part not in LYCORIS_PARTS:
             raise ValueError(f"adapter: {path} holds {key}, which is no part of a LoHa or LoKr")
         groups.setdefault(name, {})[part] = key
     if not groups:
@@ -69,25 +66,25 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
         rank, alpha = (_of_layer(config, name, key) for key in ("r", "alpha"))
         if header.dim not in (None, rank):
             raise ValueError(
-                f"adapter: layer {name} in {path} has rank {header.dim}, but {CONFIG} says {rank}: "
-                "not the configuration of these weights?"
+                f"adapter: layer {name} in {path} has rank {header.dim}, but {CONFIG_NAME} says "
+                f"{rank}: not the configuration of these weights?"
             )
         layers[name] = StoredLayer(algorithm, header, keys, alpha / rank)
     return StoredAdapter(file, None, layers, config)
 
 
 def _of_layer(config: Mapping[str, Any], name: str, key: str) -> Any:
-    pattern = config.get("rank_pattern" if key == "r" else "alpha_pattern") or {}
-    return pattern.get(get_pattern_key(list(pattern), name), config[key])
+    pattern = config.get("rank_pattern" if key == "r" else "alpha_pattern")
+    return pattern_value(pattern, name, config[key])
 
 
 def _lora(adapter: LoraAdapter) -> StoredAdapter:
-    file = TensorFile(adapter.folder / WEIGHTS)
+    file = TensorFile(adapter.folder / WEIGHTS_NAME)
     layers = {}
     for name in adapter:
         keys = {
-            DOWN: f"{_PREFIX}{name}.lora_A.weight",
-            UP: f"{_PREFIX}{name}.lora_B.weight",
+            DOWN: lora_key(name, "A"),
+            UP: lora_key(name, "B"),
         }
         algorithm, header = algorithm_of(name, keys, file)
         layers[name] = StoredLayer(algorithm, header, keys, adapter.scaling_of(name))
@@ -117,10 +114,10 @@ def write_peft_folder(
     )
     tensors = {}
     for name, (lora_A, lora_B) in weights.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = lora_A
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = lora_B
+        tensors[lora_key(name, "A")] = lora_A
+        tensors[lora_key(name, "B")] = lora_B
     config.save_pretrained(os.fspath(folder))
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def _carried_over(adapters: Sequence[StoredAdapter], names: list[str]) -> dict[str, Any]:

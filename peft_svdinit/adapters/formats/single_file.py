@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...files import TensorFile, replacing, write_json
+from ...models import PREFIX
 from . import diffusers, kohya
 from .key_styles import ALPHA, LYCORIS_PARTS, KeyStyle, refuse_unsupported
 from .stored import StoredAdapter, StoredLayer, algorithm_of
@@ -54,7 +55,7 @@ def _recognised(file: TensorFile) -> KeyStyle:
     keys = list(file.shapes)
     if not keys:
         raise ValueError(f"adapter: {file.path} holds no tensor")
-    if any(key.startswith("base_model.model.") for key in keys):
+    if any(key.startswith(PREFIX) for key in keys):
         raise ValueError(
             f"adapter: {file.path} holds the weights of a PEFT adapter, whose configuration says "
             "how they are scaled; give the folder that holds both"

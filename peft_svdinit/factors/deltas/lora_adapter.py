@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...files import read_json, refuse_pickle, resolve_folder
-from ...models import natural_order
+from ...models import CONFIG_NAME, PREFIX, WEIGHTS_NAME, lora_key, natural_order, pattern_value
 from ..low_rank import LowRankFactors
 
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX, _SUFFIX_A, _SUFFIX_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+_SUFFIX_A, _SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
 
 # Options under which the update of a layer is more than scaling * B @ A.
 _BEYOND_THE_PRODUCT = (
@@ -89,12 +87,12 @@ class LoraAdapter(Mapping[str, LoraProduct]):
     def __init__(self, path_or_id: str | os.PathLike, *, revision: str | None = None) -> None:
         self.folder = resolve_folder(path_or_id, argument="adapter", revision=revision)
         self.config = self._read_config()
-        self._path = self.folder / _WEIGHTS
+        self._path = self.folder / WEIGHTS_NAME
         if not self._path.is_file():
             pickle = self._path.with_suffix(".bin")
             if pickle.is_file():
                 refuse_pickle(pickle, "adapter")
-            raise FileNotFoundError(f"adapter: the folder {self.folder} has no {_WEIGHTS}")
+            raise FileNotFoundError(f"adapter: the folder {self.folder} has no {WEIGHTS_NAME}")
         try:
             with safe_open(self._path, framework="pt") as file:
                 shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
@@ -106,9 +104,9 @@ class LoraAdapter(Mapping[str, LoraProduct]):
         self._names = self._checked_names(shapes)
 
     def _read_config(self) -> dict[str, Any]:
-        path = self.folder / _CONFIG
+        path = self.folder / CONFIG_NAME
         if not path.is_file():
-            raise FileNotFoundError(f"adapter: the folder {self.folder} has no {_CONFIG}")
+            raise FileNotFoundError(f"adapter: the folder {self.folder} has no {CONFIG_NAME}")
         config = read_json(path, "adapter")
         if config.get("peft_type") != "LORA":
             raise ValueError(
@@ -134,15 +132,15 @@ class LoraAdapter(Mapping[str, LoraProduct]):
         names = []
         for key, shape in shapes.items():
             partner_A = f"{key.removesuffix(_SUFFIX_B)}{_SUFFIX_A}"
-            if key.endswith(_SUFFIX_B) and key.startswith(_PREFIX) and partner_A in shapes:
+            if key.endswith(_SUFFIX_B) and key.startswith(PREFIX) and partner_A in shapes:
                 continue
-            if not (key.endswith(_SUFFIX_A) and key.startswith(_PREFIX)):
+            if not (key.endswith(_SUFFIX_A) and key.startswith(PREFIX)):
                 raise ValueError(
                     f"adapter: {self._path} holds {key}, which is not one of a pair lora_A, lora_B "
                     "of a linear layer; only linear layers are supported"
                 )
-            name = key.removeprefix(_PREFIX).removesuffix(_SUFFIX_A)
-            partner = shapes.get(f"{_PREFIX}{name}{_SUFFIX_B}")
+            name = key.removeprefix(PREFIX).removesuffix(_SUFFIX_A)
+            partner = shapes.get(lora_key(name, "B"))
             if partner is None or len(shape) != 2 or len(partner) != 2 or partner[1] != shape[0]:
                 raise ValueError(
                     f"adapter: lora_A {shape} and lora_B {partner} of layer {name} in {self._path} "
@@ -150,7 +148,7 @@ class LoraAdapter(Mapping[str, LoraProduct]):
                 )
             if shape[0] != self._rank_of(name):
                 raise ValueError(
-                    f"adapter: lora_A of layer {name} has rank {shape[0]}, but {_CONFIG} says "
+                    f"adapter: lora_A of layer {name} has rank {shape[0]}, but {CONFIG_NAME} says "
                     f"{self._rank_of(name)}: not the configuration of these weights?"
                 )
             names.append(name)
@@ -159,21 +157,19 @@ class LoraAdapter(Mapping[str, LoraProduct]):
         return sorted(names, key=natural_order)
 
     def _rank_of(self, name: str) -> int:
-        ranks = self.config.get("rank_pattern") or {}
-        return ranks.get(get_pattern_key(list(ranks), name), self.config["r"])
+        return pattern_value(self.config.get("rank_pattern"), name, self.config["r"])
 
     def scaling_of(self, name: str) -> float:
         """The factor before B @ A: alpha over the rank, or over its root with rslora."""
-        alphas = self.config.get("alpha_pattern") or {}
-        alpha = alphas.get(get_pattern_key(list(alphas), name), self.config["lora_alpha"])
+        alpha = pattern_value(self.config.get("alpha_pattern"), name, self.config["lora_alpha"])
         rank = self._rank_of(name)
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def __getitem__(self, name: str) -> LoraProduct:
         with safe_open(self._path, framework="pt") as file:
             try:
-                lora_A = file.get_tensor(f"{_PREFIX}{name}{_SUFFIX_A}")
-                lora_B = file.get_tensor(f"{_PREFIX}{name}{_SUFFIX_B}")
+                lora_A = file.get_tensor(lora_key(name, "A"))
+                lora_B = file.get_tensor(lora_key(name, "B"))
             except SafetensorError:
                 raise KeyError(name) from None
         for part, weight in (("lora_A", lora_A), ("lora_B", lora_B)):
@@ -192,3 +188,5 @@ class LoraAdapter(Mapping[str, LoraProduct]):
 
 
 SIDECAR_NAME = "svdinit_config.json"
+# What a sidecar's `config_class` says of a LoRI adapter.
+LORI_CONFIG = "LoriConfig"
