@@ -41,7 +41,7 @@ from peft_svdinit.training import (
     describe_environment,
     parse_options,
     read_run,
-    refusal,
+    refusals_in_one_line,
     resolve_model,
     run_tasks,
     selected_steps,
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     setting = Setting(*parse_options(classes, argv, description=__doc__ or ""))
     state = PartialState()
     _hush()
-    try:
+    with refusals_in_one_line(list(vars(setting).values())):
         steps = selected_steps(
             setting.comparison.steps,
             from_step=setting.comparison.from_step,
@@ -87,11 +87,6 @@ def main(argv: list[str] | None = None) -> None:
             check_inputs(setting)
             materials = cache(lambda: Materials.prepare(setting.model, setting.data))
             materials()
-    except Exception as error:
-        message = refusal(error, list(vars(setting).values()))
-        if message is None:
-            raise
-        raise SystemExit(f"error: {message}") from error
     plan = make_plan(setting, materials)
     report = print if state.is_main_process else (lambda line: None)
     try:

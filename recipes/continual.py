@@ -35,7 +35,7 @@ from stages.lori_options import SparseOptions
 from stages.lori_stages import check_selection, target_layers
 
 from peft_svdinit.analysis import write_continual
-from peft_svdinit.training import ModelOptions, parse_options, refusal, run_tasks
+from peft_svdinit.training import ModelOptions, parse_options, refusals_in_one_line, run_tasks
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     state = PartialState()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    try:
+    with refusals_in_one_line(options):
         setting = ContinualSetting(*options)
         materials = cache(
             lambda: {t: Materials.prepare(setting.model, setting.data_of[t]) for t in TASKS}
@@ -58,11 +58,6 @@ def main(argv: list[str] | None = None) -> None:
             if "lori_exclude" in setting.continual.schemes:
                 check_selection(layers, setting.sparse, seed=0, exclude=[mask])
             materials()
-    except Exception as error:
-        message = refusal(error, options)
-        if message is None:
-            raise
-        raise SystemExit(f"error: {message}") from error
     plan = Plan(setting, materials)
     run_tasks(
         plan.tasks,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from stages.fit import Materials, fit, outcome
+from transformers import PreTrainedModel
 
 from peft_svdinit.training import (
     DataOptions,
@@ -16,8 +17,15 @@ from peft_svdinit.training import (
     Run,
     load_model,
     parse_options,
-    refusal,
+    refusals_in_one_line,
 )
+
+
+def loaded(model: ModelOptions) -> PreTrainedModel:
+    """The model with all its parameters to be trained."""
+    if model.load_in_4bit or model.load_in_8bit:
+        raise ValueError("a quantised model cannot be fully fine-tuned; drop load_in_4bit/8bit")
+    return load_model(model)
 
 
 def train_full_teacher(
@@ -29,21 +37,15 @@ def train_full_teacher(
     quiet: bool = False,
 ) -> Run | None:
     """One run as the options say; its record, on the main process."""
-    if model.load_in_4bit or model.load_in_8bit:
-        raise ValueError("a quantised model cannot be fully fine-tuned; drop load_in_4bit/8bit")
-    return fit(load_model(model), materials, arguments, extra=extra, quiet=quiet)
+    return fit(loaded(model), materials, arguments, extra=extra, quiet=quiet)
 
 
 def main(argv: list[str] | None = None) -> None:
     classes = (ModelOptions, DataOptions, RecipeArguments)
     model, data, arguments = parse_options(classes, argv, description=__doc__ or "")
-    try:
-        run = train_full_teacher(Materials.prepare(model, data), model, arguments)
-    except Exception as error:
-        message = refusal(error, (model, data, arguments))
-        if message is None:
-            raise
-        raise SystemExit(f"error: {message}") from error
+    with refusals_in_one_line((model, data, arguments)):
+        materials, teacher = Materials.prepare(model, data), loaded(model)
+    run = fit(teacher, materials, arguments)
     if run is not None:
         print(f"{outcome(run)}; model and record in {run.directory}")
 

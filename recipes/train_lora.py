@@ -37,7 +37,7 @@ from peft_svdinit.training import (
     completion_collator,
     load_model,
     parse_options,
-    refusal,
+    refusals_in_one_line,
 )
 from trainer_callbacks.adam_moments import CarryMomentsCallback, SaveMomentsCallback
 
@@ -58,6 +58,22 @@ def adapted(model: Any, options: LoraOptions, materials: Materials, seed: int) -
     return peft_model
 
 
+def started(
+    materials: Materials, model: ModelOptions, lora: LoraOptions, arguments: RecipeArguments
+) -> tuple[PeftModel, list[Any], dict[str, Any]]:
+    """The model at its start, the callbacks that its options ask for, and what its start cost."""
+    base = load_model(model)
+    noted: dict[str, Any] = {}
+    if lora.reads_data:
+        factors, cost = factors_from_data(base, lora, materials, arguments)
+        noted = {"start": {"source": lora.svd_source, **cost}}
+        lora = replace(lora, svd_source="teacher", svd_part="principal", svd_factors=str(factors))
+    callbacks: list[Any] = [SaveMomentsCallback()] if lora.save_moments else []
+    if lora.carry_moments_from:
+        callbacks.append(CarryMomentsCallback(lora.carry_moments_from))
+    return adapted(base, lora, materials, arguments.seed), callbacks, noted
+
+
 def train_lora(
     materials: Materials,
     model: ModelOptions,
@@ -68,28 +84,18 @@ def train_lora(
     quiet: bool = False,
 ) -> Run | None:
     """One run as the options say; its record, on the main process."""
-    base = load_model(model)
-    if lora.reads_data:
-        factors, cost = factors_from_data(base, lora, materials, arguments)
-        extra = {**(extra or {}), "start": {"source": lora.svd_source, **cost}}
-        lora = replace(lora, svd_source="teacher", svd_part="principal", svd_factors=str(factors))
-    peft_model = adapted(base, lora, materials, arguments.seed)
-    callbacks: list[Any] = [SaveMomentsCallback()] if lora.save_moments else []
-    if lora.carry_moments_from:
-        callbacks.append(CarryMomentsCallback(lora.carry_moments_from))
+    peft_model, callbacks, noted = started(materials, model, lora, arguments)
+    extra = {**(extra or {}), **noted}
     return fit(peft_model, materials, arguments, extra=extra, callbacks=callbacks, quiet=quiet)
 
 
 def main(argv: list[str] | None = None) -> None:
     classes = (ModelOptions, DataOptions, LoraOptions, RecipeArguments)
     model, data, lora, arguments = parse_options(classes, argv, description=__doc__ or "")
-    try:
-        run = train_lora(Materials.prepare(model, data), model, lora, arguments)
-    except Exception as error:
-        message = refusal(error, (model, data, lora, arguments))
-        if message is None:
-            raise
-        raise SystemExit(f"error: {message}") from error
+    with refusals_in_one_line((model, data, lora, arguments)):
+        materials = Materials.prepare(model, data)
+        peft_model, callbacks, noted = started(materials, model, lora, arguments)
+    run = fit(peft_model, materials, arguments, extra=noted, callbacks=callbacks)
     if run is not None:
         print(f"{outcome(run)}; adapter and record in {run.directory}")
 

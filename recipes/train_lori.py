@@ -37,7 +37,14 @@ from peft_svdinit.adapters import compact_adapter_folder
 from peft_svdinit.files import file_stamps, read_json, write_json
 from peft_svdinit.masks import COMPACT_FILE_NAME, MASK_FILE_NAME, LoriMask, load_mask, save_mask
 from peft_svdinit.models import LinearModule
-from peft_svdinit.training import DataOptions, ModelOptions, Task, parse_options, refusal, run_tasks
+from peft_svdinit.training import (
+    DataOptions,
+    ModelOptions,
+    Task,
+    parse_options,
+    refusals_in_one_line,
+    run_tasks,
+)
 
 RECORD = "lori_training.json"
 
@@ -46,15 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     classes = (ModelOptions, DataOptions, LoriOptions, LoriArguments)
     model, data, lori, arguments = parse_options(classes, argv, description=__doc__ or "")
     state = PartialState()
-    try:
+    with refusals_in_one_line((model, data, lori, arguments)):
         with state.main_process_first():
             layers = check_inputs(model, lori, arguments)
             materials = Materials.prepare(model, data)
-    except Exception as error:
-        message = refusal(error, (model, data, lori, arguments))
-        if message is None:
-            raise
-        raise SystemExit(f"error: {message}") from error
     *stages, training = make_tasks(model, data, lori, arguments, layers, materials)
     run_tasks(
         stages,

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_svdinit.factors import LoraAdapter
+from peft_svdinit.files import WrongKind
 from peft_svdinit.optim import (
     MOMENTS_FILE_NAME,
     install_moments,
@@ -124,7 +125,7 @@ def _check_optimizer(owner: str, optimizer: Any) -> None:
     plain = _plain(optimizer)
     kept = keeps_moments(plain)
     if kept is False:
-        raise TypeError(
+        raise WrongKind(
             f"{owner}: {type(plain).__name__} keeps no Adam moments of LoRA weights; use "
             "optim=adamw_torch or adamw_torch_fused, or leave the callback out"
         )

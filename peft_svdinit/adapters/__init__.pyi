@@ -1,3 +1,5 @@
+from .dtypes import BYTES as BYTES
+from .dtypes import Dtype as Dtype
 from .export.record import ExportedAdapter as ExportedAdapter
 from .export.write import export_adapter as export_adapter
 from .extraction.estimate import estimate as estimate
@@ -19,5 +21,5 @@ from .merging.report import pair_cells as pair_cells
 from .merging.report import shown_error as shown_error
 from .merging.report import worst_layers as worst_layers
 from .resizing.record import Resized as Resized
-from .resizing.resize import Dtype as Dtype
 from .resizing.resize import resize as resize
+from .rounding import torch_dtype as torch_dtype

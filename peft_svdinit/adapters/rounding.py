@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..factors import LoraInit
+from .dtypes import Dtype
 
 
 def rounded(init: LoraInit, dtype: torch.dtype) -> LoraInit:
@@ -46,3 +47,8 @@ def rounding_error(exact: LoraInit, stored: LoraInit) -> float:
     right = torch.cat([A, A - stored.lora_A.double()])
     squared = ((left.mT @ left) * (right @ right.mT)).sum().item()
     return math.sqrt(max(0.0, squared))
+
+
+def torch_dtype(name: Dtype) -> torch.dtype:
+    """The dtype of a name."""
+    return getattr(torch, name)

@@ -1,4 +1,8 @@
-"""`svdinit <verb>`: work on artefacts from the command line."""
+"""`svdinit <verb>`: work on artefacts from the command line.
+
+The verbs reach the rooms through their faces, which load what is asked for when it is: help and
+wrong options are answered without torch, transformers or PEFT.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..training import parse_options, refusal
+from ..training import REFUSALS, as_typed
 from . import analyze, compare, environment, export, extract, mask, merge, resize, synthesize
+from .arguments import parsed
 
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "synthesize": (synthesize.SynthesizeOptions, synthesize.run),
@@ -37,21 +42,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(_failure(f"unknown verb {verb!r}; the verbs: {', '.join(VERBS)}"))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     options_class, run = VERBS[verb]
-    description = (options_class.__doc__ or "").strip()
-    (options,) = parse_options(
-        [options_class], rest, description=description, prog=f"svdinit {verb}"
-    )
+    options = parsed(options_class, rest, prog=f"svdinit {verb}")
     try:
         run(options)
-    except Exception as error:
-        message = refusal(error, [options])
-        if message is None:
-            raise
-        raise SystemExit(_failure(message, verb)) from error
+    except REFUSALS as error:
+        raise SystemExit(_failure(as_typed(str(error), [options]), verb)) from error
 
 
 def _failure(message: str, verb: str = "") -> int:
-    print(f"svdinit{' ' if verb else ''}{verb}: error: {message}", file=sys.stderr)
+    name = f"svdinit {verb}".strip()
+    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from ..analysis import LayerIntruders, find_intruders, write_factors_analysis
-from ..factors import (
-    CheckpointPair,
-    FactorsFile,
-    LoraAdapter,
-    LowRankFactors,
-    factors_of_adapter,
-    factors_of_checkpoints,
-)
-from ..linalg import frobenius_norm
-from ..models import BaseSample, Checkpoint, LinearWeights, first_difference
+from .. import analysis, factors, linalg, models
 from .paths import model_source, refuse_file
 from .summary import print_analysis
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -88,7 +80,7 @@ class AnalyzeOptions:
 class _Subject:
     """Factors of the deltas, and where the base is at hand the weights before and after."""
 
-    factors: Mapping[str, LowRankFactors]
+    deltas: Mapping[str, factors.LowRankFactors]
     source: dict
     base: Mapping[str, Tensor] | None
     tuned: Callable[[str], Tensor] | None
@@ -98,16 +90,16 @@ def run(options: AnalyzeOptions) -> None:
     refuse_file(options.output_dir, "output_dir")
     subject = _checkpoints(options) if options.tuned else _factors(options)
     norms: dict[str, float] | None = None
-    intruders: list[LayerIntruders] | None = None
+    intruders: list[analysis.LayerIntruders] | None = None
     if subject.base is not None and subject.tuned is not None:
         norms, intruders = {}, [] if options.intruders else None
-        for name in tqdm(subject.factors, desc="Base weights", unit="layer", disable=None):
+        for name in tqdm(subject.deltas, desc="Base weights", unit="layer", disable=None):
             weight = subject.base[name]
-            norms[name] = frobenius_norm(weight)
+            norms[name] = linalg.frobenius_norm(weight)
             if intruders is not None:
-                intruders.append(find_intruders(name, weight, subject.tuned(name)))
-    analysis = write_factors_analysis(
-        subject.factors,
+                intruders.append(analysis.find_intruders(name, weight, subject.tuned(name)))
+    written = analysis.write_factors_analysis(
+        subject.deltas,
         options.output_dir,
         rank=options.lora_r,
         source=subject.source,
@@ -118,17 +110,17 @@ def run(options: AnalyzeOptions) -> None:
         intruders=intruders,
         plots=options.plots,
     )
-    print_analysis(analysis, options.output_dir)
+    print_analysis(written, options.output_dir)
 
 
 def _checkpoints(options: AnalyzeOptions) -> _Subject:
     targets = options.target_modules
-    pair = CheckpointPair(
+    pair = factors.CheckpointPair(
         model_source(str(options.base)),
         model_source(str(options.tuned)),
         target_modules=targets[0] if targets == ["all-linear"] else targets,
     )
-    extraction = factors_of_checkpoints(
+    extraction = factors.factors_of_checkpoints(
         pair, options.rank, base_model_name_or_path=str(options.base)
     )
     return _Subject(
@@ -139,27 +131,31 @@ def _checkpoints(options: AnalyzeOptions) -> _Subject:
 def _factors(options: AnalyzeOptions) -> _Subject:
     base = model_source(options.base) if options.base else None
     if options.factors:
-        factors = FactorsFile(options.factors)
-        metadata = factors.metadata
-        shapes = {name: factors.shape_of(name) for name in factors}
+        held = factors.FactorsFile(options.factors)
+        metadata = held.metadata
+        shapes = {name: held.shape_of(name) for name in held}
     else:
-        extraction = factors_of_adapter(LoraAdapter(str(options.adapter)), base=base)
-        factors, metadata = extraction.factors, extraction.metadata
-        shapes = {name: layer.shape for name, layer in factors.items()}
+        extraction = factors.factors_of_adapter(
+            factors.LoraAdapter(str(options.adapter)), base=base
+        )
+        held, metadata = extraction.factors, extraction.metadata
+        shapes = {name: layer.shape for name, layer in held.items()}
     if base is None:
-        return _Subject(factors, asdict(metadata), None, None)
-    weights = LinearWeights(Checkpoint(base, argument="base"), target_modules=list(factors))
-    _check_base(weights, factors, shapes, str(options.base))
+        return _Subject(held, asdict(metadata), None, None)
+    weights = models.LinearWeights(
+        models.Checkpoint(base, argument="base"), target_modules=list(held)
+    )
+    _check_base(weights, held, shapes, str(options.base))
 
     def tuned(name: str) -> Tensor:
-        return weights[name] + factors[name].dense()
+        return weights[name] + held[name].dense()
 
-    return _Subject(factors, asdict(metadata), weights, tuned)
+    return _Subject(held, asdict(metadata), weights, tuned)
 
 
 def _check_base(
-    weights: LinearWeights,
-    factors: Mapping[str, LowRankFactors],
+    weights: models.LinearWeights,
+    held: Mapping[str, factors.LowRankFactors],
     shapes: Mapping[str, tuple[int, int]],
     base: str,
 ) -> None:
@@ -171,9 +167,9 @@ def _check_base(
                 f"base: {base} has no linear layer {name} of shape {shape} (out, in): not the "
                 "base model of these deltas?"
             )
-    if not isinstance(factors, FactorsFile):
+    if not isinstance(held, factors.FactorsFile):
         return
-    difference = first_difference(_base_entries(weights, factors))
+    difference = models.first_difference(_base_entries(weights, held))
     if difference is not None:
         raise ValueError(
             f"base: the weights of {difference} in {base} are not those that the factors were "
@@ -182,10 +178,10 @@ def _check_base(
 
 
 def _base_entries(
-    weights: LinearWeights, factors: FactorsFile
-) -> Iterator[tuple[str, Tensor, BaseSample]]:
-    for name in factors:
-        sample = factors.base_sample(name)
+    weights: models.LinearWeights, held: factors.FactorsFile
+) -> Iterator[tuple[str, Tensor, models.BaseSample]]:
+    for name in held:
+        sample = held.base_sample(name)
         if sample is not None:
-            positions = sample.positions(factors.shape_of(name))
+            positions = sample.positions(held.shape_of(name))
             yield name, weights.entries(name, positions), sample

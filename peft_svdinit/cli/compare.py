@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from ..analysis import write_comparison
-from ..training import read_run
+from .. import analysis, training
 from .paths import refuse_file
 
 
@@ -23,8 +22,8 @@ class CompareOptions:
 
 def run(options: CompareOptions) -> None:
     refuse_file(options.output_dir, "output_dir")
-    paths = write_comparison(
-        [read_run(folder) for folder in options.runs],
+    paths = analysis.write_comparison(
+        [training.read_run(folder) for folder in options.runs],
         {},
         options.output_dir,
         reference=options.reference,

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-import torch
-
-from ..training import describe_environment
+from .. import training
 
 
 @dataclass(frozen=True)
@@ -16,5 +14,7 @@ class EnvironmentOptions:
 
 
 def run(options: EnvironmentOptions) -> None:
+    import torch  # Only here: help and wrong options are answered without it.
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps(describe_environment(device), indent=2))
+    print(json.dumps(training.describe_environment(device), indent=2))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-
-from ..adapters import ExportedAdapter, compact_adapter_folder, export_adapter, write_stock_adapter
-from ..factors import FactorsFile
-from ..linalg import rank_for_energy
-from ..masks import load_compact
+from .. import adapters, factors, linalg, masks
 from .paths import model_source, refuse_file
+
+if TYPE_CHECKING:
+    import torch
 
 _DEFAULT_RANK = 16
 
@@ -96,11 +94,12 @@ class ExportOptions:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype or ("bfloat16" if self.compact else "float32"))
+        return adapters.torch_dtype(self.dtype or ("bfloat16" if self.compact else "float32"))
 
 
 def run(options: ExportOptions) -> None:
-    refuse_file(options.output_dir, "output_dir")
+    if not options.compact:  # which may be written to a file by name
+        refuse_file(options.output_dir, "output_dir")
     if options.factors is not None:
         _export_factors(options, options.factors)
     elif options.adapter is not None:
@@ -109,11 +108,13 @@ def run(options: ExportOptions) -> None:
 
 def _export_adapter(options: ExportOptions, adapter: str) -> None:
     if options.compact:
-        file = compact_adapter_folder(adapter, options.output_dir, dtype=options.torch_dtype)
+        file = adapters.compact_adapter_folder(
+            adapter, options.output_dir, dtype=options.torch_dtype
+        )
         print(f"Compact adapter of {file.stat().st_size:,} bytes: {file}")
         return
-    compact = load_compact(adapter)
-    folder = write_stock_adapter(compact, options.output_dir, dtype=options.torch_dtype)
+    compact = masks.load_compact(adapter)
+    folder = adapters.write_stock_adapter(compact, options.output_dir, dtype=options.torch_dtype)
     mask = compact.mask
     print(
         f"Stock LoRA of {len(mask.layers)} layers, {mask.kept:,} of {mask.size:,} entries of B "
@@ -121,14 +122,14 @@ def _export_adapter(options: ExportOptions, adapter: str) -> None:
     )
 
 
-def _export_factors(options: ExportOptions, factors: str) -> None:
-    file = FactorsFile(factors)
+def _export_factors(options: ExportOptions, path: str) -> None:
+    file = factors.FactorsFile(path)
     base = model_source(options.base) if options.base else None
     if options.energy is not None:
         ranks = {name: _rank_of(file, name, options.energy) for name in file}
     else:
         ranks = _DEFAULT_RANK if options.lora_r is None else options.lora_r
-    exported = export_adapter(
+    exported = adapters.export_adapter(
         file,
         ranks,
         options.output_dir,
@@ -142,9 +143,9 @@ def _export_factors(options: ExportOptions, factors: str) -> None:
     _print(exported, options)
 
 
-def _rank_of(file: FactorsFile, name: str, energy: float) -> int:
+def _rank_of(file: factors.FactorsFile, name: str, energy: float) -> int:
     layer = file[name]
-    rank = rank_for_energy(layer.S, layer.norm, energy)
+    rank = linalg.rank_for_energy(layer.S, layer.norm, energy)
     if rank is None:
         raise ValueError(
             f"energy={energy}: the {layer.rank} triplets held for layer {name} keep "
@@ -153,7 +154,7 @@ def _rank_of(file: FactorsFile, name: str, energy: float) -> int:
     return rank
 
 
-def _print(exported: ExportedAdapter, options: ExportOptions) -> None:
+def _print(exported: adapters.ExportedAdapter, options: ExportOptions) -> None:
     kept = [layer.rank for layer in exported.layers.values() if layer.rank]
     ranks = (
         f"rank {kept[0]}"

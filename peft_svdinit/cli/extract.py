@@ -6,26 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from ..adapters import (
-    AdapterForm,
-    estimate,
-    extract_adapter,
-    factorisation,
-    factorised,
-    stored_spectra,
-)
-from ..analysis import write_teacher
-from ..factors import (
-    CheckpointPair,
-    Extraction,
-    FactorsMetadata,
-    LoraAdapter,
-    RankRule,
-    checkpoint_samples,
-    factors_of_adapter,
-)
+from .. import adapters, analysis, factors
 from .paths import model_source, refuse_file
 from .summary import print_analysis
 
@@ -153,13 +134,13 @@ class ExtractOptions:
             if entry.name not in known and getattr(self, entry.name) != default:
                 raise ValueError(f"{entry.name} does not apply to {kind}; leave it out")
 
-    def rule(self) -> RankRule:
+    def rule(self) -> factors.RankRule:
         """What is said about ranks."""
         budget = self.max_parameters
         if self.max_bytes is not None:
             if budget is not None:
                 raise ValueError("max_parameters and max_bytes exclude each other")
-            size = getattr(torch, self.dtype).itemsize
+            size = adapters.BYTES[self.dtype]
             if self.max_bytes < size:
                 raise ValueError(
                     f"max_bytes must be at least {size}, one parameter of {self.dtype}, got "
@@ -168,7 +149,7 @@ class ExtractOptions:
             budget = self.max_bytes // size
         others = [self.energy, self.error, budget]
         alone = all(wish is None for wish in others)
-        return RankRule(
+        return factors.RankRule(
             rank=_DEFAULT_RANK if self.rank is None and alone else self.rank,
             energy=self.energy,
             error=self.error,
@@ -176,9 +157,9 @@ class ExtractOptions:
             max_rank=_DEFAULT_MAX_RANK if self.max_rank is None and not alone else self.max_rank,
         )
 
-    def pair(self) -> CheckpointPair:
+    def pair(self) -> factors.CheckpointPair:
         """The two checkpoints."""
-        return CheckpointPair(
+        return factors.CheckpointPair(
             model_source(str(self.base)),
             model_source(str(self.tuned)),
             target_modules=_choice(self.target_modules),
@@ -211,18 +192,20 @@ def run(options: ExtractOptions) -> None:
 def _run(options: ExtractOptions) -> None:
     if options.adapter:
         base = model_source(options.base) if options.base else None
-        _write_factors(factors_of_adapter(LoraAdapter(options.adapter), base=base), options, {})
+        _write_factors(
+            factors.factors_of_adapter(factors.LoraAdapter(options.adapter), base=base), options, {}
+        )
         return
     pair, rule = options.pair(), options.rule()
-    form = AdapterForm(
+    form = adapters.AdapterForm(
         uniform=options.uniform_rank,
         split=options.split,
-        dtype=getattr(torch, options.dtype),
+        dtype=adapters.torch_dtype(options.dtype),
         modules_to_save=options.modules_to_save,
         verify=options.verify,
     )
     if options.dry_run:
-        plan = estimate(
+        plan = adapters.estimate(
             pair,
             rule,
             form,
@@ -234,7 +217,7 @@ def _run(options: ExtractOptions) -> None:
     elif options.save_as == "factors":
         _factors(pair, rule, options)
     else:
-        extracted = extract_adapter(
+        extracted = adapters.extract_adapter(
             pair,
             options.output_dir,
             rule,
@@ -249,13 +232,13 @@ def _run(options: ExtractOptions) -> None:
         print(f"Adapter: {extracted.folder}")
 
 
-def _factors(pair: CheckpointPair, rule: RankRule, options: ExtractOptions) -> None:
-    factorise = factorisation(rule, seed=options.seed, device=options.device)
+def _factors(pair: factors.CheckpointPair, rule: factors.RankRule, options: ExtractOptions) -> None:
+    factorise = adapters.factorisation(rule, seed=options.seed, device=options.device)
     target = Path(options.output_dir).expanduser().resolve()
-    job = factorised(pair, target, factorise, read_ahead=options.read_ahead)
+    job = adapters.factorised(pair, target, factorise, read_ahead=options.read_ahead)
     with job as (store, unchanged):
-        stored_spectra(store, pair)
-        metadata = FactorsMetadata(
+        adapters.stored_spectra(store, pair)
+        metadata = factors.FactorsMetadata(
             base_model_name_or_path=options.base,
             base_model_revision=options.base_revision,
             source={"kind": "checkpoints"},
@@ -265,7 +248,9 @@ def _factors(pair: CheckpointPair, rule: RankRule, options: ExtractOptions) -> N
         uncovered = {tensor.key: tensor.relative_change for tensor in pair.uncovered()}
         unchanged()
         _write_factors(
-            Extraction(store, metadata, checkpoint_samples(pair)), options, {"uncovered": uncovered}
+            factors.Extraction(store, metadata, factors.checkpoint_samples(pair)),
+            options,
+            {"uncovered": uncovered},
         )
     if uncovered:
         print(
@@ -274,13 +259,13 @@ def _factors(pair: CheckpointPair, rule: RankRule, options: ExtractOptions) -> N
         )
 
 
-def _write_factors(extraction: Extraction, options: ExtractOptions, notes: dict) -> None:
+def _write_factors(extraction: factors.Extraction, options: ExtractOptions, notes: dict) -> None:
     held = min(layer.rank for layer in extraction.factors.values())
-    analysis = write_teacher(
+    written = analysis.write_teacher(
         extraction,
         options.output_dir,
         rank=min(options.lora_r, held),
         notes=notes,
         plots=options.plots,
     )
-    print_analysis(analysis, options.output_dir)
+    print_analysis(written, options.output_dir)

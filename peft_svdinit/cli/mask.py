@@ -6,46 +6,20 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor
+from .. import analysis, factors, files, masks, models
+from .paths import refuse_file
 
-from ..analysis import (
-    REPORT,
-    Delta,
-    compare_masks,
-    comparison_in_words,
-    mask_in_words,
-    write_mask_comparison,
-    write_mask_report,
-)
-from ..factors import LoraAdapter
-from ..files import resolve_folder
-from ..masks import (
-    MASK_FILE_NAME,
-    AdapterShapes,
-    Choice,
-    LoriMask,
-    check_density,
-    check_scope,
-    load_mask,
-    magnitude_mask,
-    random_mask,
-    reference_mask,
-    save_mask,
-    shapes_of_factors,
-    teacher_mask,
-)
-from ..models import CONFIG_NAME
-from .paths import model_source, refuse_file
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Source = Literal["magnitude", "teacher", "random", "reference", "gradient"]
+Source = Literal["magnitude", "teacher", "random", "gradient"]
 # What each source reads; the first of them that is given is enough.
 _READS = {
     "magnitude": ("adapter",),
     "teacher": ("factors",),
     "random": ("adapter", "factors"),
-    "reference": ("adapter", "base"),
 }
 
 
@@ -58,7 +32,6 @@ class MaskOptions:
 
     _known_as: ClassVar = {
         "factors": ["svd_factors"],
-        "reference_mask": ["mask"],
         "exclude": ["lori_mask"],
         "show": ["lori_mask", "adapter"],
     }
@@ -68,24 +41,18 @@ class MaskOptions:
         default=None,
         metadata={
             "help": "magnitude: the largest |B| of a trained adapter. teacher: of the best B for a "
-            "teacher's factors, without training. random. reference: a *_mask.pt of the reference "
-            "implementation. Masks by gradients are made by recipes/train_lori.py."
+            "teacher's factors, without training. random. Masks by gradients are made by "
+            "recipes/train_lori.py."
         },
     )
     adapter: str | None = field(
         default=None,
         metadata={
             "help": "PEFT folder or Hub id: a LoRI-D adapter (lori_density=1) for magnitude; for "
-            "random and reference any with the same layers."
+            "random any with the same layers."
         },
     )
     factors: str | None = field(default=None, metadata={"help": "Factors file, folder or Hub id."})
-    reference_mask: str | None = field(
-        default=None, metadata={"help": "The *_mask.pt of source reference."}
-    )
-    base: str | None = field(
-        default=None, metadata={"help": "Base model of source reference, in place of an adapter."}
-    )
     rank: int | None = field(default=None, metadata={"help": "Of the adapter, with factors."})
     seed: int | None = field(
         default=None,
@@ -135,31 +102,17 @@ class MaskOptions:
         reads = _READS[str(self.source)]
         if not any(getattr(self, option) for option in reads):
             raise ValueError(f"source {self.source} needs {' or '.join(reads)}")
-        inputs = {"adapter", "factors", "base", "reference_mask"}
-        own = {*reads, "reference_mask"} if self.source == "reference" else set(reads)
-        self._refuse(
-            f"source {self.source}", {name for name in inputs - own if getattr(self, name)}
-        )
-        if self.source == "reference":
-            if not self.reference_mask or self.seed is None:
-                raise ValueError(
-                    "source reference needs reference_mask and seed: the seed of the adapter to be "
-                    "trained, for the file records none"
-                )
-            self._refuse("source reference", self._choosing() & {"density", "scope", "floor"})
-            self._refuse("source reference", {"exclude"} if self.exclude else set())
-            self._refuse(
-                "source reference with adapter", {"base"} if self.adapter and self.base else set()
-            )
+        others = {name for name in ("adapter", "factors") if getattr(self, name)} - set(reads)
+        self._refuse(f"source {self.source}", others)
         if bool(self.factors) != (self.rank is not None) or (self.factors and self.adapter):
             raise ValueError("give factors and rank together, and no adapter beside them")
         density = 0.1 if self.density is None else self.density
-        check_density(density)
-        check_scope(self.scope or "global", density)
+        masks.check_density(density)
+        masks.check_scope(self.scope or "global", density)
 
     def _choosing(self) -> set[str]:
         """Options in use that say how a mask is made."""
-        options = ("adapter", "factors", "reference_mask", "base", "rank", "seed", "density")
+        options = ("adapter", "factors", "rank", "seed", "density")
         given = {name for name in (*options, "scope", "floor") if getattr(self, name) is not None}
         return given | ({"exclude"} if self.exclude else set())
 
@@ -178,76 +131,72 @@ def run(options: MaskOptions) -> None:
         _show(options.show, output, options.plots)
         return
     mask, lora_B = _made(options)
-    statistics = write_mask_report(mask, output, lora_B=lora_B, plots=options.plots)
-    path = save_mask(output, mask)
-    print("\n".join(mask_in_words(mask, statistics)))
-    print(f"Mask: {path}\nReport: {output / f'{REPORT}.md'}")
+    statistics = analysis.write_mask_report(mask, output, lora_B=lora_B, plots=options.plots)
+    path = masks.save_mask(output, mask)
+    print("\n".join(analysis.mask_in_words(mask, statistics)))
+    print(f"Mask: {path}\nReport: {output / f'{analysis.REPORT}.md'}")
 
 
 def _refuse_mask_in_use(output: Path, exclude: list[str]) -> None:
     """Raise ValueError if the mask to be written would replace an adapter's or one that is read."""
-    if (output / MASK_FILE_NAME).is_file() and (output / CONFIG_NAME).is_file():
+    if (output / masks.MASK_FILE_NAME).is_file() and (output / models.CONFIG_NAME).is_file():
         raise ValueError(
-            f"output: {output} holds an adapter with its {MASK_FILE_NAME}, which would be replaced "
-            "by another; choose another folder"
+            f"output: {output} holds an adapter with its {masks.MASK_FILE_NAME}, which would be "
+            "replaced by another; choose another folder"
         )
-    written = (output / MASK_FILE_NAME).resolve()
+    written = (output / masks.MASK_FILE_NAME).resolve()
     for path in exclude:
         read = Path(path).expanduser().resolve()
-        if written in (read, read / MASK_FILE_NAME):
+        if written in (read, read / masks.MASK_FILE_NAME):
             raise ValueError(
                 f"output must not be the folder of a mask in exclude, got {output}; choose another"
             )
 
 
-def _made(options: MaskOptions) -> tuple[LoriMask, dict[str, Tensor] | None]:
+def _made(options: MaskOptions) -> tuple[masks.LoriMask, dict[str, Tensor] | None]:
     """The mask, and the B to measure it by."""
-    choice = Choice(
+    choice = masks.Choice(
         density=0.1 if options.density is None else options.density,
         scope=options.scope or "global",
         floor=options.floor or 0.0,
-        exclude=tuple(load_mask(path) for path in options.exclude),
+        exclude=tuple(masks.load_mask(path) for path in options.exclude),
     )
-    adapter = None if options.adapter is None else AdapterShapes(options.adapter)
+    adapter = None if options.adapter is None else masks.AdapterShapes(options.adapter)
     if options.source == "magnitude" and adapter is not None:
-        return magnitude_mask(adapter, choice, options.seed), adapter.lora_B
+        return masks.magnitude_mask(adapter, choice, options.seed), adapter.lora_B
     if options.source == "teacher" and options.factors and options.rank is not None:
-        return teacher_mask(options.factors, options.rank, choice, options.seed or 0)
-    if options.source == "reference" and options.reference_mask and options.seed is not None:
-        base = None if options.base is None else model_source(options.base)
-        return (
-            reference_mask(options.reference_mask, options.seed, adapter=adapter, base=base),
-            None,
-        )
+        return masks.teacher_mask(options.factors, options.rank, choice, options.seed or 0)
     if adapter is not None:
         seed = adapter.recorded_seed() if options.seed is None else options.seed
-        mask = random_mask(adapter.shapes, adapter.in_features, choice, seed or 0, adapter.base)
+        mask = masks.random_mask(
+            adapter.shapes, adapter.in_features, choice, seed or 0, adapter.base
+        )
         return mask, adapter.lora_B
-    shapes, in_features, base = shapes_of_factors(str(options.factors), options.rank or 0)
-    return random_mask(shapes, in_features, choice, options.seed or 0, base), None
+    shapes, in_features, base = masks.shapes_of_factors(str(options.factors), options.rank or 0)
+    return masks.random_mask(shapes, in_features, choice, options.seed or 0, base), None
 
 
 def _show(paths: list[str], output: Path, plots: bool) -> None:
-    masks, adapters = {}, {}
+    shown, adapters = {}, {}
     for label, path in _labels(paths).items():
-        masks[label] = load_mask(path)
+        shown[label] = masks.load_mask(path)
         if not Path(path).expanduser().is_file():
-            folder = resolve_folder(path, argument="show")
-            if (folder / CONFIG_NAME).is_file():
-                adapters[label] = LoraAdapter(folder)
-    if len(masks) == 1:
-        (label,) = masks
+            folder = files.resolve_folder(path, argument="show")
+            if (folder / models.CONFIG_NAME).is_file():
+                adapters[label] = factors.LoraAdapter(folder)
+    if len(shown) == 1:
+        (label,) = shown
         lora_B = {name: p.lora_B for name, p in adapters[label].items()} if adapters else None
-        statistics = write_mask_report(masks[label], output, lora_B=lora_B, plots=plots)
-        print("\n".join(mask_in_words(masks[label], statistics)))
+        statistics = analysis.write_mask_report(shown[label], output, lora_B=lora_B, plots=plots)
+        print("\n".join(analysis.mask_in_words(shown[label], statistics)))
     else:
         deltas = {
-            label: _reader(label, adapter, masks[label]) for label, adapter in adapters.items()
+            label: _reader(label, adapter, shown[label]) for label, adapter in adapters.items()
         }
-        comparison = compare_masks(masks, deltas)
-        write_mask_comparison(comparison, masks, output, plots=plots)
-        print("\n".join(comparison_in_words(comparison)).replace("**", ""))
-    print(f"Report: {output / f'{REPORT}.md'}")
+        comparison = analysis.compare_masks(shown, deltas)
+        analysis.write_mask_comparison(comparison, shown, output, plots=plots)
+        print("\n".join(analysis.comparison_in_words(comparison)).replace("**", ""))
+    print(f"Report: {output / f'{analysis.REPORT}.md'}")
 
 
 def _labels(paths: list[str]) -> dict[str, str]:
@@ -264,8 +213,10 @@ def _labels(paths: list[str]) -> dict[str, str]:
     }
 
 
-def _reader(label: str, adapter: LoraAdapter, mask: LoriMask) -> Callable[[str], Delta]:
-    def read(name: str) -> Delta:
+def _reader(
+    label: str, adapter: factors.LoraAdapter, mask: masks.LoriMask
+) -> Callable[[str], analysis.Delta]:
+    def read(name: str) -> analysis.Delta:
         layer = adapter[name] if name in adapter else None
         expected = mask.masks[name].shape
         if layer is None or layer.lora_B.shape != expected:

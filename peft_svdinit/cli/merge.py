@@ -5,19 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..adapters import (
-    PAIR_COLUMNS,
-    Dtype,
-    MajoritySign,
-    Merged,
-    MergeMethod,
-    Method,
-    in_words,
-    merge,
-    pair_cells,
-    shown_error,
-    worst_layers,
-)
+from .. import adapters
 from .paths import refuse_file
 
 _WORST = 5
@@ -34,7 +22,7 @@ class MergeOptions:
 
     adapter: list[str] = field(metadata={"help": "PEFT LoRA folders or Hub ids, two at least."})
     output: str = field(metadata={"help": "Folder of the merged adapter and the reports."})
-    method: Method = field(
+    method: adapters.Method = field(
         default="cat",
         metadata={
             "help": "cat: exact, ranks add up. shared: exact at one rank, for adapters with one A. "
@@ -50,13 +38,13 @@ class MergeOptions:
     density: float | None = field(
         default=None, metadata={"help": "Share of entries kept, for ties, dare, magnitude_prune."}
     )
-    majority_sign_method: MajoritySign | None = field(
+    majority_sign_method: adapters.MajoritySign | None = field(
         default=None, metadata={"help": "How ties elects signs; total by default."}
     )
     seed: int | None = field(
         default=None, metadata={"help": "Of the entries that dare drops; 0 by default."}
     )
-    dtype: Dtype | None = field(
+    dtype: adapters.Dtype | None = field(
         default=None, metadata={"help": "Of the output; by default that of the inputs."}
     )
 
@@ -68,15 +56,15 @@ class MergeOptions:
             )
 
     @property
-    def merge_method(self) -> MergeMethod:
-        return MergeMethod(
+    def merge_method(self) -> adapters.MergeMethod:
+        return adapters.MergeMethod(
             self.method, self.rank, self.density, self.majority_sign_method, self.seed
         )
 
 
 def run(options: MergeOptions) -> None:
     refuse_file(options.output, "output")
-    merged = merge(
+    merged = adapters.merge(
         options.adapter,
         options.output,
         options.merge_method,
@@ -87,10 +75,10 @@ def run(options: MergeOptions) -> None:
     print("\n".join(_summary(merged)))
 
 
-def _summary(merged: Merged) -> list[str]:
-    lines = [in_words(merged), f"{'worst layers':<60} {'rank':>5} {'error':>9}"]
-    for layer in worst_layers(merged, _WORST):
-        error = shown_error(layer.relative_error)
+def _summary(merged: adapters.Merged) -> list[str]:
+    lines = [adapters.in_words(merged), f"{'worst layers':<60} {'rank':>5} {'error':>9}"]
+    for layer in adapters.worst_layers(merged, _WORST):
+        error = adapters.shown_error(layer.relative_error)
         lines.append(f"{layer.name[-60:]:<60} {layer.rank:>5} {error:>9}")
     if merged.left_out:
         lines.append(f"Left out, for their weight is 0: {', '.join(merged.left_out)}.")
@@ -100,10 +88,12 @@ def _summary(merged: Merged) -> list[str]:
         )
     if merged.pairs:
         widths = (8, 9, 12, 15, 15, 8, 9)
-        header = [f"{name:>{width}}" for name, width in zip(PAIR_COLUMNS, widths, strict=True)]
+        header = [
+            f"{name:>{width}}" for name, width in zip(adapters.PAIR_COLUMNS, widths, strict=True)
+        ]
         lines.append(" ".join([f"{'pair':<6}", *header]))
         for pair in merged.pairs:
-            found = pair_cells(pair.interference)
+            found = adapters.pair_cells(pair.interference)
             cells = [f"{cell:>{width}}" for cell, width in zip(found, widths, strict=True)]
             lines.append(" ".join([f"{f'{pair.first + 1}, {pair.second + 1}':<6}", *cells]))
     if merged.shares_A and merged.method.name != "shared":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..training import resolve_model
+from .. import training
 
 
 def model_source(name: str) -> str:
@@ -13,7 +13,7 @@ def model_source(name: str) -> str:
     Raises:
         ValueError, ModuleNotFoundError, TimeoutError: as `resolve_model`.
     """
-    source = resolve_model(name)
+    source = training.resolve_model(name)
     return str(Path(source).expanduser()) if source.startswith("~") else source
 
 

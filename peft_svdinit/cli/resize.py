@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ..adapters import Resized, resize
-from ..factors import RankTarget
+from .. import adapters, factors
 from .paths import refuse_file
 
 _WORST = 5
@@ -57,8 +56,8 @@ class ResizeOptions:
             )
 
     @property
-    def target(self) -> RankTarget:
-        return RankTarget(
+    def target(self) -> factors.RankTarget:
+        return factors.RankTarget(
             rank=self.rank,
             energy=self.energy,
             error=self.error,
@@ -70,7 +69,7 @@ class ResizeOptions:
 
 def run(options: ResizeOptions) -> None:
     refuse_file(Path(options.output).parent, "output")
-    resized = resize(
+    resized = adapters.resize(
         options.adapter,
         options.output,
         options.target,
@@ -81,7 +80,7 @@ def run(options: ResizeOptions) -> None:
     print("\n".join(_summary(resized)))
 
 
-def _summary(resized: Resized) -> list[str]:
+def _summary(resized: adapters.Resized) -> list[str]:
     ranks = [layer.rank for layer in resized.layers]
     spread = f"{ranks[0]}" if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
     before, after = resized.parameters_before, resized.parameters

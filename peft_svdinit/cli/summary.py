@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..analysis import Analysis
+from .. import analysis
 
 
-def print_analysis(analysis: Analysis, output_dir: str) -> None:
+def print_analysis(analysis: analysis.Analysis, output_dir: str) -> None:
     """Two lines in words, and where the files are."""
     print(
         f"{len(analysis.layers)} layers; rank {analysis.rank} keeps {analysis.energy_ratio:.1%} of "

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..analysis import write_teacher
-from ..factors import LoraAdapter, Synthesis, factors_of_adapter
+from .. import analysis, factors
 from .paths import model_source, refuse_file
 from .summary import print_analysis
 
@@ -36,12 +35,14 @@ class SynthesizeOptions:
 
 def run(options: SynthesizeOptions) -> None:
     refuse_file(options.output_dir, "output_dir")
-    adapter = LoraAdapter(options.adapter)
-    synthesis = Synthesis(options.rank, options.tail_decay, options.noise_share, options.seed)
+    adapter = factors.LoraAdapter(options.adapter)
+    synthesis = factors.Synthesis(
+        options.rank, options.tail_decay, options.noise_share, options.seed
+    )
     base = model_source(options.base) if options.base else None
-    extraction = factors_of_adapter(adapter, synthesis=synthesis, base=base)
+    extraction = factors.factors_of_adapter(adapter, synthesis=synthesis, base=base)
     original = {name: adapter[name].factors() for name in adapter}
-    analysis = write_teacher(
+    written = analysis.write_teacher(
         extraction, options.output_dir, rank=options.lora_r, original=original, plots=options.plots
     )
-    print_analysis(analysis, options.output_dir)
+    print_analysis(written, options.output_dir)

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 FACTORS_FILE_NAME = "factors.safetensors"
 FORMAT_VERSION = 1
-_HEADER_KEY = "peft_svdinit.factors.low_rank"
+_HEADER_KEY = "peft_svdinit.factors"
 _SAMPLE, _FIRST_ROW = "base_entries", "base"
 
 

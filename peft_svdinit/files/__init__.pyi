@@ -15,3 +15,4 @@ from .locate import resolve_folder as resolve_folder
 from .tensor_file import TensorFile as TensorFile
 from .tensor_writer import TensorWriter as TensorWriter
 from .tensor_writer import target_file as target_file
+from .wrong_kind import WrongKind as WrongKind

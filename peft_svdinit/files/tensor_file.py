@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .locate import refuse_pickle
+from .wrong_kind import WrongKind
 
 _DTYPES = {
     "F64": torch.float64,
@@ -54,7 +55,7 @@ class TensorFile:
             ) from error
         for key, (shape, dtype) in found.items():
             if dtype not in _DTYPES:
-                raise TypeError(
+                raise WrongKind(
                     f"adapter: {key} in {path} is stored as {dtype}; an adapter must be in "
                     f"{', '.join(_DTYPES)}: dequantise it first"
                 )

@@ -2,7 +2,6 @@ from .from_disk import AdapterShapes as AdapterShapes
 from .from_disk import Choice as Choice
 from .from_disk import magnitude_mask as magnitude_mask
 from .from_disk import random_mask as random_mask
-from .from_disk import reference_mask as reference_mask
 from .from_disk import shapes_of_factors as shapes_of_factors
 from .from_disk import teacher_mask as teacher_mask
 from .making import mask_from_scores as mask_from_scores

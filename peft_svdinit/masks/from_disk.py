@@ -1,4 +1,4 @@
-"""Masks of B from what is on the disk: adapters, factors of a teacher, the reference's files."""
+"""Masks of B from what is on the disk: adapters, and factors of a teacher."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from torch import Tensor
 
 from ..factors import LORI_CONFIG, SIDECAR_NAME, FactorsFile, LoraAdapter
 from ..files import read_json
-from ..models import linear_modules, model_skeleton
 from .making import mask_from_scores
 from .mask import LoriMask
 from .projection import is_same_projection, random_projection
-from .reference_file import read_reference_mask
 from .scores import magnitude_scores, random_scores, teacher_scores
 
 logger = logging.getLogger(__name__)
@@ -184,69 +182,6 @@ def shapes_of_factors(
         {name: (out, _checked(rank)) for name, (out, _) in sizes.items()},
         {name: inputs for name, (_, inputs) in sizes.items()},
         file.metadata.base_model_name_or_path,
-    )
-
-
-def reference_mask(
-    path: str | os.PathLike,
-    seed: int,
-    *,
-    adapter: AdapterShapes | None = None,
-    base: str | os.PathLike | None = None,
-) -> LoriMask:
-    """A `*_mask.pt` of the reference implementation, over the A that `seed` draws.
-
-    Its positions within a row belong to an A that nobody recorded; a warning says so.
-
-    Args:
-        adapter: of the same layers, for the inputs of every layer.
-        base: or the folder of the base model.
-
-    Raises:
-        ValueError: as `read_reference_mask`, if the layers or shapes are others than the model's,
-            or the mask keeps everything or nothing.
-    """
-    masks = read_reference_mask(path)
-    if adapter is not None:
-        in_features, shapes, name_of_base = adapter.in_features, adapter.shapes, adapter.base
-        outputs = {name: shape[0] for name, shape in shapes.items()}
-    elif base is not None:
-        modules = linear_modules(model_skeleton(base), ".*")
-        in_features = {name: modules[name].in_features for name in modules}
-        outputs = {name: modules[name].out_features for name in modules}
-        name_of_base = os.fspath(base)
-    else:
-        raise ValueError(
-            "reference_mask records no size of A; give an adapter of the same layers, or the base"
-        )
-    for name, mask in masks.items():
-        if outputs.get(name) != mask.shape[0]:
-            raise ValueError(
-                f"reference_mask: layer {name} has {mask.shape[0]} outputs in {path}, the model "
-                f"{outputs.get(name, 'no such layer')}; a mask of another model?"
-            )
-    empty = [name for name, mask in masks.items() if not mask.any()]
-    kept = sum(int(mask.sum()) for mask in masks.values())
-    size = sum(mask.numel() for mask in masks.values())
-    if kept in (0, size):
-        raise ValueError(
-            f"reference_mask: {path} keeps {'every' if kept else 'no'} entry; the reference makes "
-            "such masks of a B that is mostly zero: train it longer and make the mask again"
-        )
-    if empty:
-        raise ValueError(
-            f"reference_mask: {path} keeps nothing in layer {empty[0]}, which would never be "
-            "trained; choose another mask, or make one with a floor from the adapter itself"
-        )
-    logger.warning("The A of %s is not known, " + _ONLY_BUDGETS + ".", path, seed)
-    return LoriMask.over(
-        masks,
-        in_features,
-        seed=seed,
-        # Rounded, so that k = int(0.1 N) of N entries is the density 0.1 that was asked for.
-        density=round(kept / size, 6) or kept / size,
-        source={"kind": "reference", "file": Path(path).name, "same_A": False},
-        base_model_name_or_path=name_of_base,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..files import WrongKind
 from .architecture import LinearModule, is_chosen, linear_modules, model_skeleton
 from .checkpoint import (
     _WEIGHT_DTYPES,
@@ -78,7 +79,7 @@ class LinearWeights(Mapping[str, Tensor]):
         argument = self.checkpoint.argument
         for packed in ("qweight", "weight_packed"):
             if self.checkpoint.stored_key(f"{name}.{packed}", self.prefix):
-                raise TypeError(
+                raise WrongKind(
                     f"{argument}: the weight of layer {name} is stored as {packed}: quantised "
                     "checkpoints have no delta; dequantise the model first"
                 )
@@ -91,7 +92,7 @@ class LinearWeights(Mapping[str, Tensor]):
     def _check(self, module: LinearModule, *, may_be_longer: bool) -> None:
         argument, key = self.checkpoint.argument, self.keys_of[module.name]
         if self.checkpoint.dtypes[key] not in _WEIGHT_DTYPES:
-            raise TypeError(
+            raise WrongKind(
                 f"{argument}: the weight of layer {module.name} is stored as "
                 f"{self.checkpoint.dtypes[key]}: quantised checkpoints have no delta; dequantise "
                 "the model first"

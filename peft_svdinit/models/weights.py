@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..files import WrongKind
+
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BITSANDBYTES = ("Params4bit", "Int8Params")
 
@@ -62,7 +64,7 @@ def base_weight(module: nn.Module, name: str, *, transposed: bool) -> Float[Tens
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
-        raise TypeError(
+        raise WrongKind(
             f"layer {name}: a {type(module).__name__} has no weight that can be read; take factors "
             "from the model in 16 or 32 bits, save them and use them as svd_factors"
         )
@@ -76,7 +78,7 @@ def base_weight(module: nn.Module, name: str, *, transposed: bool) -> Float[Tens
     with gather_params_ctx(module.parameters()):
         found = dequantised_weight(module)
         if found.dim() != 2 or found.dtype not in _PLAIN:
-            raise TypeError(
+            raise WrongKind(
                 f"layer {name}: a {type(module).__name__} with a weight of {found.dtype} cannot be "
                 "dequantised here; take factors from the model in 16 or 32 bits, save them and use "
                 "them as svd_factors"

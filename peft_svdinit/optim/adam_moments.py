@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..factors import LoraProduct
-from ..files import replacing
+from ..files import WrongKind, replacing
 from ..models import lora_key
 
 MOMENTS_FILE_NAME = "adam_moments.safetensors"
@@ -130,7 +130,7 @@ def save_moments(
     for key, parameter in lora_parameters(model).items():
         state = optimizer.state.get(parameter, {})
         if not _has_moments(state, parameter):
-            raise TypeError(
+            raise WrongKind(
                 f"{key}: the optimizer keeps no Adam moments for it; carrying moments over needs "
                 "optim=adamw_torch or adamw_torch_fused"
             )

@@ -13,11 +13,14 @@ from .memory import reset_peak_memory as reset_peak_memory
 from .models import ModelOptions as ModelOptions
 from .models import load_model as load_model
 from .models import load_tokenizer as load_tokenizer
+from .option_parser import OptionParser as OptionParser
 from .options import parse_options as parse_options
-from .options import refusal as refusal
 from .pipeline import Task as Task
 from .pipeline import run_tasks as run_tasks
 from .pipeline import selected_steps as selected_steps
+from .refusal import REFUSALS as REFUSALS
+from .refusal import as_typed as as_typed
+from .refusal import refusals_in_one_line as refusals_in_one_line
 from .runs import LOSS_CURVE as LOSS_CURVE
 from .runs import RUN_INFO as RUN_INFO
 from .runs import Run as Run

@@ -11,6 +11,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from ..factors import LoraAdapter
+from ..files import WrongKind
 from ..masks import (
     LoriMask,
     is_same_projection,
@@ -51,12 +52,12 @@ class LoriStart:
         layers = {module_name(name): layer for name, layer in lora_layers(model, adapter_name)}
         for name, layer in layers.items():
             if not is_linear(layer, adapter_name):
-                raise TypeError(
+                raise WrongKind(
                     f"layer {name} is a {type(layer).__name__}, whose B is no matrix; LoRI is for "
                     "linear layers: leave it out of target_modules"
                 )
             if getattr(layer.get_base_layer(), "_hf_device_mesh", None) is not None:
-                raise TypeError(
+                raise WrongKind(
                     f"layer {name} is split by tensor parallelism, which LoRI does not know: its "
                     "values are not rows of B; load the base without a tensor-parallel plan"
                 )

@@ -27,6 +27,7 @@ from ..factors import (
     WeightFactors,
     WeightSource,
 )
+from ..files import WrongKind
 from ..models import BaseSample, base_weight, entries_at, first_difference, is_plain
 from .adapter_layers import given_memory, is_linear, lora_layers, module_name, shortened
 from .config.lori import LoriConfig
@@ -170,7 +171,7 @@ def initialize_lora_from_factors(
     if config is None:
         raise ValueError(f"adapter_name={adapter_name!r}: the model has no adapter of that name")
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
-        raise TypeError(
+        raise WrongKind(
             f"adapter_name={adapter_name!r} was made with a {type(config).__name__}; only LoRA "
             "adapters start from factors: make it with a LoraConfig"
         )
@@ -246,7 +247,7 @@ def _check_layer(
     factors: Mapping[str, LowRankFactors],
 ) -> None:
     if not is_linear(layer, adapter_name):
-        raise TypeError(
+        raise WrongKind(
             f"layer {name} is a {type(layer).__name__}, which has no matrix delta; only linear "
             "layers can start from factors: leave it out of target_modules"
         )
@@ -281,7 +282,7 @@ def _check_can_subtract(name: str, layer: LoraLayer, adapter_name: str) -> None:
         or kind.resolve_lora_variant is not LoraLayer.resolve_lora_variant
     )
     if not is_linear(layer, adapter_name) or not consults_variants:
-        raise TypeError(
+        raise WrongKind(
             f"layer {name} is a {kind.__name__}, whose update can only be B A: leave it out of "
             'target_modules, or use another start than svd_start="reference"'
         )

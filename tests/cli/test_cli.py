@@ -136,7 +136,6 @@ READS = {
     "mask --source magnitude --adapter WRONG": "adapter",
     "mask --source teacher --rank 2 --factors WRONG": "factors",
     "mask --source random --adapter ADAPTER --exclude WRONG": "exclude",
-    "mask --source reference --seed 0 --adapter ADAPTER --reference_mask WRONG": "reference_mask",
     "mask --show WRONG": "show",
     "export --factors WRONG": "factors",
     "export --adapter WRONG": "adapter",
@@ -170,7 +169,6 @@ MODELS = (
     "analyze --base builtin:none --tuned MODEL",
     "analyze --base MODEL --tuned builtin:none",
     "analyze --adapter ADAPTER --base builtin:none",
-    "mask --source reference --seed 0 --reference_mask MODEL --base builtin:none",
 )
 
 

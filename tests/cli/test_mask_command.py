@@ -12,7 +12,6 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
-from support.malicious import Malicious
 from support.peft_fixtures import adapted_layers, make_scene
 from support.tiny_models import TARGETS, rewrite_tensors, tiny_model, trained_adapter
 
@@ -292,77 +291,6 @@ def test_a_random_mask_is_the_one_that_the_configuration_makes(folder, calibrate
     assert all(torch.equal(other.masks[name], made.masks[name]) for name in LAYERS)
 
 
-@pytest.fixture
-def reference(tmp_path: Path) -> Path:
-    """A mask as the reference writes it, of all layers of the tiny model's adapter."""
-    outputs = {"down_proj": 16, "q_proj": 16, "v_proj": 8}
-    generator = torch.Generator().manual_seed(0)
-    masks = {
-        f"base_model.model.{name}.lora_B.default.weight": torch.rand(
-            outputs[name.rpartition(".")[2]], RANK, generator=generator
-        )
-        < 0.25
-        for name in LAYERS
-    }
-    torch.save(masks, tmp_path / "0.75_mask.pt")
-    return tmp_path / "0.75_mask.pt"
-
-
-def test_a_mask_of_the_reference_is_imported_beside_an_adapter_or_a_base(
-    reference, stock, tmp_path, caplog, capsys
-):
-    tiny_model().save_pretrained(str(tmp_path / "base"))
-    source = f"mask --source reference --reference_mask {reference} --seed 2 --plots false"
-    main([*source.split(), "--adapter", str(stock), "--output", str(tmp_path / "a")])
-    assert "The A of" in caplog.text and "beside the A of seed 2" in caplog.text
-    main([*source.split(), "--base", str(tmp_path / "base"), "--output", str(tmp_path / "b")])
-    assert "chosen by the reference implementation" in capsys.readouterr().out
-    first, second = load_mask(tmp_path / "a"), load_mask(tmp_path / "b")
-    stored = torch.load(reference, weights_only=True)
-    for name, layer in first.layers.items():
-        key = f"base_model.model.{name}.lora_B.default.weight"
-        assert torch.equal(layer.mask, stored[key])
-        assert torch.equal(second.masks[name], stored[key])
-        assert second.layers[name].hash_A == layer.hash_A
-    assert first.density == pytest.approx(first.kept / first.size, abs=1e-6)
-    config = LoriConfig(
-        r=RANK,
-        lori_density=first.density,
-        lori_seed=2,
-        lori_mask=str(tmp_path / "a"),
-        target_modules=TARGETS["llama"],
-    )
-    model = get_peft_model(tiny_model(), config)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == first.kept
-
-
-def test_a_mask_of_the_reference_with_code_or_for_another_model_is_one_line(
-    reference, stock, tmp_path, capsys
-):
-    source = ["--source", "reference", "--seed", "2", "--output", tmp_path / "m"]
-    given = ["--reference_mask", reference]
-    with_adapter = [*source, "--adapter", stock]
-    stored = torch.load(reference, weights_only=True)
-    key = f"base_model.model.{LAYERS[0]}.lora_B.default.weight"
-    torch.save({**stored, "x": Malicious(tmp_path / "trap")}, reference)
-    assert "more than tensors and was not loaded" in refused([*with_adapter, *given], capsys)
-    assert not (tmp_path / "trap").exists()
-    torch.save({**stored, key: stored[key][1:]}, reference)
-    assert "has 15 outputs" in refused([*with_adapter, *given], capsys)
-    both = refused([*with_adapter, *given, "--base", tmp_path], capsys)
-    assert "source reference with adapter does not use base" in both
-    torch.save({**stored, key.replace("down", "gate"): stored[key]}, reference)
-    assert "the model no such layer" in refused([*with_adapter, *given], capsys)
-    for entry, said in ((True, "keeps every entry"), (False, "keeps no entry")):
-        torch.save({k: torch.full_like(mask, entry) for k, mask in stored.items()}, reference)
-        assert said in refused([*with_adapter, *given], capsys)
-    torch.save({**stored, key: torch.zeros_like(stored[key])}, reference)
-    message = refused([*with_adapter, *given], capsys)
-    assert f"keeps nothing in layer {LAYERS[0]}" in message
-    assert not (tmp_path / "m").exists()
-
-
 def test_a_home_folder_is_found(tmp_path, monkeypatch):
     lori_adapter(tmp_path / "one", lori_density=0.2)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -398,7 +326,6 @@ def test_entries_of_score_zero_are_warned_of(tmp_path, caplog):
         (["--rank", "4"], "give --factors and --rank together"),
         (["--source", "gradient"], "run recipes/train_lori.py --mask_source gradient"),
         (["--source", "teacher"], "source teacher needs factors"),
-        (["--source", "reference"], "source reference needs --reference_mask and --seed"),
         (["--source", "fisher"], "invalid choice"),
         (["--show", "a"], "give either source, to make a mask, or show"),
         (["--densty", "0.5"], "densty"),

@@ -24,7 +24,7 @@ from peft_svdinit.factors import FACTORS_FILE_NAME
 from peft_svdinit.factors.file import FORMAT_VERSION
 from peft_svdinit.files import TensorWriter, inside, is_local, resolve_file
 
-HEADER_KEY = "peft_svdinit.factors.low_rank"
+HEADER_KEY = "peft_svdinit.factors"
 METADATA = FactorsMetadata("org/base", "abc", {"kind": "adapter"}, "randomized", 3)
 
 

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.malicious import Malicious
 from support.strategies import seeds
 from support.tiny_models import truncate
 from torch import Tensor
@@ -34,11 +33,9 @@ from peft_svdinit.masks import (
     save_mask,
 )
 from peft_svdinit.masks.mask_file import pack, unpack
-from peft_svdinit.masks.reference_file import read_reference_mask
 
 HEADER_KEY = "peft_svdinit.lori"
 LAYERS = ("layers.2.q", "layers.10.q", "layers.10.up")
-KEY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_B.default.weight"
 
 
 def some_mask(seed: int = 0) -> LoriMask:
@@ -302,68 +299,3 @@ def test_a_file_of_scores_of_no_b_is_one_clear_error(tmp_path, change, shape, me
     write_headed(path, "peft_svdinit.lori_scores", {**header, **change}, tensors)
     with pytest.raises(ValueError, match=message):
         load_scores(path)
-
-
-def test_a_mask_of_the_reference_is_read_by_module_name(tmp_path):
-    masks = {KEY.format(layer): torch.rand(6, 4) < 0.3 for layer in (0, 11)}
-    torch.save(masks, tmp_path / "0.9_mask.pt")
-    found = read_reference_mask(tmp_path / "0.9_mask.pt")
-    assert found.keys() == {f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 11)}
-    for layer in (0, 11):
-        name = f"model.layers.{layer}.self_attn.q_proj"
-        assert torch.equal(found[name], masks[KEY.format(layer)])
-    # Masks as numbers, as the reference multiplies gradients by.
-    torch.save({key: mask.float() for key, mask in masks.items()}, tmp_path / "float_mask.pt")
-    as_numbers = read_reference_mask(tmp_path / "float_mask.pt")
-    assert all(torch.equal(as_numbers[name], found[name]) for name in found)
-
-
-@pytest.mark.parametrize("new_zip", [True, False])
-def test_code_in_a_mask_of_the_reference_is_not_run(tmp_path, new_zip):
-    trap, path = tmp_path / "trap", tmp_path / "0.9_mask.pt"
-    content = {KEY.format(0): torch.ones(2, 2, dtype=torch.bool), "x": Malicious(trap)}
-    torch.save(content, path, _use_new_zipfile_serialization=new_zip)
-    with pytest.raises(ValueError, match=r"mask: .*more than tensors and was not loaded"):
-        read_reference_mask(path)
-    assert not trap.exists()
-    torch.load(path, weights_only=False)
-    assert trap.exists()  # so that the test above can fail
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([torch.ones(2, 2)], "must map names of lora_B to masks"),
-        ({}, "must map names of lora_B to masks"),
-        ({"layers.0.weight": torch.ones(2, 2)}, "layers.0.weight in .* is no mask of a lora_B"),
-        ({KEY.format(0): 0.9}, "is no mask of a lora_B"),
-        ({KEY.format(0): torch.ones(2, 2, 1)}, "is no mask of a lora_B"),
-        ({KEY.format(0): torch.eye(2).to_sparse()}, "is no dense tensor with its entries"),
-        ({KEY.format(0): torch.eye(2, device="meta")}, "is no dense tensor with its entries"),
-        (
-            {KEY.format(0): torch.eye(2), KEY.format(0).replace("default", "b"): torch.eye(2)},
-            r"two masks of layer .*, .*lora_B\.b.* the second",
-        ),
-        ({KEY.format(0): torch.full((2, 2), 0.5)}, "has entries other than 0 and 1"),
-        ({KEY.format(0): torch.full((2, 2), torch.nan)}, "has entries other than 0 and 1"),
-    ],
-)
-def test_another_content_of_a_mask_of_the_reference_is_refused(tmp_path, content, message):
-    torch.save(content, tmp_path / "m.pt")
-    with pytest.raises(ValueError, match=message):
-        read_reference_mask(tmp_path / "m.pt")
-
-
-@pytest.mark.parametrize("content", [b"", b"not a file of torch", b"PK\x03\x04 and no zip"])
-def test_a_damaged_mask_of_the_reference_is_one_clear_error(tmp_path, content):
-    path = tmp_path / "m.pt"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged, or holds more than tensors"):
-        read_reference_mask(path)
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        read_reference_mask(tmp_path / "other.pt")
-    whole = tmp_path / "whole.pt"
-    torch.save({KEY.format(0): torch.ones(50, 50, dtype=torch.bool)}, whole)
-    truncate(whole)
-    with pytest.raises(ValueError, match="is damaged"):
-        read_reference_mask(whole)

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from ...factors import ComparableDelta, LoraInit, layer_interference, pair_interference
 from ...files import write_json, write_text
+from ..dtypes import DTYPES, Dtype
 from ..formats.peft_folder import write_peft_folder
 from ..output_folder import MERGE_JSON, MERGE_REPORT
-from ..resizing.resize import DTYPES, Dtype
 from ..rounding import rounded
 from .exact import Factors, concatenated, on_shared_A, recompressed
 from .inputs import MergeInputs

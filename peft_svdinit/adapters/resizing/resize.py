@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from ...factors import LowRankFactors, RankTarget, Spectrum, SvdGuided, recommend_ranks
 from ...files import write_json
+from ..dtypes import DTYPES, Dtype
 from ..formats.forms import LayerDelta
 from ..formats.opening import open_adapter
 from ..formats.peft_folder import write_peft_folder
@@ -24,9 +24,6 @@ from ..output_folder import RESIZE_REPORT, OutputFolder
 from ..rounding import rounded, rounding_error
 from ..weighted_sum import WeightedSum
 from .record import Resized, ResizedLayer
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 
 def resize(

@@ -1,0 +1,64 @@
+"""What a command or recipe says of a wrong input, with options named as they are typed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+from ..files import WrongKind
+
+# Everything else is a fault of the program, and leaves its traceback.
+REFUSALS = (ValueError, OSError, ImportError, WrongKind)
+
+
+@contextmanager
+def refusals_in_one_line(options: Sequence[Any], says: str = "error") -> Iterator[None]:
+    """Within the context, a wrong input ends the process with one line instead of a traceback.
+
+    Args:
+        options: the dataclasses of the options, or their instances; see `as_typed`.
+        says: what the line begins with.
+
+    Raises:
+        SystemExit: with the line.
+    """
+    try:
+        yield
+    except REFUSALS as error:
+        message = as_typed(" ".join(str(error).split()), options)
+        raise SystemExit(f"{says}: {message}") from error
+
+
+def as_typed(message: str, options: Sequence[Any]) -> str:
+    """A message whose arguments are named as options are typed: `--lora_r` for `lora_r`.
+
+    Renamed are the first word of the message, and names with an underscore, or before "=", anywhere
+    in it; any other word may be one of the sentence. Where functions know an option by other names,
+    its dataclass says so in `_known_as`, a mapping of the option to these names.
+    """
+    typed = {name: f"--{option}" for name, option in _names(options).items()}
+    names = "|".join(map(re.escape, typed))
+    compound = "|".join(re.escape(name) for name in typed if "_" in name) or "(?!)"
+    outside = r"(?<![\w./('\"-])"
+    return re.sub(
+        rf"^(?:{names})\b(?![./-])|{outside}(?:(?:{compound})\b(?![./-])|(?:{names})(?==))",
+        lambda found: typed[found[0]],
+        message,
+    )
+
+
+def _names(options: Sequence[Any]) -> dict[str, str]:
+    """The option that every name in a message means; of two, the one that was given."""
+    meant: dict[str, str] = {}
+    for group in options:
+        for option, names in getattr(group, "_known_as", {}).items():
+            if isinstance(group, type) or getattr(group, option):
+                meant |= dict.fromkeys(names, option)
+    for group in options:
+        own = [entry for entry in fields(group) if entry.init]
+        used = [e for e in own if isinstance(group, type) or getattr(group, e.name) is not None]
+        meant |= {entry.name: entry.name for entry in used}
+    return meant
