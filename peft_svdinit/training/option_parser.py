@@ -77,7 +77,9 @@ class OptionParser(argparse.ArgumentParser):
 
         An option of value null is left to its default, where that is none.
         """
-        actions = {action.dest: action for action in self._actions if action.dest != "config"}
+        # Of a flag and its opposite, `--no_x`, the flag comes first.
+        actions = {action.dest: action for action in reversed(self._actions)}
+        del actions["config"]
         required = [action for action in self._actions if action.required]
         for action in required:
             action.required = False

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import typing
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from .option_parser import OptionParser
 from .refusal import as_typed
@@ -54,3 +57,23 @@ def parse_options(
 
 class _RecipeParser(OptionParser, HfArgumentParser):
     """HfArgumentParser's reading of dataclasses, our parsing."""
+
+    def __init__(self, classes: Sequence[Any], **kwargs: Any) -> None:
+        super().__init__(classes, **kwargs)
+        mixed = {
+            name
+            for option_class in classes
+            for name, hint in typing.get_type_hints(option_class).items()
+            if {bool, str} <= set(typing.get_args(hint))
+        }
+        for action in self._actions:
+            # HfArgumentParser takes only the words for true and false of `bool | str`.
+            if action.dest in mixed and action.type is string_to_bool:
+                action.type = _truth_or_text
+
+
+def _truth_or_text(word: str) -> bool | str:
+    try:
+        return string_to_bool(word)
+    except ArgumentTypeError:
+        return word
