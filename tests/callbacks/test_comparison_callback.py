@@ -29,10 +29,10 @@ from peft_svdinit.training import (
     LOSS_CURVE,
     RUN_INFO,
     TRAINING_LOG,
+    log,
     memory,
     read_run,
     read_training_log,
-    runs,
 )
 from peft_svdinit.training.log import COLUMNS
 from trainer_callbacks import comparison, step_clock
@@ -561,8 +561,8 @@ class FullDisk(TrainerCallback):
             full()
 
         if state.global_step == self.first:
-            self.monkeypatch.setattr(runs, "open", torn, raising=False)
-            self.monkeypatch.setattr(runs, "replacing", full)
+            self.monkeypatch.setattr(log, "open", torn, raising=False)
+            self.monkeypatch.setattr(log, "replacing", full)
         if state.global_step == self.last:
             self.monkeypatch.undo()
 

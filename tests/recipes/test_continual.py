@@ -255,7 +255,7 @@ def test_stage_two_of_lora_prepares_a_quantised_base_as_stage_one_does(
         monkeypatch.setattr(module, "load_model", quantised)
         monkeypatch.setattr(module, "prepare_model_for_kbit_training", prepare)
     continual.main([*options, "--schemes", "lora", "--seeds", "3", "--output_dir", str(tmp_path)])
-    assert prepared == ["train_lora", "lori_stages"]
+    assert prepared == ["train_lora", "stages.lori_stages"]
 
 
 def test_a_missing_data_set_is_named_before_anything_is_trained(learnt, tmp_path):
