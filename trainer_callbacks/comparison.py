@@ -235,7 +235,7 @@ class ComparisonCallback(TrainerCallback, ExportableState):
             ended = not preempted and log.whole
             self._write_info(args, state, "completed" if ended else "running")
         if self.plot and log.rows:
-            draw = "Draw it from the log with trainer_callbacks.loss_curve.plot_loss_curve."
+            draw = "Draw it from the log with peft_svdinit.analysis.plot_loss_curve."
             with self._spared(str(folder / LOSS_CURVE), draw):
                 plot_loss_curve(log.rows, folder / LOSS_CURVE, title=self._info["name"])
         self._log = None
