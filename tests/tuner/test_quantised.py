@@ -107,7 +107,7 @@ def test_merging_a_reference_changes_the_quantised_weight_by_the_change_of_the_p
 
 def test_a_weight_that_bitsandbytes_repacked_is_not_read_as_if_it_were_not(scene):
     base = quantised(scene.base, "4bit")
-    layer = base.get_submodule(next(iter(scene.factors)))
+    layer: Any = base.get_submodule(next(iter(scene.factors)))
     layer.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(RuntimeError, match="repacked by bitsandbytes"):
         weight_factors(base, rank=2)
