@@ -41,7 +41,7 @@ def tokenize_examples(
     Raises:
         ValueError: if no example is left, or the tokenizer lacks what the data needs.
     """
-    _check_length(max_length)
+    check_length(max_length)
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an end-of-sequence token; set tokenizer.eos_token")
     if "messages" in dataset.column_names and not tokenizer.chat_template:
@@ -127,7 +127,7 @@ def _fit(
     return context, labels[: max_length - len(context)]
 
 
-def _check_length(max_length: int) -> None:
+def check_length(max_length: int) -> None:
     if max_length < 2:
         raise ValueError(
             f"max_length must be at least 2, one token to predict from another, got {max_length}"

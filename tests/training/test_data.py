@@ -19,7 +19,7 @@ from support.byte_tokenizer import byte_tokenizer
 
 from peft_svdinit.training import DataOptions, completion_collator, prepare_examples
 from peft_svdinit.training.builtin.registry import BUILTIN_DATASETS
-from peft_svdinit.training.data import load_examples
+from peft_svdinit.training.data import load_examples as loaded
 from peft_svdinit.training.tokenizing import tokenize_examples
 
 DOCSTRINGS = "builtin:stdlib-docstrings"
@@ -45,6 +45,10 @@ def _private_cache(tmp_path, monkeypatch):
 
 def encoded(rows: list[dict[str, Any]], tokenizer: Any, max_length: int = 4096) -> list[Any]:
     return list(tokenize_examples(Dataset.from_list(rows), tokenizer, max_length))
+
+
+def load_examples(name: str, **options: Any) -> tuple[Dataset, Dataset]:
+    return loaded(DataOptions(dataset_name=name, **options))
 
 
 def learnt(row: Any) -> list[int]:
@@ -168,20 +172,20 @@ def test_the_collator_pads_labels_without_loss(side):
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**31), fraction=st.sampled_from([0.05, 0.1, 0.5]))
 def test_no_group_is_on_both_sides_of_a_builtin_split(name, column, seed, fraction):
-    train, evaluation = load_examples(name, seed=seed, eval_fraction=fraction)
+    train, evaluation = load_examples(name, split_seed=seed, eval_fraction=fraction)
     assert train.column_names == ["prompt", "completion", column]
     assert not set(train[column]) & set(evaluation[column])
     total = len(train) + len(evaluation)
     assert total == len(BUILTIN_DATASETS[name].rows())
     slack = 1.1 if name == NAMES else 1  # its modules are chosen by their sizes in DOCSTRINGS
     assert 0.8 * fraction * total <= len(evaluation) <= slack * fraction * total
-    again = load_examples(name, seed=seed, eval_fraction=fraction)
+    again = load_examples(name, split_seed=seed, eval_fraction=fraction)
     assert [side.to_list() for side in again] == [train.to_list(), evaluation.to_list()]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_what_one_task_of_the_library_holds_out_the_other_does_not_train_on(seed):
-    docstrings, names = (load_examples(name, seed=seed) for name in (DOCSTRINGS, NAMES))
+    docstrings, names = (load_examples(name, split_seed=seed) for name in (DOCSTRINGS, NAMES))
     for (train, _), (_, evaluation) in ((docstrings, names), (names, docstrings)):
         assert not set(train["module"]) & set(evaluation["module"])
 
@@ -194,7 +198,7 @@ def test_no_held_out_sentence_of_the_topics_is_trained_on():
 
 @pytest.mark.parametrize(("name", "column"), [(NAMES, "module"), (TOPICS, "topic")])
 def test_another_seed_holds_out_other_groups(name, column):
-    first, second = (set(load_examples(name, seed=seed)[1][column]) for seed in (0, 1))
+    first, second = (set(load_examples(name, split_seed=seed)[1][column]) for seed in (0, 1))
     assert first != second
 
 
@@ -215,12 +219,12 @@ def jsonl(tmp_path):
 
 
 def test_rows_are_split_by_seed_and_none_is_lost(jsonl):
-    train, evaluation = load_examples(jsonl, seed=3)
+    train, evaluation = load_examples(jsonl, split_seed=3)
     assert (len(train), len(evaluation)) == (36, 4)
     assert sorted([*train["prompt"], *evaluation["prompt"]]) == sorted(f"p{i}" for i in range(40))
-    again = load_examples(jsonl, seed=3)
+    again = load_examples(jsonl, split_seed=3)
     assert list(again[1]["prompt"]) == list(evaluation["prompt"])
-    assert list(load_examples(jsonl, seed=4)[1]["prompt"]) != list(evaluation["prompt"])
+    assert list(load_examples(jsonl, split_seed=4)[1]["prompt"]) != list(evaluation["prompt"])
     assert train.column_names == ["prompt", "completion"]
 
 

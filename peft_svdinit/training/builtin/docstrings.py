@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 
-from .stdlib import definitions, signature
+from .stdlib import Definition, rows_of, signature
 
-_LONGEST_PROMPT = (
-    240  # characters, about 80 tokens; longer signatures are mostly tables of defaults
-)
+# Characters, about 80 tokens; longer signatures are mostly tables of defaults.
+_LONGEST_PROMPT = 240
 
 
 def stdlib_docstrings() -> list[dict[str, str]]:
@@ -30,16 +29,11 @@ def stdlib_docstrings() -> list[dict[str, str]]:
 
 @functools.cache
 def _rows() -> tuple[dict[str, str], ...]:
-    rows: dict[str, dict[str, str]] = {}
-    for definition in definitions():
-        nodes = [*definition.classes, definition.node]
-        lines = [f"{'    ' * depth}{signature(node)}\n" for depth, node in enumerate(nodes)]
-        prompt = f'{"".join(lines)}{"    " * len(nodes)}"""'
-        if len(prompt) <= _LONGEST_PROMPT:
-            row = {
-                "prompt": prompt,
-                "completion": definition.sentence,
-                "module": definition.package,
-            }
-            rows.setdefault(prompt, row)
-    return tuple(rows.values())
+    return rows_of(_pair)
+
+
+def _pair(definition: Definition) -> tuple[str, str] | None:
+    nodes = [*definition.classes, definition.node]
+    lines = [f"{'    ' * depth}{signature(node)}\n" for depth, node in enumerate(nodes)]
+    prompt = f'{"".join(lines)}{"    " * len(nodes)}"""'
+    return (prompt, definition.sentence) if len(prompt) <= _LONGEST_PROMPT else None

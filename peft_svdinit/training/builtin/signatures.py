@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from .stdlib import definitions, signature
+from .stdlib import Definition, rows_of, signature
 
 _COMPLETION_LENGTHS = range(12, 201)  # characters; longer signatures are mostly tables of defaults
 
@@ -31,14 +31,14 @@ def stdlib_names() -> list[dict[str, str]]:
 
 @functools.cache
 def _rows() -> tuple[dict[str, str], ...]:
-    rows: dict[str, dict[str, str]] = {}
-    for definition in definitions():
-        place = f"module {definition.module}"
-        if definition.classes:
-            place += f", class {'.'.join(node.name for node in definition.classes)}"
-        prompt = f"# {place}: {definition.sentence}\n"
-        completion = signature(definition.node)
-        if len(completion) in _COMPLETION_LENGTHS:
-            row = {"prompt": prompt, "completion": completion, "module": definition.package}
-            rows.setdefault(prompt, row)
-    return tuple(rows.values())
+    return rows_of(_pair)
+
+
+def _pair(definition: Definition) -> tuple[str, str] | None:
+    place = f"module {definition.module}"
+    if definition.classes:
+        place += f", class {'.'.join(node.name for node in definition.classes)}"
+    completion = signature(definition.node)
+    if len(completion) not in _COMPLETION_LENGTHS:
+        return None
+    return f"# {place}: {definition.sentence}\n", completion

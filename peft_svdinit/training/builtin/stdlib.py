@@ -12,7 +12,7 @@ import inspect
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +65,27 @@ def definitions() -> tuple[Definition, ...]:
             f"has none; use another Python build or give dataset_name a file"
         )
     return tuple(found)
+
+
+def rows_of(
+    pair: Callable[[Definition], tuple[str, str] | None],
+) -> tuple[dict[str, str], ...]:
+    """Rows of `prompt`, `completion` and `module`, without a repeated prompt.
+
+    Args:
+        pair: (prompt, completion) of a definition, or None to leave it out.
+
+    Raises:
+        RuntimeError: as `definitions`.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for definition in definitions():
+        found = pair(definition)
+        if found is not None:
+            prompt, completion = found
+            row = {"prompt": prompt, "completion": completion, "module": definition.package}
+            rows.setdefault(prompt, row)
+    return tuple(rows.values())
 
 
 def signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
