@@ -253,7 +253,7 @@ def test_private_names_and_skipped_modules_are_left_out():
 @pytest.mark.parametrize("module", [docstrings, signatures])
 def test_no_source_at_all_is_refused(module, tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(module, "definitions", stdlib.definitions.__wrapped__)
+    monkeypatch.setattr(stdlib, "definitions", stdlib.definitions.__wrapped__)
     with pytest.raises(RuntimeError, match=r"sources of Python's .* library, and .* has none"):
         module._rows.__wrapped__()
 
