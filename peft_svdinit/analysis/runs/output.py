@@ -12,11 +12,12 @@ from typing import Any
 
 from ...files import replacing, write_json, write_text
 from ...training import Run
-from . import wording
 from .compare import Comparison, compare_runs
+from .document import comparison_document
 from .figures import draw_png, figure_files
-from .page import html_page
-from .report import markdown_report
+from .html_page import html_page
+from .markdown_report import markdown_report
+from .verdicts import headline, verdict
 
 FORMAT_VERSION = 1
 
@@ -60,8 +61,8 @@ def write_comparison(
     comparison = compare_runs(runs, reference=reference, total_reference=total_reference)
     figures = figure_files(comparison)
     images = {f"{figure.name}.png": draw_png(figure, comparison) for figure in figures}
-    report = markdown_report(comparison, context, figures)
-    page = html_page(comparison, context, figures)
+    document = comparison_document(comparison, context, figures)
+    report, page = markdown_report(document), html_page(document, comparison)
     numbers = comparison_numbers(comparison, context)
 
     folder = Path(output_dir)
@@ -84,14 +85,14 @@ def comparison_numbers(comparison: Comparison, context: Mapping[str, Any]) -> di
     """All numbers of the comparison for JSON; losses that were not finite become null."""
     numbers = {
         "format_version": FORMAT_VERSION,
-        "headline": wording.headline(comparison),
+        "headline": headline(comparison),
         "context": context,
         **dataclasses.asdict(comparison),
     }
     for table, written in zip(comparison.tables, numbers["tables"], strict=True):
         for row, entry in zip(table.rows, written["rows"], strict=True):
             entry["result"]["outcome"] = row.result.outcome
-            entry["verdict"] = wording.verdict(row.result)
+            entry["verdict"] = verdict(row.result)
     return _for_json(numbers)
 
 
