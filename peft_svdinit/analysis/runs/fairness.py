@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from ...training import Run
@@ -38,8 +39,7 @@ def fairness_warnings(
         *(line for group in groups.values() for line in _unequal_evaluations(group, ours)),
         *_unequal_budgets(groups.values(), ours, groups.get(total), total),
         *(line for group in groups.values() for line in _unequal_rates(group)),
-        *_unequal_models([run.info for run in runs]),
-        *_unequal_machines([run.info for run in runs]),
+        *_unequal_settings([run.info for run in runs]),
     )
 
 
@@ -129,38 +129,39 @@ def _unequal_rates(group: Group) -> Iterator[str]:
         yield f"The runs of {group[0].label} differ in their learning rates: {found}."
 
 
-def _unequal_models(infos: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    extras = [info.get("extra") or {} for info in infos]
-    found = (extra.get("model") or extra.get("model_name_or_path") for extra in extras)
-    names = _values(str(name) for name in found if name is not None)
-    sizes = _values(info.get("total_parameters") or None for info in infos)
-    if len(names) > 1:
-        yield f"The runs are of different models: {listed(names)}."
-    elif sizes and _differ(sizes):
-        yield f"The runs are of different models: {sizes[0]:,} to {sizes[-1]:,} parameters."
-    trainable = _values(info.get("trainable_parameters") for info in infos)
-    if len(trainable) > 1:
-        yield f"The runs have different numbers of trainable parameters: {listed(trainable)}."
-
-
-def _unequal_machines(infos: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    worlds = _values(info.get("world_size") for info in infos)
-    if len(worlds) > 1:
-        yield f"The runs have different numbers of processes (world sizes): {listed(worlds)}."
-    hardware = [info["hardware"] for info in infos if info.get("hardware")]
-    machines = _values(f"{each.get('device')} ({each.get('cpu_cores')} cores)" for each in hardware)
-    if len(machines) > 1:
-        yield f"Seconds do not compare, the runs are of different machines: {listed(machines)}."
-    versions = [set(info["versions"].items()) for info in infos if info.get("versions")]
+def _unequal_settings(infos: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    named = False
+    for what, read in SETTINGS.items():
+        values = {value for info in infos if (value := read(info)) is not None}
+        if len(values) > 1:
+            named |= read is _model
+            yield f"{what}: {listed(sorted(values))}."
+    sizes = [info["total_parameters"] for info in infos if info["total_parameters"]]
+    if sizes and not named and _differ(sizes):
+        yield f"The runs are of different models: {min(sizes):,} to {max(sizes):,} parameters."
+    versions = [set(info["versions"].items()) for info in infos if info["versions"]]
     if versions:
-        parts = _values(name for name, _ in set.union(*versions) - set.intersection(*versions))
+        parts = {name for name, _ in set.union(*versions) - set.intersection(*versions)}
         if parts:
-            yield f"The runs used different versions of {listed(parts)}."
+            yield f"The runs used different versions of {listed(sorted(parts))}."
 
 
-def _values(found: Iterable[Any]) -> list[Any]:
-    """The different values, in order, without None."""
-    return sorted({value for value in found if value is not None})
+def _model(info: Mapping[str, Any]) -> str | None:
+    name = info["extra"].get("model") or info["extra"].get("model_name_or_path")
+    return None if name is None else str(name)
+
+
+def _machine(info: Mapping[str, Any]) -> str | None:
+    found = info["hardware"]
+    return f"{found.get('device')} ({found.get('cpu_cores')} cores)" if found else None
+
+
+SETTINGS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "The runs are of different models": _model,
+    "The runs have different numbers of trainable parameters": itemgetter("trainable_parameters"),
+    "The runs have different numbers of processes (world sizes)": itemgetter("world_size"),
+    "Seconds do not compare, the runs are of different machines": _machine,
+}
 
 
 def _differ(sizes: Sequence[Any]) -> bool:

@@ -20,8 +20,7 @@ TEACHERS = {
 def limits(comparison: Comparison, context: Mapping[str, Any]) -> str:
     return " ".join(
         [
-            _scale(comparison),
-            _seeds(comparison),
+            *_scale(comparison),
             "The evaluation set\u2019s own sampling error is in no interval.",
             *_tests(comparison),
             *_teachers(comparison, context),
@@ -31,27 +30,22 @@ def limits(comparison: Comparison, context: Mapping[str, Any]) -> str:
     )
 
 
-def _scale(comparison: Comparison) -> str:
+def _scale(comparison: Comparison) -> Iterator[str]:
     own = [trial for trial in comparison.trials if not trial.sweep]
     parameters = max(trial.total_parameters or 0 for trial in own)
     tokens = max(trial.tokens or 0 for trial in own)
     length = f"{max(trial.steps for trial in own):,} steps"
     length += f" and {tokens:,} tokens" if tokens else ""
     size = f" of a model with {parameters / 1e6:,.0f} M parameters" if parameters >= 1e6 else ""
-    return (
+    yield (
         f"At most {length} a run{size}, on one data set, say where to look, not what holds at "
         "scale or for other tasks."
     )
-
-
-def _seeds(comparison: Comparison) -> str:
     fewest = min(len(method.seeds) for method in comparison.methods)
-    means = ""
+    means = ": only large or very steady differences show" if fewest < 10 else ""
     if fewest < FEWEST_SEEDS_FOR_A_TEST:
         means = ": no difference can be tested"
-    elif fewest < 10:
-        means = ": only large or very steady differences show"
-    return f"{wording.seeds(fewest)} per method{means}."
+    yield f"{wording.seeds(fewest)} per method{means}."
 
 
 def _tests(comparison: Comparison) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import replacing, write_json, write_text
-from ...training import Run
+from ...training import Run, for_json
 from .compare import Comparison, compare_runs
 from .document import comparison_document
 from .figures import draw_png, figure_files
@@ -93,16 +92,4 @@ def comparison_numbers(comparison: Comparison, context: Mapping[str, Any]) -> di
         for row, entry in zip(table.rows, written["rows"], strict=True):
             entry["result"]["outcome"] = row.result.outcome
             entry["verdict"] = verdict(row.result)
-    return _for_json(numbers)
-
-
-def _for_json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _for_json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_for_json(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)
+    return for_json(numbers)
