@@ -99,7 +99,8 @@ def curve(start: float, end: float, points: int, jitter: float = 0.0) -> list[fl
 
 def whole_experiment(seeds: Sequence[int] = (0, 1, 2)) -> list[Run]:
     """All kinds of methods: counted and sunk teachers, the total budget, and a sweep."""
-    runs = []
+    runs: list[Run] = []
+    options: dict[str, Any]
     for seed in seeds:
         noise, wobble = 0.01 * math.sin(7.0 * seed + 1), 0.004 * math.cos(5.0 * seed)
         for method, label, start, end, wobbles, options in (
