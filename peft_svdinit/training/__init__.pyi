@@ -24,6 +24,7 @@ from .refusal import refusals_in_one_line as refusals_in_one_line
 from .runs import LOSS_CURVE as LOSS_CURVE
 from .runs import RUN_INFO as RUN_INFO
 from .runs import Run as Run
+from .runs import for_json as for_json
 from .runs import read_run as read_run
 from .runs import read_run_info as read_run_info
 from .runs import write_run_info as write_run_info

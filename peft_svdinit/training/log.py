@@ -1,4 +1,9 @@
-"""The training log of a run: one row an event, as CSV."""
+"""The training log of a run, `training_log.csv`: one row for each log event.
+
+A train row fills `loss`, `learning_rate` and `grad_norm`, an evaluation row the columns that start
+with `eval_`. An empty cell means "not measured". `tokens` and `seconds` are cumulative over the
+run, and `seconds` counts the training steps only: no evaluation, no checkpoint, no data loading.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +17,12 @@ from typing import Any
 from ..files import replacing
 
 TRAINING_LOG = "training_log.csv"
-
-
+INTEGERS = ("step", "tokens")
 COLUMNS = (
-    "step",
-    "epoch",
-    "tokens",
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "seconds",
-    "peak_memory_mb",
+    *("step", "epoch", "tokens", "loss"),
+    *("learning_rate", "grad_norm", "seconds", "peak_memory_mb"),
 )
-
-
 EVAL_PREFIX = "eval_"
-
-
-_INTEGERS = ("step", "tokens")
-
 
 Row = dict[str, Any]
 
@@ -68,7 +60,7 @@ class TrainingLog:
             return
         self.whole = False
         with open(self.path, "a", encoding="utf-8", newline="") as file:
-            file.write(_csv_line(self.rows[-1].get(column) for column in self.columns))
+            file.write(self._line(self.rows[-1]))
         self.whole = True
 
     def flush(self) -> None:
@@ -83,22 +75,24 @@ class TrainingLog:
     def _take(self, row: Mapping[str, Any]) -> bool:
         """Keep `row` in memory; whether it brought new columns."""
         new = [column for column in row if column not in self.columns]
-        for column in new:
-            if not column.startswith(EVAL_PREFIX):
-                raise ValueError(
-                    f"a column of a training log must be one of {', '.join(COLUMNS)} or start with "
-                    f"{EVAL_PREFIX!r}, got {column!r}"
-                )
+        wrong = [column for column in new if not column.startswith(EVAL_PREFIX)]
+        if wrong:
+            raise ValueError(
+                f"a column of a training log must be one of {', '.join(COLUMNS)} or start with "
+                f"{EVAL_PREFIX!r}, got {wrong[0]!r}"
+            )
         self.columns += new
         self.rows.append(dict(row))
         return bool(new)
+
+    def _line(self, row: Row) -> str:
+        return _csv_line(row.get(column) for column in self.columns)
 
     def _rewrite(self) -> None:
         with replacing(self.path) as temporary:
             with open(temporary, "w", encoding="utf-8", newline="") as file:
                 file.write(_csv_line(self.columns))
-                for row in self.rows:
-                    file.write(_csv_line(row.get(column) for column in self.columns))
+                file.writelines(self._line(row) for row in self.rows)
         self.whole = True
 
 
@@ -165,9 +159,7 @@ def read_training_log(path: str | os.PathLike, *, drop_torn_line: bool = False) 
 
 def _csv_line(values: Iterable[Any]) -> str:
     line = io.StringIO(newline="")
-    csv.writer(line, lineterminator="\n").writerow(
-        "" if value is None else value for value in values
-    )
+    csv.writer(line, lineterminator="\n").writerow(values)
     return line.getvalue()
 
 
@@ -175,6 +167,6 @@ def _parsed(name: str, cell: str, path: Path, line: int) -> int | float | None:
     if cell == "":
         return None
     try:
-        return int(cell) if name in _INTEGERS else float(cell)
+        return int(cell) if name in INTEGERS else float(cell)
     except ValueError:
         raise ValueError(f"{path}, line {line}: {name} must be a number, got {cell!r}") from None

@@ -1,9 +1,4 @@
-"""The directory of one training run: `training_log.csv`, `run.json`, and their strict readers.
-
-`training_log.csv` has one row per log event of the training: a train row fills `loss`,
-`learning_rate` and `grad_norm`, an evaluation row the columns that start with `eval_`. An empty
-cell means "not measured". `tokens` and `seconds` are cumulative over the run, and `seconds` counts
-the training steps only: no evaluation, no checkpoint, no data loading.
+"""The directory of one training run: `run.json` beside its training log, and their strict reader.
 
 `run.json` says how the run was made and how it ended; `status` is `"running"` until training has
 ended, so a run that was killed stays recognisable.
@@ -20,36 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json
-from .log import (
-    TRAINING_LOG,
-    Row,
-    read_training_log,
-)
+from .log import TRAINING_LOG, Row, read_training_log
 
 FORMAT_VERSION = 1
 RUN_INFO = "run.json"
 LOSS_CURVE = "loss_curve.png"
 INFO_KEYS = (
-    "format_version",
-    "status",
-    "name",
-    "seed",
-    "data_seed",
-    "steps",
-    "max_steps",
-    "tokens",
-    "seconds",
-    "peak_memory_mb",
-    "trainable_parameters",
-    "total_parameters",
-    "world_size",
-    "metrics",
-    "versions",
-    "git_revision",
-    "hardware",
-    "started",
-    "finished",
-    "extra",
+    *("format_version", "status", "name", "seed", "data_seed", "started", "finished"),
+    *("steps", "max_steps", "tokens", "seconds", "peak_memory_mb", "metrics", "world_size"),
+    *("trainable_parameters", "total_parameters", "versions", "git_revision", "hardware", "extra"),
 )
 
 
@@ -77,10 +51,6 @@ class Run:
     def comparison(self) -> dict[str, Any] | None:
         """What the run is in a comparison (`extra["comparison"]`), None for any other run."""
         return self.info["extra"].get("comparison")
-
-    @property
-    def method(self) -> str | None:
-        return None if self.comparison is None else self.comparison["method"]
 
     @property
     def final_eval_loss(self) -> float | None:
@@ -134,13 +104,15 @@ def read_run_info(directory: str | os.PathLike) -> dict[str, Any]:
 
 def write_run_info(directory: str | os.PathLike, info: Mapping[str, Any]) -> None:
     """Write `run.json` atomically; the format version is added, non-finite numbers become null."""
-    write_json(Path(directory) / RUN_INFO, _finite({"format_version": FORMAT_VERSION, **info}))
+    write_json(Path(directory) / RUN_INFO, for_json({"format_version": FORMAT_VERSION, **info}))
 
 
-def _finite(value: Any) -> Any:
-    """`value` with every NaN and infinity replaced by None, at any depth."""
+def for_json(value: Any) -> Any:
+    """`value` as JSON can hold it, at any depth: NaN and infinities are null, the unknown text."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {str(key): for_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [for_json(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

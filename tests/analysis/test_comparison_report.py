@@ -11,13 +11,25 @@ import pytest
 from support.comparison_runs import CONTEXT, COUNTED, curve, make_run, whole_experiment
 
 from peft_svdinit.analysis import write_comparison
+from peft_svdinit.analysis.markdown import escaped
 from peft_svdinit.analysis.runs.compare import compare_runs
-from peft_svdinit.analysis.runs.narrative import limitations, teacher_paragraphs
+from peft_svdinit.analysis.runs.limits import limits
 from peft_svdinit.analysis.runs.output import ComparisonPaths
 from peft_svdinit.analysis.runs.panels import compact, method_styles, short_label
-from peft_svdinit.analysis.runs.report import escaped
 from peft_svdinit.training import TRAINING_LOG, TrainingLog, read_run, write_run_info
 
+SECTIONS = [
+    "Results",
+    "Equal student steps",
+    "Equal total budget",
+    "A teacher that exists already",
+    "Figures",
+    "Limits",
+    "Learning-rate sweep",
+    "Cost",
+    "Every seed",
+    "Settings",
+]
 HOSTILE = '<script>alert("1")</script> & $x_1$ | `a` *b* [c](d)'
 
 
@@ -76,15 +88,13 @@ def test_figures_are_pictures_of_a_readable_size(written):
         assert width >= 1000 and height >= 250
 
 
-def test_the_report_has_every_section_and_refers_to_every_figure(written):
+def test_report_and_page_have_the_same_sections_and_the_report_refers_to_every_figure(written):
     text = text_of(written.report)
-    for heading in ("Motivation", "Method", "Results", "Analysis", "Limitations"):
-        assert f"\n## {heading}\n" in text
-    for table in ("Equal student steps", "Equal total budget", "A teacher that exists already"):
-        assert f"\n### {table}\n" in text
+    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == SECTIONS
     for path in written.figures:
         assert f"]({path.name})" in text
-    assert "Learning-rate sweep" in text and "Every seed" in text
+    page = text_of(written.page)
+    assert re.findall(r"<(?:h2|summary)>(.*?)</", page) == SECTIONS
 
 
 def test_tables_of_the_report_are_rectangular(written):
@@ -161,9 +171,7 @@ def test_labels_are_escaped_everywhere(tmp_path):
     assert not elements.open
     assert not {"script", "i", "b"} & {tag for tag, _ in elements.tags}
     assert "&lt;script&gt;" in page
-    body = report.replace("\n> ", "\n")
-    assert not re.findall(r"(?<!\\)<", body)
-    assert not re.findall(r"(?<!\\)`", body)
+    assert not re.findall(r"(?<!\\)[<>`]", report)
 
 
 def test_markdown_escapes_show_the_characters_themselves():
@@ -203,7 +211,8 @@ def test_one_seed_without_teachers_context_or_tokens_is_still_a_report(tmp_path)
             row["tokens"] = None
     paths = write_comparison(runs, {}, tmp_path)
     text = text_of(paths.report)
-    assert "spread n/a" in text and "fewer than 3 seeds: no test" in text
+    assert "\u00b1" not in text.split("Final eval loss: mean")[0]
+    assert "fewer than 3 seeds: no test" in text
     assert "One seed per method" in text
     assert "by total steps" in text_of(paths.page)
 
@@ -217,26 +226,52 @@ def test_the_only_method_may_be_the_reference(tmp_path):
 def test_a_synthesised_teacher_is_said_not_to_be_a_fine_tune(written):
     for path in (written.report, written.page):
         text = text_of(path)
-        assert "synthesised from a trained LoRA, and is no full fine-tune" in text
+        assert "synthesised from a trained LoRA and is no full fine-tune" in text
         assert "97.3" in text
 
 
 def test_a_full_teacher_states_the_energy_lost_by_truncation():
     full = {**COUNTED, "kind": "full"}
     comparison = compare_runs([make_run("random"), make_run("svd_delta", teacher=full)])
-    (first, energy) = teacher_paragraphs(comparison, {"energy_kept_mean": 0.76})
-    assert "full fine-tune" in first and "loses 24.0" in energy
-    assert "not stated" in teacher_paragraphs(comparison, {})[-1]
-    assert teacher_paragraphs(compare_runs([make_run("random")]), {"energy_kept_mean": 0.5}) == []
+    text = limits(comparison, {"energy_kept_mean": 0.76})
+    assert "full fine-tune" in text and "loses 24.0" in text
+    assert "not stated" in limits(comparison, {})
+    without = limits(compare_runs([make_run("random")]), {"energy_kept_mean": 0.5})
+    assert "teacher" not in without and "energy" not in without
 
 
-def test_limitations_name_scale_seeds_optimizer_and_rates():
-    comparison = compare_runs([make_run("random"), make_run("eva")])
-    text = " ".join(limitations(comparison, CONTEXT))
-    for part in ("small model", "One seed per method", "empty optimizer", "One learning rate"):
+def test_limits_name_scale_seeds_teachers_and_rates():
+    comparison = compare_runs([make_run("random", total_parameters=5_000_000), make_run("eva")])
+    text = limits(comparison, CONTEXT)
+    for part in (
+        "60 steps and 60,000 tokens",
+        "5 M parameters",
+        "One seed per method",
+        "not swept",
+    ):
         assert part in text
-    swept = " ".join(limitations(compare_runs(whole_experiment()), CONTEXT))
-    assert "One learning rate" not in swept and "Learning rates were chosen" in swept
+    assert "Holm" not in text
+    swept = limits(compare_runs(whole_experiment()), CONTEXT)
+    for part in ("3 seeds", "Learning rates were chosen", "Not swept: \u201crandom, total budget"):
+        assert part in swept
+    assert "empty optimizer" in swept and "cost is unknown" not in swept
+
+
+def test_limits_say_that_nothing_passed_the_correction_and_which_teacher_cost_is_unknown():
+    unknown = {"kind": "given", "steps": None, "tokens": None, "seconds": None, "sunk": True}
+    runs = [make_run("random", seed) for seed in range(3)]
+    runs += [
+        make_run("svd", seed, (2.0, 1.5, 1.2, end), teacher=unknown)
+        for seed, end in enumerate((0.9, 1.1, 1.05))
+    ]
+    text = limits(compare_runs(runs), {})
+    assert "No difference passed" in text and "cost is unknown for svd" in text
+
+
+def test_the_start_shows_the_share_of_the_progress_and_the_sweep_its_doubts(written):
+    text = text_of(written.report)
+    assert "| 1.060 (90 %) |" in text
+    assert "| used |" in text and "| lowest |" in text and "used, lowest" in text
 
 
 def test_a_method_keeps_one_style_and_no_two_share_one():

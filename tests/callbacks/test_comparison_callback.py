@@ -404,7 +404,7 @@ def test_run_json_describes_the_run(tmp_path):
     )
     trainer.train()
     run = read_run(tmp_path / "run")
-    assert run.completed and run.name == "run" and run.method == "random"
+    assert run.completed and run.name == "run"
     assert run.info["extra"] == {"comparison": comparison_entry}
     assert (run.seed, run.info["data_seed"], run.info["world_size"]) == (5, 11, 1)
     assert run.info["trainable_parameters"] == 2 * (16 + 16)

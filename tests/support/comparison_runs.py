@@ -11,6 +11,7 @@ from peft_svdinit.training import Run
 
 COUNTED = {"kind": "synthesised", "steps": 40, "tokens": 40_000, "seconds": 80.0, "sunk": False}
 SUNK = {"kind": "given", "steps": 500, "tokens": 500_000, "seconds": 900.0, "sunk": True}
+MOMENTS = "SVD delta, moments carried"
 CONTEXT = {
     "model": "a tiny Llama",
     "dataset": "docstrings",
@@ -98,72 +99,24 @@ def curve(start: float, end: float, points: int, jitter: float = 0.0) -> list[fl
 
 def whole_experiment(seeds: Sequence[int] = (0, 1, 2)) -> list[Run]:
     """All kinds of methods: counted and sunk teachers, the total budget, and a sweep."""
-    runs = []
+    runs: list[Run] = []
+    options: dict[str, Any]
     for seed in seeds:
-        noise = 0.01 * math.sin(7.0 * seed + 1)
-        wobble = 0.004 * math.cos(5.0 * seed)
-        runs += [
-            make_run("random", seed, curve(1.82, 0.94, 13, noise), every=5, label="random"),
-            make_run(
-                "random_total",
-                seed,
-                curve(1.82, 0.88, 21, noise - wobble),
-                every=5,
-                label="random, total budget",
-                budget="total",
-            ),
-            make_run(
-                "svd_delta",
-                seed,
-                curve(1.06, 0.91, 13, noise + wobble),
-                every=5,
-                label="SVD delta",
-                teacher=COUNTED,
-            ),
-            make_run(
-                "svd_delta_moments",
-                seed,
-                curve(1.06, 0.88, 13, noise + 2 * wobble),
-                every=5,
-                label="SVD delta, moments carried",
-                teacher=COUNTED,
-            ),
-            make_run(
-                "svd_subspace",
-                seed,
-                curve(1.82, 0.935, 13, noise - wobble),
-                every=5,
-                label="SVD subspace",
-                teacher=COUNTED,
-            ),
-            make_run(
-                "pissa_niter_4",
-                seed,
-                curve(1.82, 0.99, 13, noise + wobble),
-                every=5,
-                label="PiSSA",
-                learning_rate=5e-4,
-            ),
-            make_run(
-                "svd_given",
-                seed,
-                curve(1.0, 0.86, 13, noise - 2 * wobble),
-                every=5,
-                label="SVD delta of a given teacher",
-                teacher=SUNK,
-            ),
-        ]
+        noise, wobble = 0.01 * math.sin(7.0 * seed + 1), 0.004 * math.cos(5.0 * seed)
+        for method, label, start, end, wobbles, options in (
+            ("random", "random", 1.82, 0.94, 0, {}),
+            ("random_total", "random, total budget", 1.82, 0.88, -1, {"budget": "total"}),
+            ("svd_delta", "SVD delta", 1.06, 0.91, 1, {"teacher": COUNTED}),
+            ("svd_delta_moments", MOMENTS, 1.06, 0.88, 2, {"teacher": COUNTED}),
+            ("svd_subspace", "SVD subspace", 1.82, 0.935, -1, {"teacher": COUNTED}),
+            ("pissa_niter_4", "PiSSA", 1.82, 0.99, 1, {"learning_rate": 5e-4}),
+            ("svd_given", "SVD delta of a given teacher", 1.0, 0.86, -2, {"teacher": SUNK}),
+        ):
+            points = 21 if "budget" in options else 13
+            losses = curve(start, end, points, noise + wobbles * wobble)
+            runs.append(make_run(method, seed, losses, every=5, label=label, **options))
     for method, label in (("random", "random"), ("pissa_niter_4", "PiSSA")):
         for rate, end in ((2.5e-4, 1.05), (5e-4, 0.99), (1e-3, 0.97), (2e-3, 1.0)):
-            runs.append(
-                make_run(
-                    method,
-                    0,
-                    curve(1.82, end, 7),
-                    every=5,
-                    label=label,
-                    learning_rate=rate,
-                    sweep=True,
-                )
-            )
+            options = {"label": label, "learning_rate": rate, "sweep": True}
+            runs.append(make_run(method, 0, curve(1.82, end, 7), every=5, **options))
     return runs

@@ -150,16 +150,16 @@ def test_a_run_is_read_back(tmp_path):
     write_run(tmp_path / "run", extra={"comparison": comparison})
     run = read_run(tmp_path / "run")
     assert (run.name, run.seed, run.completed) == ("student", 3, True)
-    assert (run.method, run.comparison) == ("svd_delta", comparison)
+    assert run.comparison == comparison
     assert run.final_eval_loss == 2.5
     assert [row["step"] for row in run.log] == [0, 1, 2, 2]
 
 
-def test_a_run_outside_of_a_comparison_has_no_method(tmp_path):
+def test_a_run_may_be_outside_of_a_comparison(tmp_path):
     write_run(tmp_path / "run", status="running")
     TrainingLog(tmp_path / "run" / TRAINING_LOG, [{"step": 1, "loss": 1.0}])
     run = read_run(tmp_path / "run")
-    assert (run.method, run.comparison, run.completed) == (None, None, False)
+    assert (run.comparison, run.completed) == (None, False)
     assert run.final_eval_loss is None
 
 

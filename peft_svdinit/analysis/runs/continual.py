@@ -10,13 +10,24 @@ from typing import Any
 
 from ...files import write_json, write_text
 from ..canvas import COLOURS, MARKERS, legend_columns, new_figure, save_figure, tidy
-from ..markdown import markdown_table
-from .seed_statistics import PairedDifference, Spread, paired_difference, spread
+from .document import Document, Section
+from .figures import FigureFile
+from .markdown_report import markdown_report
+from .seed_statistics import PairedDifference, paired_difference, spread
+from .setting_tables import settings_table
+from .tables import TextTable, text_table
+from .wording import count, interval, mean_and_std, share, signed
 
 STAGES = ("base", "one", "two")
 _STAGE_NAMES = ("base model", "after stage one", "after stage two")
 _TASKS = {"first": "task one", "second": "task two"}
 _REFERENCE = "lora"
+_SHARED = (
+    "The shared schemes see both tasks in turn in stage one, and in stage two half as many steps "
+    "of one of them: under its own part a task was seen as often as in the other schemes, the "
+    "other one half as often. The row of the part of task two says what task one loses under it; "
+    "with its own part, task one has the loss of the row of that part."
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ def write_continual(
     numbers = [{**asdict(run), "forgetting": run.forgetting} for run in runs]
     write_json(folder / "continual.json", {"context": dict(context), "runs": numbers})
     save_figure(_figure(schemes), folder / "continual.png")
-    write_text(folder / "continual.md", _report(schemes, context))
+    write_text(folder / "continual.md", markdown_report(_document(schemes, context)))
     return folder / "continual.md"
 
 
@@ -95,99 +106,70 @@ def _by_scheme(runs: Sequence[Stages]) -> dict[str, list[Stages]]:
     return schemes
 
 
-def _report(schemes: Mapping[str, Sequence[Stages]], context: Mapping[str, Any]) -> str:
-    seeds = sorted({run.seed for runs in schemes.values() for run in runs})
-    differences = forgetting_against_lora(schemes)
-    losses, costs = [], []
-    for name, runs in schemes.items():
-        label = runs[0].label
-        cells = [
-            _mean(runs, lambda run, s=stage, t=task: run.losses[s][t])
-            for task in _TASKS
-            for stage in STAGES
-        ]
-        forgetting = _mean(runs, lambda run: run.forgetting, sign=True)
-        losses.append([label, *cells[:3], forgetting, *cells[3:]])
-        costs.append(
-            [
-                label,
-                f"{runs[0].steps:,}",
-                f"{runs[0].calibration_steps:,}",
-                *(f"{count:,}" for count in runs[0].trained),
-                f"{sum(run.changed for run in runs) / len(runs):.2%}",
-                _difference(differences.get(name)),
-            ]
-        )
-    spread_note = (
-        f"mean ± sample standard deviation over {len(seeds)} seeds"
-        if len(seeds) > 1
+def _document(schemes: Mapping[str, Sequence[Stages]], context: Mapping[str, Any]) -> Document:
+    seeds = len({run.seed for runs in schemes.values() for run in runs})
+    spreads = (
+        f"mean \u00b1 sample standard deviation over {seeds} seeds"
+        if seeds > 1
         else "of one seed, which says nothing about their spread"
     )
-    parts = [
-        "# A second task on top of a first",
-        f"Evaluation losses in nats per token, {spread_note}. Forgetting is the loss on task one "
-        "after stage two minus after stage one: above 0, task one got worse.",
-        _losses_table(losses),
-        "![losses by stage](continual.png)",
-        "## What it took",
+    figure = FigureFile("continual", "Losses by stage", ())
+    return Document(
+        "A second task on top of a first",
+        headline="",
+        subtitle=f"Evaluation losses in nats per token, {spreads}.",
+        sections=(
+            Section("Losses", table=_losses(schemes), figures=(figure,)),
+            Section("What it took", table=_costs(schemes)),
+            Section("Settings", table=settings_table(context)),
+        ),
+    )
+
+
+def _losses(schemes: Mapping[str, Sequence[Stages]]) -> TextTable:
+    columns: dict[str, Callable[[Sequence[Stages]], str]] = {
+        "scheme": lambda runs: runs[0].label,
+        "forgetting": lambda runs: _mean([run.forgetting for run in runs]),
+    }
+    for task, title in _TASKS.items():
+        for stage, when in zip(STAGES, _STAGE_NAMES, strict=True):
+            columns[f"{title}, {when}"] = lambda runs, stage=stage, task=task: _mean(
+                [run.losses[stage][task] for run in runs]
+            )
+    return text_table(
+        schemes.values(),
+        columns,
+        "Forgetting is the loss on task one after stage two minus after stage one: above 0, task "
+        "one got worse.",
+    )
+
+
+def _costs(schemes: Mapping[str, Sequence[Stages]]) -> TextTable:
+    untested = PairedDifference(0, None)
+    against = forgetting_against_lora(schemes)
+    difference = {name: against.get(name, untested) for name in schemes}
+    shared = _SHARED if any(name.startswith("shared") for name in schemes) else ""
+    return text_table(
+        schemes.values(),
+        {
+            "scheme": lambda runs: runs[0].label,
+            "steps": lambda runs: count(runs[0].steps),
+            "calibration steps": lambda runs: count(runs[0].calibration_steps),
+            "trained in stage one": lambda runs: count(runs[0].trained[0]),
+            "trained in stage two": lambda runs: count(runs[0].trained[1]),
+            "changed": lambda runs: share(sum(run.changed for run in runs) / len(runs), 2),
+            "forgetting minus LoRA\u2019s": lambda runs: signed(difference[runs[0].scheme].mean),
+            "95 % interval": lambda runs: interval(difference[runs[0].scheme]),
+        },
         "Steps of both stages; those of the calibrations, which masks come from, come on top. "
         "Changed is the share of the entries trained in stage one that stage two left otherwise. "
-        "The last column compares forgetting seed by seed; its 95 % t interval, from 3 seeds on, "
-        "is not corrected for the number of schemes.",
-        markdown_table(
-            [
-                "scheme",
-                "steps",
-                "calibration steps",
-                "trained in stage one",
-                "trained in stage two",
-                "changed",
-                "forgetting minus LoRA's",
-            ],
-            costs,
-        ),
-        *_notes(schemes),
-        "## Setting",
-        "\n".join(f"- {key}: {value}" for key, value in context.items()),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _losses_table(rows: Sequence[Sequence[str]]) -> str:
-    first, second = (
-        [f"{task}, {stage}" for stage in _STAGE_NAMES] for task in ("task one", "task two")
+        "Forgetting is compared seed by seed; the t interval, from 3 seeds on, is not corrected "
+        f"for the number of schemes. {shared}",
     )
-    return markdown_table(["scheme", *first, "forgetting", *second], rows)
 
 
-def _notes(schemes: Mapping[str, Sequence[Stages]]) -> list[str]:
-    if not any(name.startswith("shared") for name in schemes):
-        return []
-    return [
-        "The shared schemes see both tasks in turn in stage one, and in stage two half as many "
-        "steps of one of them: under its own part a task was seen as often as in the other "
-        "schemes, the other one half as often. Both parts lie on the same shared adapter, and one "
-        "of them is in use at a time: the row of the part of task two says what task one loses "
-        "under it; with its own part, task one has the loss of the row of that part.",
-    ]
-
-
-def _mean(runs: Sequence[Stages], value: Callable[[Stages], float], *, sign: bool = False) -> str:
-    return _spread(spread([value(run) for run in runs]), sign=sign)
-
-
-def _spread(found: Spread | None, *, sign: bool) -> str:
-    assert found is not None
-    mean = f"{found.mean:+.4f}" if sign else f"{found.mean:.4f}"
-    return mean if found.std is None else f"{mean} ± {found.std:.4f}"
-
-
-def _difference(found: PairedDifference | None) -> str:
-    if found is None:
-        return ""
-    if found.interval is None:
-        return f"{found.mean:+.4f}"
-    return f"{found.mean:+.4f} [{found.interval[0]:+.4f}, {found.interval[1]:+.4f}]"
+def _mean(values: Sequence[float]) -> str:
+    return mean_and_std(spread(values))
 
 
 def _figure(schemes: Mapping[str, Sequence[Stages]]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ...files import replacing, write_json, write_text
-from ...training import Run
-from . import wording
+from ...training import Run, for_json
 from .compare import Comparison, compare_runs
+from .document import comparison_document
 from .figures import draw_png, figure_files
-from .page import html_page
-from .report import markdown_report
+from .html_page import html_page
+from .markdown_report import markdown_report
+from .verdicts import headline, verdict
 
 FORMAT_VERSION = 1
 
@@ -60,8 +60,8 @@ def write_comparison(
     comparison = compare_runs(runs, reference=reference, total_reference=total_reference)
     figures = figure_files(comparison)
     images = {f"{figure.name}.png": draw_png(figure, comparison) for figure in figures}
-    report = markdown_report(comparison, context, figures)
-    page = html_page(comparison, context, figures)
+    document = comparison_document(comparison, context, figures)
+    report, page = markdown_report(document), html_page(document, comparison)
     numbers = comparison_numbers(comparison, context)
 
     folder = Path(output_dir)
@@ -84,24 +84,12 @@ def comparison_numbers(comparison: Comparison, context: Mapping[str, Any]) -> di
     """All numbers of the comparison for JSON; losses that were not finite become null."""
     numbers = {
         "format_version": FORMAT_VERSION,
-        "headline": wording.headline(comparison),
+        "headline": headline(comparison),
         "context": context,
         **dataclasses.asdict(comparison),
     }
     for table, written in zip(comparison.tables, numbers["tables"], strict=True):
         for row, entry in zip(table.rows, written["rows"], strict=True):
             entry["result"]["outcome"] = row.result.outcome
-            entry["verdict"] = wording.verdict(row.result)
-    return _for_json(numbers)
-
-
-def _for_json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _for_json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_for_json(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)
+            entry["verdict"] = verdict(row.result)
+    return for_json(numbers)

@@ -61,9 +61,7 @@ def spread(values: Sequence[float]) -> Spread | None:
     return Spread(len(values), mean, statistics.stdev(values) if len(values) > 1 else None)
 
 
-def paired_difference(
-    method: Sequence[float], reference: Sequence[float], *, confidence: float = 0.95
-) -> PairedDifference:
+def paired_difference(method: Sequence[float], reference: Sequence[float]) -> PairedDifference:
     """Paired t-test of `method - reference`, one pair of finite values for each seed.
 
     Raises:
@@ -92,10 +90,15 @@ def paired_difference(
     if std <= rounding:
         return PairedDifference(n, mean, std, constant=True)
 
-    student_t = _student_t()
-    error = std / math.sqrt(n)
-    half_width = float(student_t.ppf((1 + confidence) / 2, n - 1)) * error
-    p = 2 * float(student_t.sf(abs(mean) / error, n - 1))
+    try:
+        from scipy.stats import t as student_t
+    except ImportError as error:
+        raise ImportError(
+            "the paired test needs scipy; install it with `pip install peft-svdinit[report]`"
+        ) from error
+    deviation = std / math.sqrt(n)
+    half_width = float(student_t.ppf(1 - SIGNIFICANCE / 2, n - 1)) * deviation
+    p = 2 * float(student_t.sf(abs(mean) / deviation, n - 1))
     return PairedDifference(n, mean, std, (mean - half_width, mean + half_width), p)
 
 
@@ -108,13 +111,3 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(tested) - position) * p))
         adjusted[index] = largest
     return adjusted
-
-
-def _student_t():
-    try:
-        from scipy.stats import t
-    except ImportError as error:
-        raise ImportError(
-            "the paired test needs scipy; install it with `pip install peft-svdinit[report]`"
-        ) from error
-    return t

@@ -62,27 +62,26 @@ def read_sweeps(trials: Sequence[Trial]) -> tuple[Sweep, ...]:
 def _sweep(trials: Sequence[Trial]) -> Sweep:
     swept = [trial for trial in trials if trial.sweep]
     own = [trial for trial in trials if not trial.sweep]
-    for trial in swept:
-        if trial.learning_rate is None:
-            raise ValueError(
-                f"run {trial.name!r}: a sweep run must state learning_rate in "
-                "extra['comparison'], got none"
-            )
     lengths = {trial.steps for trial in swept}
     if len(lengths) > 1:
         raise ValueError(
             f"method {swept[0].method!r}: all runs of a sweep must have the same length, "
             f"got {', '.join(map(str, sorted(lengths)))} steps"
         )
-    steps = lengths.pop()
     rates: dict[float, list[Trial]] = {}
     for trial in swept:
-        if trial.learning_rate is not None:
-            rates.setdefault(trial.learning_rate, []).append(trial)
-    seeds = {trial.seed for trial in swept}
-    stand_ins = [trial for trial in own if trial.steps == steps and trial.seed in seeds]
-    for rate in {t.learning_rate for t in stand_ins if t.learning_rate is not None} - rates.keys():
-        rates[rate] = [trial for trial in stand_ins if trial.learning_rate == rate]
+        if trial.learning_rate is None:
+            raise ValueError(
+                f"run {trial.name!r}: a sweep run must state learning_rate in "
+                "extra['comparison'], got none"
+            )
+        rates.setdefault(trial.learning_rate, []).append(trial)
+    tried, seeds = set(rates), {trial.seed for trial in swept}
+    for trial in own:
+        rate = trial.learning_rate
+        if rate is not None and rate not in tried and trial.seed in seeds:
+            if trial.steps in lengths:
+                rates.setdefault(rate, []).append(trial)
 
     chosen = {trial.learning_rate for trial in own}
     used = chosen.pop() if len(chosen) == 1 else None
@@ -108,4 +107,4 @@ def _sweep(trials: Sequence[Trial]) -> Sweep:
         )
         for rate in sorted(rates)
     )
-    return Sweep(swept[0].method, swept[0].label, steps, used, points)
+    return Sweep(swept[0].method, swept[0].label, swept[0].steps, used, points)

@@ -1,19 +1,30 @@
-"""The tables of a comparison as text, so that the report and the page print the same numbers."""
+"""What came out, as tables of text: the report and the page print the same cells."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from . import wording
-from .compare import Attempt, Comparison, MethodSummary, PairedTable
-from .sweeps import Sweep
+from .compare import Comparison
+from .paired_tables import PairedTable
+from .summaries import Attempt, MethodSummary
+from .verdicts import verdict
+
+Row = TypeVar("Row")
 
 TABLE_TITLES = {
     "equal_steps": "Equal student steps",
     "equal_budget": "Equal total budget",
     "sunk_teacher": "A teacher that exists already",
+}
+_NOTES = {
+    "equal_steps": "Every student trained for as many steps as the reference; a teacher\u2019s "
+    "training comes on top and is left out here.",
+    "equal_budget": "The reference trained for the teacher\u2019s and the student\u2019s steps "
+    "together: does the detour over a teacher pay?",
+    "sunk_teacher": "The teacher was there before: its cost is stated, not counted.",
 }
 
 
@@ -21,207 +32,120 @@ TABLE_TITLES = {
 class TextTable:
     """Cells as plain text, neither escaped nor marked up; the first column names the row."""
 
-    title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     last_is_text: bool = False
 
 
+def text_table(
+    rows: Iterable[Row],
+    columns: Mapping[str, Callable[[Row], str]],
+    note: str = "",
+    *,
+    last_is_text: bool = False,
+) -> TextTable:
+    """A table of what each column, by its heading, says of each row."""
+    cells = tuple(tuple(cell(row) for cell in columns.values()) for row in rows)
+    return TextTable(tuple(columns), cells, note, last_is_text)
+
+
 def results_table(comparison: Comparison) -> TextTable:
     """The main table: what each method reached, after how much training."""
-    reference = comparison.method(comparison.reference).label
-    return TextTable(
-        "Results",
-        (
-            "method",
-            "final eval loss",
-            "eval loss at step 0",
-            "steps",
-            "total steps",
-            f"steps to {reference}\u2019s final loss",
-            "the same, with the teacher\u2019s",
-            "learning rate",
-            "seeds",
-        ),
-        tuple(
-            (
-                method.label,
-                wording.mean_and_std(method.final),
-                wording.loss(method.step0.mean if method.step0 else None),
-                wording.count(method.steps),
-                wording.count(method.total_steps),
-                wording.steps_reached(method),
-                wording.steps_reached(method, total=True),
-                wording.rate(method.learning_rate),
-                _seeds(method),
-            )
-            for method in comparison.methods
-        ),
-        "Final eval loss: mean \u00b1 sample standard deviation over seeds, lower is better. The "
-        "loss at step 0 is that of the start alone, before the student trains. Total steps include "
-        "the teacher\u2019s unless its cost is sunk. Steps to the reference\u2019s final loss are "
-        "counted within one seed, linear between evaluations.",
+    reference = comparison.method(comparison.reference)
+    return text_table(
+        comparison.methods,
+        {
+            "method": lambda m: m.label,
+            "final eval loss": lambda m: wording.mean_and_std(m.final),
+            "eval loss at step 0": lambda m: _step0(m, reference),
+            "steps": lambda m: wording.count(m.steps),
+            "total steps": lambda m: wording.count(m.total_steps),
+            f"steps to {reference.label}\u2019s final loss": steps_reached,
+            "the same, with the teacher\u2019s": lambda m: steps_reached(m, total=True),
+            "learning rate": lambda m: wording.rate(m.learning_rate),
+            "seeds": _seeds,
+        },
+        "Final eval loss: mean \u00b1 sample standard deviation over seeds, lower is better. At "
+        "step 0 only the start counts; in brackets the share that it holds of the "
+        "reference\u2019s progress. Total steps include the teacher\u2019s unless its cost is "
+        "sunk. Steps to the reference\u2019s final loss are counted within one seed, linear "
+        "between evaluations.",
     )
 
 
-def cost_table(comparison: Comparison) -> TextTable:
-    """Tokens and seconds, the student's own and with the teacher's."""
-    reference = comparison.method(comparison.reference).label
-    return TextTable(
-        "Cost",
-        (
-            "method",
-            "teacher",
-            "teacher counted",
-            "tokens",
-            "total tokens",
-            "training seconds",
-            "total seconds",
-            f"seconds to {reference}\u2019s final loss",
-            "the same, with the teacher\u2019s",
-        ),
-        tuple(
-            (
-                method.label,
-                _teacher_cost(method),
-                _counted(method),
-                wording.count(method.tokens),
-                wording.count(method.total_tokens),
-                wording.seconds(method.seconds),
-                wording.seconds(method.total_seconds),
-                wording.seconds_reached(method),
-                wording.seconds_reached(method, total=True),
-            )
-            for method in comparison.methods
-        ),
-        "Means over the runs. Seconds are those inside training steps, without evaluation.",
-    )
-
-
-def paired_table(table: PairedTable, comparison: Comparison) -> TextTable:
+def paired_table(table: PairedTable) -> TextTable:
     """One comparison: paired differences with their interval, test and verdict."""
-    note = {
-        "equal_steps": "Every student trained for as many steps as the reference. A start taken "
-        "from a teacher has had that teacher\u2019s training on top, which this table leaves out.",
-        "equal_budget": "The reference trained for the teacher\u2019s and the student\u2019s steps "
-        "together: this table asks whether the detour over a teacher pays.",
-        "sunk_teacher": "The teacher was there before, and its cost is sunk: it is stated, not "
-        "counted. This table asks what a teacher that costs nothing more is worth.",
-    }[table.name]
-    if table.name == "sunk_teacher":
-        costs = [
-            f"{wording.named(row.label)}: {_teacher_cost(comparison.method(row.method))}"
-            for row in table.rows
-        ]
-        note = f"{note} Sunk cost: {'; '.join(costs)}."
-    return TextTable(
-        TABLE_TITLES[table.name],
-        ("method", "difference", "95 % interval", "p", "p (Holm)", "seeds", "verdict"),
-        tuple(
-            (
-                row.label,
-                wording.signed(row.result.mean),
-                wording.interval(row.result),
-                wording.p_value(row.result.p),
-                wording.p_value(row.result.p_holm),
-                str(row.result.n),
-                wording.verdict(row.result),
-            )
-            for row in table.rows
-        ),
+    return text_table(
+        table.rows,
+        {
+            "method": lambda row: row.label,
+            "difference": lambda row: wording.signed(row.result.mean),
+            "95 % interval": lambda row: wording.interval(row.result),
+            "p": lambda row: wording.p_value(row.result.p),
+            "p (Holm)": lambda row: wording.p_value(row.result.p_holm),
+            "seeds": lambda row: str(row.result.n),
+            "verdict": lambda row: verdict(row.result),
+        },
         f"Final eval loss minus that of {table.reference_label} at the same seed; negative favours "
-        f"the method. {note}",
+        f"the method. Paired t-test. {_NOTES[table.name]}",
         last_is_text=True,
     )
 
 
 def seeds_table(comparison: Comparison) -> TextTable:
     """Each seed of each method, so that every mean can be checked."""
-    return TextTable(
-        "Every seed",
-        ("method", "seed", "eval loss at step 0", "final eval loss", "steps to reference\u2019s"),
-        tuple(
-            (
-                method.label,
-                str(attempt.seed),
-                wording.loss(attempt.step0_loss),
-                "diverged" if attempt.diverged else wording.loss(attempt.final_loss),
-                _steps(attempt),
-            )
-            for method in comparison.methods
-            for attempt in method.attempts
-        ),
+    attempts = [(m.label, attempt) for m in comparison.methods for attempt in m.attempts]
+    return text_table(
+        attempts,
+        {
+            "method": lambda row: row[0],
+            "seed": lambda row: str(row[1].seed),
+            "eval loss at step 0": lambda row: wording.loss(row[1].step0_loss),
+            "final eval loss": lambda row: (
+                "diverged" if row[1].diverged else wording.loss(row[1].final_loss)
+            ),
+            "steps to reference\u2019s": lambda row: _steps(row[1]),
+        },
     )
 
 
-def sweep_table(sweeps: Sequence[Sweep]) -> TextTable:
-    """All learning rates tried, with the one that the compared runs used."""
-    rows = []
-    for sweep in sweeps:
-        for point in sweep.points:
-            marks = ["used"] if point.chosen else []
-            marks += ["lowest"] if point.lowest else []
-            if point.diverged_seeds:
-                marks.append(f"{len(point.diverged_seeds)} diverged")
-            rows.append(
-                (
-                    sweep.label,
-                    wording.rate(point.learning_rate),
-                    str(sweep.steps),
-                    str(len(point.seeds)),
-                    wording.mean_and_std(point.loss),
-                    ", ".join(marks),
-                )
-            )
-    return TextTable(
-        "Learning-rate sweep",
-        ("method", "learning rate", "steps", "seeds", "eval loss", "remark"),
-        tuple(rows),
-        "These runs only chose the rates and are in no other table. \u201cUsed\u201d marks the "
-        "rate of the compared runs.",
-        last_is_text=True,
-    )
+def steps_reached(method: MethodSummary, *, total: bool = False) -> str:
+    """Mean steps until the reference's final loss over the seeds that reached it, and how many."""
+    extra = method.total_steps - method.steps if total else 0.0
+    steps = [a.reached.steps for a in method.comparable if a.reached]
+    return reached(method, steps, extra, wording.count)
 
 
-def settings_table(context: Mapping[str, Any]) -> TextTable:
-    """What the caller states of the experiment, nested entries with their path."""
-    rows = tuple(_flat("", context))
-    return TextTable("Settings", ("setting", "value"), rows, last_is_text=True)
+def reached(
+    method: MethodSummary, values: Sequence[float], extra: float, written: Callable[[float], str]
+) -> str:
+    possible = len(method.comparable)
+    if not possible:
+        return wording.NOT_KNOWN
+    if not values:
+        return "not reached"
+    text = written(sum(values) / len(values) + extra)
+    return text if len(values) == possible else f"{text} ({len(values)} of {possible} seeds)"
 
 
-def _flat(prefix: str, values: Mapping[str, Any]):
-    for key, value in values.items():
-        name = f"{prefix}{str(key).replace('_', ' ')}"
-        if isinstance(value, Mapping):
-            yield from _flat(f"{name}: ", value)
-        elif isinstance(value, float):
-            yield name, f"{value:.4g}"
-        elif value is not None:
-            yield name, str(value)
+def _step0(method: MethodSummary, reference: MethodSummary) -> str:
+    """The loss of the start, and how much of the reference's progress that is."""
+    if not method.step0:
+        return wording.NOT_KNOWN
+    text = wording.loss(method.step0.mean)
+    if not (reference.step0 and reference.final):
+        return text
+    progress = reference.step0.mean - reference.final.mean
+    ahead = reference.step0.mean - method.step0.mean
+    if progress <= 0 or abs(ahead) < 0.001 * progress:
+        return text
+    return f"{text} ({wording.share(ahead / progress)})"
 
 
 def _seeds(method: MethodSummary) -> str:
     diverged = len(method.diverged_seeds)
     return f"{len(method.seeds)} ({diverged} diverged)" if diverged else str(len(method.seeds))
-
-
-def _teacher_cost(method: MethodSummary) -> str:
-    if method.teacher_kind is None:
-        return "none"
-    stated = {
-        "steps": wording.count(method.teacher_steps),
-        "tokens": wording.count(method.teacher_tokens),
-        "s": wording.seconds(method.teacher_seconds),
-    }
-    known = [f"{value} {unit}" for unit, value in stated.items() if value != wording.NOT_KNOWN]
-    return f"{method.teacher_kind}, {', '.join(known) or 'cost not stated'}"
-
-
-def _counted(method: MethodSummary) -> str:
-    if method.teacher_kind is None:
-        return "none"
-    return "no, sunk" if method.teacher_sunk else "yes"
 
 
 def _steps(attempt: Attempt) -> str:

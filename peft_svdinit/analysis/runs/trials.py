@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
-
-from ...training import Run
+from typing import Literal, NamedTuple
 
 Budget = Literal["student", "total"]
 TeacherKind = Literal["synthesised", "full", "given"]
@@ -75,16 +70,21 @@ class Trial:
         return self.evaluations[-1].loss
 
     @property
+    def sunk(self) -> bool:
+        """Whether it had a teacher whose cost is not counted."""
+        return self.teacher is not None and self.teacher.sunk
+
+    @property
     def counted_teacher(self) -> Teacher | None:
         """The teacher whose cost belongs to this run; None for a sunk one."""
-        return self.teacher if self.teacher is not None and not self.teacher.sunk else None
+        return None if self.sunk else self.teacher
 
     @property
     def head_start(self) -> Cost:
         """The steps, tokens and seconds to count before the run's own: its teacher's, or none."""
-        if self.teacher is None or self.teacher.sunk:
+        teacher = self.counted_teacher
+        if teacher is None:
             return Cost(0, 0, 0.0)
-        teacher = self.teacher
         return Cost(teacher.steps or 0, teacher.tokens or 0, teacher.seconds or 0.0)
 
     @property
@@ -103,127 +103,3 @@ class Trial:
     @property
     def total_seconds(self) -> float | None:
         return None if self.seconds is None else self.seconds + self.head_start.seconds
-
-
-@dataclass(frozen=True)
-class Reached:
-    """Where a run's evaluation loss first met a target, in the student's own steps and seconds."""
-
-    steps: float
-    seconds: float | None
-
-
-def first_reached(evaluations: Sequence[Evaluation], target: float) -> Reached | None:
-    """The first crossing of `target` from above, linear between evaluations; None if never.
-
-    A run whose first evaluation is at or below the target reached it there. The seconds are
-    interpolated likewise, or None where the log has none.
-    """
-    before: Evaluation | None = None
-    for after in evaluations:
-        if after.loss <= target:
-            if before is None:
-                return Reached(float(after.step), after.seconds)
-            share = (before.loss - target) / (before.loss - after.loss)
-            seconds = None
-            if before.seconds is not None and after.seconds is not None:
-                seconds = before.seconds + share * (after.seconds - before.seconds)
-            return Reached(before.step + share * (after.step - before.step), seconds)
-        before = after
-    return None
-
-
-def read_trial(run: Run) -> Trial:
-    """What a comparison needs of `run`; without `extra["comparison"]` its method is its name.
-
-    Raises:
-        ValueError: if the run did not complete, logged no `eval_loss`, or describes its method
-            with a budget or teacher this comparison does not know.
-    """
-    info = run.info
-    name = str(info.get("name") or Path(run.directory).name)
-    if info.get("status") != "completed":
-        raise ValueError(
-            f"run {name!r}: status must be 'completed', got {info.get('status')!r}; "
-            f"resume or repeat the training in {run.directory}"
-        )
-    evaluations = _evaluations(run.log)
-    if not evaluations:
-        raise ValueError(
-            f"run {name!r}: its log holds no eval_loss to compare; "
-            "train it with an evaluation set and eval_strategy='steps'"
-        )
-    about = (info.get("extra") or {}).get("comparison") or {}
-    losses = [point.loss for point in evaluations]
-    losses += [row["loss"] for row in run.log if row.get("loss") is not None]
-    return Trial(
-        name=name,
-        method=str(about.get("method") or name),
-        label=str(about.get("label") or about.get("method") or name),
-        budget=_one_of(Budget, about.get("budget", "student"), name, "budget"),
-        seed=int(info["seed"]),
-        data_seed=info.get("data_seed"),
-        learning_rate=about.get("learning_rate"),
-        sweep=bool(about.get("sweep", False)),
-        teacher=_teacher(about.get("teacher"), name),
-        steps=int(info["steps"]),
-        tokens=info.get("tokens"),
-        seconds=info.get("seconds"),
-        total_parameters=info.get("total_parameters"),
-        evaluations=evaluations,
-        diverged=not all(math.isfinite(loss) for loss in losses),
-    )
-
-
-def _evaluations(log: Sequence[Mapping[str, Any]]) -> tuple[Evaluation, ...]:
-    """The evaluations in a log; the last one counts where a step was evaluated twice.
-
-    Tokens and seconds that an evaluation's row lacks are those of another row of its step.
-    """
-    losses: dict[int, float] = {}
-    tokens: dict[int, int] = {0: 0}
-    seconds: dict[int, float] = {0: 0.0}
-    for row in log:
-        step = int(row["step"])
-        if row.get("tokens") is not None:
-            tokens[step] = row["tokens"]
-        if row.get("seconds") is not None:
-            seconds[step] = row["seconds"]
-        if row.get("eval_loss") is not None:
-            losses[step] = row["eval_loss"]
-    return tuple(
-        Evaluation(step, losses[step], tokens.get(step), seconds.get(step))
-        for step in sorted(losses)
-    )
-
-
-def _teacher(about: Mapping[str, Any] | None, name: str) -> Teacher | None:
-    if about is None:
-        return None
-    missing = {"kind", "steps", "tokens", "seconds", "sunk"} - about.keys()
-    if missing:
-        raise ValueError(
-            f"run {name!r}: extra['comparison']['teacher'] must state kind, steps, tokens, "
-            f"seconds and sunk; {', '.join(sorted(missing))} missing"
-        )
-    unknown = [key for key in ("steps", "tokens", "seconds") if about[key] is None]
-    if unknown and not about["sunk"]:
-        raise ValueError(
-            f"run {name!r}: a teacher whose cost is counted must state its {', '.join(unknown)}, "
-            "got null; read them from the teacher's run.json, or declare the cost sunk"
-        )
-    return Teacher(
-        kind=_one_of(TeacherKind, about["kind"], name, "teacher.kind"),
-        steps=about["steps"],
-        tokens=about["tokens"],
-        seconds=about["seconds"],
-        sunk=bool(about["sunk"]),
-    )
-
-
-def _one_of(choices: Any, value: Any, name: str, argument: str) -> Any:
-    if value not in get_args(choices):
-        raise ValueError(
-            f"run {name!r}: {argument} must be one of {', '.join(get_args(choices))}, got {value!r}"
-        )
-    return value
