@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_model_param_count
 
-from peft_svdinit.analysis import figure_class, plot_loss_curve
+from peft_svdinit.analysis import check_matplotlib, plot_loss_curve
 from peft_svdinit.training import (
     EVAL_PREFIX,
     LOSS_CURVE,
@@ -94,7 +94,7 @@ class ComparisonCallback(TrainerCallback, ExportableState):
         except (TypeError, ValueError) as error:
             raise type(error)(f"extra must hold only what JSON can hold: {error}") from error
         if plot:
-            figure_class()  # a missing matplotlib is better known before training than after it
+            check_matplotlib()  # a missing matplotlib is better known before training than after it
         self.output_dir = output_dir
         self.name = name
         self.plot = plot
@@ -235,7 +235,7 @@ class ComparisonCallback(TrainerCallback, ExportableState):
             ended = not preempted and log.whole
             self._write_info(args, state, "completed" if ended else "running")
         if self.plot and log.rows:
-            draw = "Draw it from the log with trainer_callbacks.loss_curve.plot_loss_curve."
+            draw = "Draw it from the log with peft_svdinit.analysis.plot_loss_curve."
             with self._spared(str(folder / LOSS_CURVE), draw):
                 plot_loss_curve(log.rows, folder / LOSS_CURVE, title=self._info["name"])
         self._log = None

@@ -1,8 +1,8 @@
-"""Tables in Markdown."""
+"""Reports in Markdown: headings, tables and lists."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -13,3 +13,32 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(
         "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
     )
+
+
+def document(*blocks: str) -> str:
+    """Blocks with empty lines between them; empty ones are left out."""
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def section(title: str, *blocks: str) -> str:
+    """A heading with what belongs to it, or nothing if there is none."""
+    body = "\n\n".join(block for block in blocks if block)
+    return f"## {title}\n\n{body}" if body else ""
+
+
+def bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def facts(values: Mapping[str, Any]) -> str:
+    """Names and values, one a line."""
+    return bullets(f"{key}: {'-' if value is None else value}" for key, value in values.items())
+
+
+def picture(caption: str, name: str) -> str:
+    return f"![{caption}]({name})"
+
+
+def span(low: Any, high: Any) -> str:
+    """From one to the other, or the one that both are."""
+    return f"{low}" if low == high else f"{low} to {high}"

@@ -246,7 +246,7 @@ def _show(paths: list[str], output: Path, plots: bool) -> None:
         }
         comparison = compare_masks(masks, deltas)
         write_mask_comparison(comparison, masks, output, plots=plots)
-        print("\n".join(comparison_in_words(comparison)).replace("**", ""))
+        print("\n".join(comparison_in_words(comparison)))
     print(f"Report: {output / f'{REPORT}.md'}")
 
 

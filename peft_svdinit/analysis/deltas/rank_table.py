@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .layers import Analysis
+from .totals import Analysis
 
 BYTES_PER_PARAMETER = 2  # bfloat16
 

@@ -67,13 +67,6 @@ class Comparison:
     overlaps: Mapping[tuple[int, int], MaskOverlap]
     interference: Mapping[tuple[int, int], PairInterference]
 
-    def matrix(self, number: Callable[[MaskOverlap], float], own: float) -> list[list[float]]:
-        """A number of all pairs as a symmetric matrix with `own` on the diagonal."""
-        rows = [[own] * len(self.labels) for _ in self.labels]
-        for (i, j), overlap in self.overlaps.items():
-            rows[i][j] = rows[j][i] = number(overlap)
-        return rows
-
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
