@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -13,6 +15,12 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(
         "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
     )
+
+
+def columns_table(rows: Iterable[T], columns: Mapping[str, Callable[[T], Any]]) -> str:
+    """A table of what each heading says of each row."""
+    cells = ([cell(row) for cell in columns.values()] for row in rows)
+    return markdown_table(list(columns), cells)
 
 
 def document(*blocks: str) -> str:

@@ -19,6 +19,12 @@ from .random_spectrum import random_reference
 from .spikes import Spikes, find_spikes
 
 ENERGY_SHARES = (0.90, 0.95, 0.99)
+# What is written as it is, in this order.
+_WRITTEN = (
+    *("name", "shape", "held", "norm", "base_norm", "relative_norm", "energy_ratio"),
+    *("random_energy", "reconstruction_error", "absolute_error", "spectral_error"),
+    *("stable_rank", "rank_for_energy", "parameters"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,20 +88,7 @@ class LayerAnalysis:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; nine digits give each float32 singular value back exactly."""
         return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "held": self.held,
-            "norm": self.norm,
-            "base_norm": self.base_norm,
-            "relative_norm": self.relative_norm,
-            "energy_ratio": self.energy_ratio,
-            "random_energy": self.random_energy,
-            "reconstruction_error": self.reconstruction_error,
-            "absolute_error": self.absolute_error,
-            "spectral_error": self.spectral_error,
-            "stable_rank": self.stable_rank,
-            "rank_for_energy": dict(self.rank_for_energy),
-            "parameters": self.parameters,
+            **{key: getattr(self, key) for key in _WRITTEN},
             "spikes": self.spikes.as_dict(),
             "singular_values": [float(f"{value:.9g}") for value in self.singular_values],
         }

@@ -108,20 +108,8 @@ def _draw_spectra(axes: Any, groups: Mapping[str, list[LayerAnalysis]], rank: in
             markevery=max(1, len(median) // 8),
         )
     axes.axvline(rank + 0.5, color=GUIDE, linestyle="--", linewidth=1.2)
-    leftwards = 2 * rank > max(layer.held for group in groups.values() for layer in group)
-    axes.annotate(
-        f"kept: rank {rank}",
-        (rank + 0.5, 1.0),
-        xycoords=("data", "axes fraction"),
-        xytext=(-4 if leftwards else 4, -3),
-        textcoords="offset points",
-        ha="right" if leftwards else "left",
-        va="top",
-        fontsize=9,
-        color=GUIDE,
-    )
     axes.set_yscale("log")
-    axes.set_title("lines: median of the layers; bands: 10 to 90 %", fontsize=10)
+    axes.set_title(f"median of the layers and 10 to 90 %; dashed: rank {rank}", fontsize=10)
     axes.set_xlabel("index i of the singular value")
     whole_ticks(axes.xaxis)
     axes.set_ylabel("σᵢ / σ₁")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from .totals import Analysis
 
@@ -27,10 +26,6 @@ class RankRow:
     error: float
     parameters: int
     bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
 
 
 def rank_table(analysis: Analysis) -> list[RankRow]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ...factors import RankRecommendation
 from ...files import write_text
 from ..markdown import document, facts, picture, section, span
 from .heat_maps import plot_heat_maps
-from .intruders import LayerIntruders, intruder_total
+from .intruders import LayerIntruders, intruders_as_dict
 from .plots import plot_analysis
 from .rank_table import rank_table
 from .recommendation_table import recommendation_table
@@ -70,9 +71,9 @@ def write_analysis(
         "title": title,
         "source": dict(source),
         **analysis.as_dict(),
-        "ranks": [row.as_dict() for row in rank_table(analysis)],
+        "ranks": [asdict(row) for row in rank_table(analysis)],
         "recommendation": recommendation.as_dict() if recommendation else None,
-        "intruders": None if intruders is None else _intruders(intruders),
+        "intruders": None if intruders is None else intruders_as_dict(intruders),
     }
     # Before anything is written: this is where NaN is refused.
     text = json.dumps(content, indent=2, allow_nan=False)
@@ -87,14 +88,6 @@ def write_analysis(
     write_text(paths["json"], text + "\n")
     write_text(paths["report"], _report(analysis, title, source, recommendation, intruders, paths))
     return paths
-
-
-def _intruders(layers: Sequence[LayerIntruders]) -> dict[str, Any]:
-    return {
-        "total": intruder_total(layers),
-        "threshold": layers[0].threshold if layers else None,
-        "layers": {layer.name: layer.as_dict() for layer in layers},
-    }
 
 
 def _report(

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from ..markdown import markdown_table
+from ..markdown import columns_table
 from .groups import spike_count
 from .intruders import LayerIntruders, intruder_total
+from .layers import LayerAnalysis
 from .rank_table import RankRow
 from .totals import Analysis
 
 MOST_LAYERS = 12
 MOST_VALUES = 5
 
+Group = tuple[str, list[LayerAnalysis]]
+
 
 def ranks_table(rows: Sequence[RankRow]) -> str:
     """What one common rank keeps and costs."""
-    header = ("rank", "energy kept", "relative error", "parameters", "size in bf16")
-    cells = [
-        (
-            row.rank,
-            f"{row.energy:.2%}",
-            f"{row.error:.2%}",
-            f"{row.parameters:,}",
-            _size(row.bytes),
-        )
-        for row in rows
-    ]
+    table = columns_table(
+        rows,
+        {
+            "rank": lambda row: row.rank,
+            "energy kept": lambda row: f"{row.energy:.2%}",
+            "relative error": lambda row: f"{row.error:.2%}",
+            "parameters": lambda row: f"{row.parameters:,}",
+            "size in bf16": lambda row: _size(row.bytes),
+        },
+    )
     return (
-        f"{markdown_table(header, cells)}\n\nOne rank for all layers; a layer that holds fewer "
-        "triplets keeps those it holds."
+        f"{table}\n\nOne rank for all layers; a layer that holds fewer triplets keeps those it "
+        "holds."
     )
 
 
@@ -47,33 +49,34 @@ def spikes_table(analysis: Analysis) -> str:
     """The spectra against random deltas, by module type."""
     if not analysis.changed:
         return "No layer changed."
-    header = (
-        "module",
-        "layers",
-        f"energy at rank {analysis.rank}",
-        "of a random delta",
-        "ratio",
-        "spikes",
-        "energy in spikes",
+
+    def median(group: Group, value: Callable[[LayerAnalysis], float]) -> float:
+        return statistics.median(map(value, group[1]))
+
+    table = columns_table(
+        analysis.by_type(analysis.changed).items(),
+        {
+            "module": lambda group: group[0],
+            "layers": lambda group: len(group[1]),
+            f"energy at rank {analysis.rank}": lambda group: (
+                f"{median(group, lambda layer: layer.energy_ratio):.1%}"
+            ),
+            "of a random delta": lambda group: (
+                f"{median(group, lambda layer: layer.random_energy):.1%}"
+            ),
+            "ratio": lambda group: f"{median(group, lambda layer: layer.concentration):.2g}",
+            "spikes": lambda group: spike_count(group[1]),
+            "energy in spikes": lambda group: (
+                f"{median(group, lambda layer: layer.spikes.energy):.1%}"
+            ),
+        },
     )
-    rows = [
-        (
-            kind,
-            len(layers),
-            f"{statistics.median(layer.energy_ratio for layer in layers):.1%}",
-            f"{statistics.median(layer.random_energy for layer in layers):.1%}",
-            f"{statistics.median(layer.concentration for layer in layers):.2g}",
-            spike_count(layers),
-            f"{statistics.median(layer.spikes.energy for layer in layers):.1%}",
-        )
-        for kind, layers in analysis.by_type(analysis.changed).items()
-    ]
     return (
-        f"{markdown_table(header, rows)}\n\nMedians over the layers. A spike is a singular value "
-        "that the layer's random part, which is what the spikes leave, would exceed once in a "
-        "thousand times; `≥`: all held triplets are spikes. Random deltas have independent entries "
-        "and the layer's shape and norm (arXiv:1103.2221); where the held triplets are the whole "
-        "delta, as in a LoRA, they are products of two Gaussian matrices of the layer's rank."
+        f"{table}\n\nMedians over the layers. A spike is a singular value that the layer's random "
+        "part, which is what the spikes leave, would exceed once in a thousand times; `≥`: all "
+        "held triplets are spikes. Random deltas have independent entries and the layer's shape "
+        "and norm (arXiv:1103.2221); where the held triplets are the whole delta, as in a LoRA, "
+        "they are products of two Gaussian matrices of the layer's rank."
     )
 
 
@@ -83,25 +86,19 @@ def spiked_layers_table(analysis: Analysis) -> str:
     if not spiked:
         return "No singular value stands out in any layer." if analysis.changed else ""
     spiked.sort(key=lambda layer: -layer.spikes.energy)
-    rows = [
-        (
-            f"`{layer.name}`",
-            spike_count([layer]),
-            f"{layer.spikes.energy:.1%}",
-            ", ".join(f"{value:.3g}" for value in layer.spikes.values[:MOST_VALUES])
-            + (", …" if layer.spikes.count > MOST_VALUES else ""),
-            f"{layer.spikes.edge:.3g}",
-        )
-        for layer in spiked[:MOST_LAYERS]
-    ]
-    header = (
-        f"layer, of {len(spiked)} with spikes",
-        "spikes",
-        "energy in them",
-        "their singular values",
-        "random edge",
+    return columns_table(
+        spiked[:MOST_LAYERS],
+        {
+            f"layer, of {len(spiked)} with spikes": lambda layer: f"`{layer.name}`",
+            "spikes": lambda layer: spike_count([layer]),
+            "energy in them": lambda layer: f"{layer.spikes.energy:.1%}",
+            "their singular values": lambda layer: (
+                ", ".join(f"{value:.3g}" for value in layer.spikes.values[:MOST_VALUES])
+                + (", …" if layer.spikes.count > MOST_VALUES else "")
+            ),
+            "random edge": lambda layer: f"{layer.spikes.edge:.3g}",
+        },
     )
-    return markdown_table(header, rows)
 
 
 def intruder_table(layers: Sequence[LayerIntruders]) -> str:
@@ -118,14 +115,13 @@ def intruder_table(layers: Sequence[LayerIntruders]) -> str:
     )
     if not found:
         return text
-    rows = [
-        (
-            f"`{layer.name}`",
-            len(layer.indices),
-            ", ".join(map(str, layer.indices)),
-            f"{min(layer.cosines):.3f}",
-        )
-        for layer in found[:MOST_LAYERS]
-    ]
-    header = ("layer", "intruders", "their places in the tuned spectrum", "smallest cosine")
-    return f"{text}\n\n{markdown_table(header, rows)}"
+    table = columns_table(
+        found[:MOST_LAYERS],
+        {
+            "layer": lambda layer: f"`{layer.name}`",
+            "intruders": lambda layer: len(layer.indices),
+            "their places in the tuned spectrum": lambda layer: ", ".join(map(str, layer.indices)),
+            "smallest cosine": lambda layer: f"{min(layer.cosines):.3f}",
+        },
+    )
+    return f"{text}\n\n{table}"

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from ..markdown import markdown_table
+from ..markdown import columns_table, markdown_table
 from .layers import ENERGY_SHARES, LayerAnalysis
 from .totals import Analysis
 
@@ -70,25 +70,17 @@ def worst_table(analysis: Analysis) -> str:
     if not lost:
         return f"None: rank {analysis.rank} keeps every delta whole."
     worst = sorted(analysis.layers, key=lambda layer: -layer.reconstruction_error)
-    rows = [
-        (
-            f"`{layer.name}`",
-            f"{layer.norm:.4g}",
-            f"{layer.energy_ratio:.2%}",
-            f"{layer.reconstruction_error:.2%}",
-            f"{layer.absolute_error:.3g}",
-            "not held" if layer.spectral_error is None else f"{layer.spectral_error:.3g}",
-            f"{layer.absolute_error**2 / lost:.1%}",
-        )
-        for layer in worst[:WORST_LAYERS]
-    ]
-    header = (
-        "layer",
-        "‖Δ‖",
-        "energy kept",
-        "relative error",
-        "‖Δ - Δᵣ‖",
-        "spectral error",
-        "share of all loss",
+    return columns_table(
+        worst[:WORST_LAYERS],
+        {
+            "layer": lambda layer: f"`{layer.name}`",
+            "‖Δ‖": lambda layer: f"{layer.norm:.4g}",
+            "energy kept": lambda layer: f"{layer.energy_ratio:.2%}",
+            "relative error": lambda layer: f"{layer.reconstruction_error:.2%}",
+            "‖Δ - Δᵣ‖": lambda layer: f"{layer.absolute_error:.3g}",
+            "spectral error": lambda layer: (
+                "not held" if layer.spectral_error is None else f"{layer.spectral_error:.3g}"
+            ),
+            "share of all loss": lambda layer: f"{layer.absolute_error**2 / lost:.1%}",
+        },
     )
-    return markdown_table(header, rows)

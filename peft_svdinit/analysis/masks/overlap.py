@@ -48,10 +48,6 @@ class MaskOverlap:
     row_correlation: float
     shares_A: bool
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -74,7 +70,7 @@ class Comparison:
             "pairs": [
                 {
                     "masks": [self.labels[i], self.labels[j]],
-                    **overlap.as_dict(),
+                    **asdict(overlap),
                     "deltas": found.as_dict()
                     if (found := self.interference.get((i, j))) is not None
                     else None,

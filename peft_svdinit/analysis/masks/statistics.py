@@ -40,7 +40,7 @@ class LayerMaskStatistics:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self), "shape": list(self.shape), "density": self.density}
+        return {**asdict(self), "density": self.density}
 
 
 @dataclass(frozen=True)

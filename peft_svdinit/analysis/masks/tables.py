@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...masks import LoriMask
-from ..markdown import markdown_table
-from .chance import Spread
+from ..markdown import columns_table, markdown_table
 from .overlap import Comparison, MaskOverlap
 from .statistics import Group, MaskStatistics
 from .words import verdict
@@ -18,20 +17,16 @@ _EXTREMES = 5
 
 def spread_table(statistics: MaskStatistics) -> str:
     """How the entries are spread over rows and columns, that is over outputs and rank."""
-
-    def row(what: str, spread: Spread) -> tuple[str, ...]:
-        return (
-            what,
-            f"{spread.lines:,}",
-            f"{spread.used:,}",
-            f"{spread.random_used:,.0f}",
-            f"{spread.half:.1%}",
-            f"{spread.random_half:.1%}",
-        )
-
-    return markdown_table(
-        ("of B", "all", "in use", "random mask", "with half of the entries", "random mask"),
-        [row("rows (outputs)", statistics.rows), row("columns (rank)", statistics.columns)],
+    return columns_table(
+        [("rows (outputs)", statistics.rows), ("columns (rank)", statistics.columns)],
+        {
+            "of B": lambda line: line[0],
+            "all": lambda line: f"{line[1].lines:,}",
+            "in use": lambda line: f"{line[1].used:,}",
+            "in use, random mask": lambda line: f"{line[1].random_used:,.0f}",
+            "with half of the entries": lambda line: f"{line[1].half:.1%}",
+            "with half, random mask": lambda line: f"{line[1].random_half:.1%}",
+        },
     )
 
 
@@ -41,22 +36,21 @@ def energy_table(statistics: MaskStatistics) -> str:
     if energy is None:
         return ""
     gain = energy.kept - energy.random
+    worth = gain > 0.05 * energy.random
     rank = statistics.size / statistics.rows.lines
     steps = (
-        ("random in the layers, as many as here", energy.by_layer, energy.random, ""),
-        ("random in the rows, as many as here", energy.by_row, energy.by_layer, f"{1 / rank:.0%}"),
-        ("those of the mask", energy.kept, energy.by_row, ""),
+        ("random in the layers, as many as here", energy.random, energy.by_layer, ""),
+        ("random in the rows, as many as here", energy.by_layer, energy.by_row, f"{1 / rank:.0%}"),
+        ("those of the mask", energy.by_row, energy.kept, ""),
     )
-    gains = gain > 0.05 * energy.random
-    rows = [
-        (name, f"{share:.1%}", f"{(share - before) / gain:.0%}" if gains else "-", of_noise)
-        for name, share, before, of_noise in steps
-    ]
     return markdown_table(
         ("entries", "of ‖B‖²", "of the gain over random", "the same of noise"),
         [
             ("random", f"{energy.random:.1%}", "", ""),
-            *rows,
+            *(
+                (name, f"{after:.1%}", f"{(after - before) / gain:.0%}" if worth else "-", of_noise)
+                for name, before, after, of_noise in steps
+            ),
             ("the largest of Gaussian noise", f"{energy.noise:.1%}", "", ""),
         ],
     )
@@ -65,26 +59,19 @@ def energy_table(statistics: MaskStatistics) -> str:
 def group_table(name: str, groups: Sequence[Group]) -> str:
     """Density of each group, and how many standard deviations of a random mask it is off."""
     overall = sum(group.kept for group in groups) / sum(group.size for group in groups)
-
-    def off(group: Group) -> str:
-        if not group.deviation:
-            return "-"
-        return f"{(group.density - overall) / group.deviation:+.1f}"
-
-    return markdown_table(
-        (name, "entries", "kept", "density", "times its share", "random mask", "deviations"),
-        [
-            (
-                group.name,
-                f"{group.size:,}",
-                f"{group.kept:,}",
-                f"{group.density:.2%}",
-                f"{group.share:.2f}",
-                f"± {BAND * group.deviation:.2%}",
-                off(group),
-            )
-            for group in groups
-        ],
+    return columns_table(
+        groups,
+        {
+            name: lambda group: group.name,
+            "entries": lambda group: f"{group.size:,}",
+            "kept": lambda group: f"{group.kept:,}",
+            "density": lambda group: f"{group.density:.2%}",
+            "times its share": lambda group: f"{group.share:.2f}",
+            "random mask": lambda group: f"± {BAND * group.deviation:.2%}",
+            "deviations": lambda group: (
+                f"{(group.density - overall) / group.deviation:+.1f}" if group.deviation else "-"
+            ),
+        },
     )
 
 
@@ -92,95 +79,78 @@ def layer_table(statistics: MaskStatistics) -> str:
     """The fullest and the emptiest layers; all of them if there are few."""
     ordered = sorted(statistics.layers, key=lambda layer: -layer.density)
     few = len(ordered) <= 2 * _EXTREMES
-    shown = ordered if few else [*ordered[:_EXTREMES], *ordered[-_EXTREMES:]]
-    return markdown_table(
-        ("layer", "B", "kept", "density", "rows in use", "columns in use", "energy kept"),
-        [
-            (
-                f"`{layer.name}`",
-                f"{layer.shape[0]} x {layer.shape[1]}",
-                f"{layer.kept:,}",
-                f"{layer.density:.2%}",
-                f"{layer.rows.used:,}",
-                f"{layer.columns.used:,}",
-                "-" if layer.energy is None else f"{layer.energy.kept:.1%}",
-            )
-            for layer in shown
-        ],
+    return columns_table(
+        ordered if few else [*ordered[:_EXTREMES], *ordered[-_EXTREMES:]],
+        {
+            "layer": lambda layer: f"`{layer.name}`",
+            "B": lambda layer: f"{layer.shape[0]} x {layer.shape[1]}",
+            "kept": lambda layer: f"{layer.kept:,}",
+            "density": lambda layer: f"{layer.density:.2%}",
+            "rows in use": lambda layer: f"{layer.rows.used:,}",
+            "columns in use": lambda layer: f"{layer.columns.used:,}",
+            "energy kept": lambda layer: f"{layer.energy.kept:.1%}" if layer.energy else "-",
+        },
     )
 
 
 def pair_table(comparison: Comparison) -> str:
     """Every pair, beside what chance gives."""
-
-    def entries(overlap: MaskOverlap) -> list[str]:
-        if not overlap.shares_A:
-            return [verdict(overlap), *["-"] * 3]
-        return [
-            f"{overlap.both:,} of {overlap.either:,}, {verdict(overlap)}",
-            f"{overlap.jaccard:.4f}",
-            f"{overlap.random_jaccard:.4f} ± {overlap.random_deviation:.4f}",
-            f"{overlap.random_in_layers:.4f}",
-        ]
-
-    def deltas(pair: tuple[int, int]) -> list[str]:
-        found = comparison.interference.get(pair)
-        if found is None or found.cosine is None:
-            return ["-"] * 4
-        outputs = found.outputs
-        shared = "-"
-        if outputs is not None:
-            shared = f"{outputs.mean_squared:.1%} ({outputs.random_mean_squared:.1%})"
-        return [
-            f"{found.cosine:+.4f}",
-            f"± {found.random_B_cosine:.4f}",
-            f"± {found.random_cosine:.4f}",
-            shared,
-        ]
-
     labels = comparison.labels
+    with_deltas = bool(comparison.interference)
     header = ("pair", "entries in both", "Jaccard", "random", "random per layer", "rows correlate")
     of_deltas = ("cosine of deltas", "random B", "random deltas", "shared outputs (random)")
-    with_deltas = bool(comparison.interference)
-    return markdown_table(
-        (*header, *(of_deltas if with_deltas else ())),
-        [
-            (
-                f"{labels[i]} and {labels[j]}",
-                *entries(overlap),
-                f"{overlap.row_correlation:+.3f}",
-                *(deltas((i, j)) if with_deltas else ()),
-            )
-            for (i, j), overlap in comparison.overlaps.items()
-        ],
-    )
+    rows = []
+    for (i, j), overlap in comparison.overlaps.items():
+        row = [f"{labels[i]} and {labels[j]}", *_entries(overlap)]
+        row.append(f"{overlap.row_correlation:+.3f}")
+        rows.append(row + (_deltas(comparison, (i, j)) if with_deltas else []))
+    return markdown_table((*header, *(of_deltas if with_deltas else ())), rows)
+
+
+def _entries(overlap: MaskOverlap) -> list[str]:
+    if not overlap.shares_A:
+        return [verdict(overlap), *["-"] * 3]
+    return [
+        f"{overlap.both:,} of {overlap.either:,}, {verdict(overlap)}",
+        f"{overlap.jaccard:.4f}",
+        f"{overlap.random_jaccard:.4f} ± {overlap.random_deviation:.4f}",
+        f"{overlap.random_in_layers:.4f}",
+    ]
+
+
+def _deltas(comparison: Comparison, pair: tuple[int, int]) -> list[str]:
+    found = comparison.interference.get(pair)
+    if found is None or found.cosine is None:
+        return ["-"] * 4
+    shared = found.outputs
+    return [
+        f"{found.cosine:+.4f}",
+        f"± {found.random_B_cosine:.4f}",
+        f"± {found.random_cosine:.4f}",
+        f"{shared.mean_squared:.1%} ({shared.random_mean_squared:.1%})" if shared else "-",
+    ]
 
 
 def mask_table(masks: Mapping[str, LoriMask], statistics: Mapping[str, MaskStatistics]) -> str:
     """The masks that are compared."""
-    return markdown_table(
-        ("mask", "made by", "seed of A", "entries", "kept", "rows in use", "half in rows"),
-        [
-            (
-                label,
-                masks[label].source.get("kind", "-"),
-                masks[label].seed,
-                f"{found.size:,}",
-                f"{found.kept:,} ({found.density:.2%})",
-                f"{found.rows.used / found.rows.lines:.1%}",
-                f"{found.rows.half:.1%}",
-            )
-            for label, found in statistics.items()
-        ],
+    return columns_table(
+        masks,
+        {
+            "mask": lambda label: label,
+            "made by": lambda label: masks[label].source.get("kind", "-"),
+            "seed of A": lambda label: masks[label].seed,
+            "entries": lambda label: f"{statistics[label].size:,}",
+            "kept": lambda label: f"{statistics[label].kept:,} ({statistics[label].density:.2%})",
+            "rows in use": lambda label: f"{statistics[label].rows.used:,}",
+            "half in rows": lambda label: f"{statistics[label].rows.half:.1%}",
+        },
     )
 
 
 def density_table(groups: Mapping[str, Sequence[Group]]) -> str:
     """Density of the same groups in every mask."""
+    rows = zip(*groups.values(), strict=True)
     return markdown_table(
         ("", *groups),
-        [
-            (same[0].name, *(f"{100 * group.density:.2f}" for group in same))
-            for same in zip(*groups.values(), strict=True)
-        ],
+        ([same[0].name, *(f"{100 * group.density:.2f}" for group in same)] for same in rows),
     )
