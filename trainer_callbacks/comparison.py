@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_model_param_count
 
-from peft_svdinit.analysis import figure_class, plot_loss_curve
+from peft_svdinit.analysis import check_matplotlib, plot_loss_curve
 from peft_svdinit.training import (
     EVAL_PREFIX,
     LOSS_CURVE,
@@ -94,7 +94,7 @@ class ComparisonCallback(TrainerCallback, ExportableState):
         except (TypeError, ValueError) as error:
             raise type(error)(f"extra must hold only what JSON can hold: {error}") from error
         if plot:
-            figure_class()  # a missing matplotlib is better known before training than after it
+            check_matplotlib()  # a missing matplotlib is better known before training than after it
         self.output_dir = output_dir
         self.name = name
         self.plot = plot

@@ -1,9 +1,10 @@
+from .canvas import check_matplotlib as check_matplotlib
 from .deltas.intruders import LayerIntruders as LayerIntruders
 from .deltas.intruders import find_intruders as find_intruders
-from .deltas.layers import Analysis as Analysis
-from .deltas.layers import analyze as analyze
 from .deltas.teacher import write_factors_analysis as write_factors_analysis
 from .deltas.teacher import write_teacher as write_teacher
+from .deltas.totals import Analysis as Analysis
+from .deltas.totals import analyze as analyze
 from .markdown import markdown_table as markdown_table
 from .masks.overlap import Delta as Delta
 from .masks.overlap import compare_masks as compare_masks
@@ -14,6 +15,5 @@ from .masks.words import comparison_in_words as comparison_in_words
 from .masks.words import mask_in_words as mask_in_words
 from .runs.continual import Stages as Stages
 from .runs.continual import write_continual as write_continual
-from .runs.loss_curve import figure_class as figure_class
 from .runs.loss_curve import plot_loss_curve as plot_loss_curve
 from .runs.output import write_comparison as write_comparison

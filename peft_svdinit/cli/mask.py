@@ -195,7 +195,7 @@ def _show(paths: list[str], output: Path, plots: bool) -> None:
         }
         comparison = analysis.compare_masks(shown, deltas)
         analysis.write_mask_comparison(comparison, shown, output, plots=plots)
-        print("\n".join(analysis.comparison_in_words(comparison)).replace("**", ""))
+        print("\n".join(analysis.comparison_in_words(comparison)))
     print(f"Report: {output / f'{analysis.REPORT}.md'}")
 
 

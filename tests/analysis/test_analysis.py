@@ -246,7 +246,7 @@ def test_the_files_written_hold_the_analysis_and_the_recommendation(tmp_path):
 
     report = paths["report"].read_text()
     assert f"{analysis.energy_ratio:.2%}" in report
-    assert "tiny\\|model" in report
+    assert "base model: tiny|model" in report
     for figure in ("figure", "heat_maps", "spectra"):
         assert f"]({paths[figure].name})" in report
     assert "Recommended ranks" in report

@@ -210,8 +210,6 @@ def test_equal_disjoint_and_row_wise_masks_have_the_overlaps_that_they_must():
     same, apart = comparison.overlaps[0, 1], comparison.overlaps[0, 2]
     assert same.jaccard == 1.0 and same.row_correlation == pytest.approx(1.0)
     assert (apart.both, apart.jaccard) == (0, 0.0)
-    matrix = comparison.matrix(lambda overlap: overlap.jaccard, 1.0)
-    assert matrix == [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     # Equal in every row: there is nothing to correlate.
     rows = magnitude_mask(lora_B, scope="row", density=1 / 3)
     assert compare_masks({"a": rows, "b": rows}).overlaps[0, 1].row_correlation == 0.0
@@ -288,12 +286,13 @@ def test_masks_of_other_layers_or_ranks_are_not_compared():
         compare_masks({"a": mask})
 
 
-def test_a_random_mask_is_said_to_be_what_chance_gives():
-    words = "\n".join(mask_in_words(random_mask(3), mask_statistics(random_mask(3).masks)))
-    assert "drawn at random" in words
-    assert "All 4 module types have the share that a random mask would give them" in words
-    assert "All 4 blocks have the share" in words
-    assert "energy" not in words
+def test_a_random_mask_is_said_to_be_what_chance_gives(tmp_path):
+    found = write_mask_report(random_mask(3), tmp_path, plots=False)
+    text = (tmp_path / "mask_report.md").read_text()
+    assert "drawn at random" in text and "energy ‖B‖²" not in text
+    for group in (*found.types, *found.blocks):
+        deviations = (group.density - found.density) / group.deviation
+        assert abs(deviations) < 4 and f"| {deviations:+.1f} |" in text
 
 
 def test_the_rows_of_noise_take_their_part_of_the_gain_by_its_rank():
@@ -305,29 +304,32 @@ def test_the_rows_of_noise_take_their_part_of_the_gain_by_its_rank():
     assert part == pytest.approx(1 / 8, rel=0.05)
 
 
-def test_a_preferred_type_the_energy_and_another_a_are_said():
+def test_a_preferred_type_the_energy_and_another_a_are_said(tmp_path):
     lora_B = normal_B()
     for name in lora_B:
         lora_B[name] *= 3.0 if "q_proj" in name else 1.0
         lora_B[name][0] *= 4.0
     mask = magnitude_mask(lora_B, source={"kind": "magnitude", "same_A": False})
-    found = mask_statistics(mask.masks, lora_B)
-    words = "\n".join(mask_in_words(mask, found))
-    share = found.types[[group.name for group in found.types].index("q_proj")].share
-    assert share > 2 and f"module type q_proj got the most, {share:.2f} times its share" in words
+    found = write_mask_report(mask, tmp_path, lora_B=lora_B, plots=False)
+    text = (tmp_path / "mask_report.md").read_text()
+    kind = found.types[[group.name for group in found.types].index("q_proj")]
+    deviations = (kind.density - found.density) / kind.deviation
+    assert kind.share > 2 and deviations > 4
+    assert f"| {kind.share:.2f} | ± {1.96 * kind.deviation:.2%} | {deviations:+.1f} |" in text
     energy = found.energy
     assert energy is not None
-    assert f"The mask holds {energy.kept:.1%} of the energy" in words
-    assert f"as many, would hold {energy.noise:.1%}: B is concentrated beyond that" in words
+    assert f"hold {energy.kept:.1%} of the energy ‖B‖²" in text
+    assert f"Gaussian noise {energy.noise:.1%}" in text and energy.kept > energy.noise
     parts = [energy.random, energy.by_layer, energy.by_row, energy.kept]
     gains = [(b - a) / (parts[3] - parts[0]) for a, b in itertools.pairwise(parts)]
     assert all(gain > 0.05 for gain in gains)
-    assert f"{gains[0]:.0%} is in how many entries each layer keeps" in words
-    assert f"{gains[1]:.0%} in how many each row of B keeps (of noise {1 / RANK:.0%})" in words
-    assert "found over another A" in words
+    assert f"| random in the layers, as many as here | {parts[1]:.1%} | {gains[0]:.0%} |" in text
+    assert f"| {parts[2]:.1%} | {gains[1]:.0%} | {1 / RANK:.0%} |" in text
+    assert f"| those of the mask | {parts[3]:.1%} | {gains[2]:.0%} |" in text
+    assert "found over another A" in text
 
 
-@pytest.mark.parametrize(("scope", "said"), [("matrix", "every matrix"), ("2:6", "scope 2:6")])
+@pytest.mark.parametrize(("scope", "said"), [("matrix", "scope matrix"), ("2:6", "scope 2:6")])
 def test_a_scope_that_fixes_shares_is_not_called_a_finding(scope, said):
     mask = magnitude_mask(normal_B(), scope=scope, density=1 / 3)
     words = "\n".join(mask_in_words(mask, mask_statistics(mask.masks)))
@@ -348,10 +350,10 @@ def test_pairs_are_told_from_chance_in_words():
     comparison = compare_masks(masks)
     words = dict(zip(comparison.overlaps, comparison_in_words(comparison), strict=True))
     assert "more than chance gives" in words[0, 1]
-    assert "they are disjoint" in words[0, 2]
+    assert "disjoint" in words[0, 2]
     assert "as much as chance gives" in words[0, 3]
-    assert "belong to different A" in words[0, 4] and "Jaccard" not in words[0, 4]
-    assert words[0, 1].startswith("**a and like a**: ")
+    assert "of different A" in words[0, 4] and "Jaccard" not in words[0, 4]
+    assert words[0, 1].startswith("a and like a: ")
 
 
 def test_reports_of_a_mask_are_written_for_programs_and_for_people(tmp_path):
@@ -390,7 +392,7 @@ def test_reports_of_several_masks_hold_every_pair(tmp_path):
     assert content["labels"] == ["a", "b", "c"] and len(content["pairs"]) == 3
     assert content["masks"]["c"]["seed"] == 1 and content["masks"]["a"]["kept"] == masks["a"].kept
     text = (tmp_path / "mask_report.md").read_text()
-    assert "**a and b**" in text and "different A" in text and "![" in text
+    assert "| a and b | " in text and "different A" in text and "![" in text
     assert (tmp_path / "mask_overlap.png").read_bytes().startswith(b"\x89PNG")
 
 

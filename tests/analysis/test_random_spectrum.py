@@ -75,7 +75,8 @@ def test_the_law_is_marchenko_pasturs_density_integrated(shape):
 @given(shape=shapes(40))
 def test_singular_values_lie_between_the_edges_and_hold_the_norm(shape):
     values = RandomDelta(shape).singular_values(2.0, 100)
-    low, high = RandomDelta(shape).edges(2.0 / math.sqrt(shape[0] * shape[1]))
+    rows, cols = map(math.sqrt, shape)
+    low, high = (2.0 * side / (rows * cols) for side in (abs(rows - cols), rows + cols))
     assert len(values) == min(shape)
     assert all(low - 1e-6 <= value <= high + 1e-6 for value in values)
     assert values == sorted(values, reverse=True)

@@ -12,7 +12,7 @@ then pass for intruders.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,3 +103,12 @@ def find_intruders(
 def intruder_total(layers: Iterable[LayerIntruders]) -> int:
     """Intruders in all layers together."""
     return sum(len(layer.indices) for layer in layers)
+
+
+def intruders_as_dict(layers: Sequence[LayerIntruders]) -> dict[str, Any]:
+    """JSON-ready: totals first, then the layers by name."""
+    return {
+        "total": intruder_total(layers),
+        "threshold": layers[0].threshold if layers else None,
+        "layers": {layer.name: layer.as_dict() for layer in layers},
+    }

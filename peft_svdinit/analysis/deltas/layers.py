@@ -10,19 +10,21 @@ Descriptions that call σ_{r+1} the Frobenius error are wrong for every delta of
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from ...factors import HasSpectrum, energy_not_held, singular_values
 from ...linalg import rank_for_energy, stable_rank
-from ...models import module_types
 from .random_spectrum import random_reference
 from .spikes import Spikes, find_spikes
 
 ENERGY_SHARES = (0.90, 0.95, 0.99)
+# What is written as it is, in this order.
+_WRITTEN = (
+    *("name", "shape", "held", "norm", "base_norm", "relative_norm", "energy_ratio"),
+    *("random_energy", "reconstruction_error", "absolute_error", "spectral_error"),
+    *("stable_rank", "rank_for_energy", "parameters"),
+)
 
 
 @dataclass(frozen=True)
@@ -86,96 +88,9 @@ class LayerAnalysis:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; nine digits give each float32 singular value back exactly."""
         return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "held": self.held,
-            "norm": self.norm,
-            "base_norm": self.base_norm,
-            "relative_norm": self.relative_norm,
-            "energy_ratio": self.energy_ratio,
-            "random_energy": self.random_energy,
-            "reconstruction_error": self.reconstruction_error,
-            "absolute_error": self.absolute_error,
-            "spectral_error": self.spectral_error,
-            "stable_rank": self.stable_rank,
-            "rank_for_energy": dict(self.rank_for_energy),
-            "parameters": self.parameters,
+            **{key: getattr(self, key) for key in _WRITTEN},
             "spikes": self.spikes.as_dict(),
             "singular_values": [float(f"{value:.9g}") for value in self.singular_values],
-        }
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """All layers at one rank; the totals weigh each layer by its energy or its parameters."""
-
-    rank: int
-    layers: tuple[LayerAnalysis, ...]
-
-    @property
-    def norm(self) -> float:
-        """‖all deltas together‖_F."""
-        return math.hypot(*(layer.norm for layer in self.layers))
-
-    @property
-    def energy_ratio(self) -> float:
-        """Share of Σ‖delta‖_F² kept, in [0, 1]; 1 if nothing changed at all."""
-        return 1.0 - self.reconstruction_error**2
-
-    @property
-    def reconstruction_error(self) -> float:
-        """Frobenius error of all layers together, relative to `norm`."""
-        lost = math.hypot(*(layer.absolute_error for layer in self.layers))
-        return lost / self.norm if self.norm else 0.0
-
-    @property
-    def parameters(self) -> int:
-        """Of a LoRA of this rank on every layer."""
-        return sum(layer.parameters for layer in self.layers)
-
-    @cached_property
-    def changed(self) -> tuple[LayerAnalysis, ...]:
-        """The layers whose delta is not zero."""
-        return tuple(layer for layer in self.layers if layer.norm > 0)
-
-    @property
-    def zero_layers(self) -> list[str]:
-        """Names of the layers that fine-tuning left as they were."""
-        return [layer.name for layer in self.layers if layer.norm == 0]
-
-    @cached_property
-    def module_types(self) -> dict[str, str]:
-        """Each layer's kind of module, such as `q_proj`, by its name."""
-        return module_types(layer.name for layer in self.layers)
-
-    @property
-    def error_summary(self) -> dict[str, float]:
-        """Median, mean, max and min of the relative error over the layers that changed."""
-        errors = [layer.reconstruction_error for layer in self.changed] or [0.0]
-        return {
-            "median": statistics.median(errors),
-            "mean": statistics.fmean(errors),
-            "max": max(errors),
-            "min": min(errors),
-        }
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: totals first, then the layers."""
-        return {
-            "rank": self.rank,
-            "totals": {
-                "layers": len(self.layers),
-                "norm": self.norm,
-                "energy_ratio": self.energy_ratio,
-                "reconstruction_error": self.reconstruction_error,
-                "layer_errors": self.error_summary,
-                "parameters": self.parameters,
-                "zero_layers": self.zero_layers,
-            },
-            "layers": [
-                {"module_type": self.module_types[layer.name], **layer.as_dict()}
-                for layer in self.layers
-            ],
         }
 
 
@@ -233,32 +148,3 @@ def analyze_layer(
         spikes=find_spikes(name, factors),
         base_norm=base_norm,
     )
-
-
-def analyze(
-    factors: Mapping[str, HasSpectrum],
-    rank: int,
-    *,
-    base_norms: Mapping[str, float] | None = None,
-) -> Analysis:
-    """Analysis of every layer at one rank, in the mapping's order.
-
-    Args:
-        factors: of the deltas, or `Spectrum`s, by full module name.
-        rank: as in `analyze_layer`.
-        base_norms: ‖weight‖_F before fine-tuning, of each layer, if the base model is at hand.
-
-    Raises:
-        ValueError: if there is no layer, `base_norms` lacks one, or as `analyze_layer` does.
-    """
-    if not factors:
-        raise ValueError("factors must name at least one layer, got none")
-    lacking = [name for name in factors if base_norms is not None and name not in base_norms]
-    if lacking:
-        raise ValueError(f"base_norms must name every layer; it lacks {', '.join(lacking[:5])}")
-    norms = base_norms or {}
-    layers = (
-        analyze_layer(name, layer, rank, base_norm=norms.get(name))
-        for name, layer in factors.items()
-    )
-    return Analysis(rank=rank, layers=tuple(layers))

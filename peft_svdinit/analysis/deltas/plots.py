@@ -8,19 +8,21 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ..canvas import (
+    COLOURS,
     GUIDE,
-    OTHER,
-    legend_columns,
+    legend_outside,
     new_figure,
+    panels,
     save_figure,
-    shown_types,
+    say,
     styles_of,
     tidy,
+    whole_ticks,
 )
-from .layers import Analysis, LayerAnalysis
+from .groups import changed_by_type, quantiles
+from .layers import LayerAnalysis
+from .totals import Analysis
 
 
 def plot_analysis(analysis: Analysis, path: str | os.PathLike, *, title: str = "") -> None:
@@ -32,19 +34,18 @@ def plot_analysis(analysis: Analysis, path: str | os.PathLike, *, title: str = "
     Raises:
         ImportError: without matplotlib.
     """
-    figure = new_figure(11.5, 8.6)
     kept = (
         f"rank {analysis.rank} keeps {analysis.energy_ratio:.1%} of the energy "
         f"({len(analysis.layers)} layers)"
     )
-    figure.suptitle(f"{title}\n{kept}" if title else kept, fontsize=13)
-    (errors, energies), (spectra, scatter) = figure.subplots(2, 2)
-    groups = _by_type(analysis)
+    figure = new_figure(11.5, 8.2, f"{title}\n{kept}" if title else kept)
+    groups = changed_by_type(analysis, len(COLOURS))
     if not groups:
-        for axes in (errors, energies, spectra, scatter):
-            axes.text(0.5, 0.5, "no layer changed", ha="center", va="center", color=GUIDE)
-            axes.set_axis_off()
+        (axes,) = panels(figure, 1, 1)
+        axes.set_axis_off()
+        say(axes, "no layer changed")
     else:
+        errors, energies, spectra, scatter = panels(figure, 4, 2)
         _draw_distribution(
             errors,
             {kind: [layer.reconstruction_error for layer in g] for kind, g in groups.items()},
@@ -57,28 +58,10 @@ def plot_analysis(analysis: Analysis, path: str | os.PathLike, *, title: str = "
         )
         _draw_spectra(spectra, groups, analysis.rank)
         _draw_error_against_energy(scatter, groups)
-        handles, labels = scatter.get_legend_handles_labels()
-        legend = figure.legend(
-            handles,
-            labels,
-            loc="outside lower center",
-            ncols=legend_columns(labels, 11.5),
-            frameon=False,
-            title="module type",
-        )
+        legend = legend_outside(figure, *scatter.get_legend_handles_labels(), title="module type")
         for handle in legend.legend_handles:
             handle.set(sizes=[55], alpha=1.0)
     save_figure(figure, path)
-
-
-def _by_type(analysis: Analysis) -> dict[str, list[LayerAnalysis]]:
-    types = analysis.module_types
-    shown = shown_types(types[layer.name] for layer in analysis.changed)
-    groups = {kind: [] for kind in shown}
-    for layer in analysis.changed:
-        kind = types[layer.name]
-        groups.setdefault(kind if kind in shown else OTHER, []).append(layer)
-    return groups
 
 
 def _draw_distribution(axes: Any, values: Mapping[str, Sequence[float]], label: str) -> None:
@@ -102,7 +85,7 @@ def _draw_distribution(axes: Any, values: Mapping[str, Sequence[float]], label: 
     axes.set_title(f"dashed: median {median:.3g} %; range {low:.3g} to {high:.3g} %", fontsize=10)
     axes.set_xlabel(label)
     axes.set_ylabel("layers")
-    axes.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    whole_ticks(axes.yaxis)
     axes.ticklabel_format(axis="x", useOffset=False)
     tidy(axes)
 
@@ -110,7 +93,8 @@ def _draw_distribution(axes: Any, values: Mapping[str, Sequence[float]], label: 
 def _draw_spectra(axes: Any, groups: Mapping[str, list[LayerAnalysis]], rank: int) -> None:
     styles = styles_of(groups)
     for kind, layers in groups.items():
-        low, median, high = _normalised_quantiles([layer.singular_values for layer in layers])
+        # Below float32 resolution a singular value is rounding noise and would stretch the axis.
+        low, median, high = quantiles((_normalised(layer) for layer in layers), floor=1e-7)
         index = range(1, len(median) + 1)
         colour, marker = styles[kind]
         axes.fill_between(index, low, high, color=colour, alpha=0.13, linewidth=0)
@@ -124,37 +108,16 @@ def _draw_spectra(axes: Any, groups: Mapping[str, list[LayerAnalysis]], rank: in
             markevery=max(1, len(median) // 8),
         )
     axes.axvline(rank + 0.5, color=GUIDE, linestyle="--", linewidth=1.2)
-    leftwards = 2 * rank > max(layer.held for group in groups.values() for layer in group)
-    axes.annotate(
-        f"kept: rank {rank}",
-        (rank + 0.5, 1.0),
-        xycoords=("data", "axes fraction"),
-        xytext=(-4 if leftwards else 4, -3),
-        textcoords="offset points",
-        ha="right" if leftwards else "left",
-        va="top",
-        fontsize=9,
-        color=GUIDE,
-    )
     axes.set_yscale("log")
-    axes.set_title("lines: median of the layers; bands: 10 to 90 %", fontsize=10)
+    axes.set_title(f"median of the layers and 10 to 90 %; dashed: rank {rank}", fontsize=10)
     axes.set_xlabel("index i of the singular value")
+    whole_ticks(axes.xaxis)
     axes.set_ylabel("σᵢ / σ₁")
     tidy(axes)
 
 
-def _normalised_quantiles(spectra: list[list[float]]) -> tuple[list[float], ...]:
-    """10, 50 and 90 % of σ_i/σ_1 at each index, over the layers that hold a non-zero σ_i."""
-    marks = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    rows = []
-    for index in range(max(map(len, spectra))):
-        # Below float32 resolution a singular value is rounding noise and would stretch the axis.
-        ratios = [s[index] / s[0] for s in spectra if len(s) > index and s[index] > 1e-7 * s[0]]
-        if not ratios:
-            break
-        rows.append(torch.tensor(ratios, dtype=torch.float64).quantile(marks).tolist())
-    low, median, high = zip(*rows, strict=True)
-    return list(low), list(median), list(high)
+def _normalised(layer: LayerAnalysis) -> list[float]:
+    return [value / (layer.singular_values[0] or 1.0) for value in layer.singular_values]
 
 
 def _draw_error_against_energy(axes: Any, groups: Mapping[str, list[LayerAnalysis]]) -> None:

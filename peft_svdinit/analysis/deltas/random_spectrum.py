@@ -19,7 +19,6 @@ import math
 import random
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,28 +33,11 @@ DEVIATIONS = 3.53
 DRAWS = 64
 
 
-class RandomReference(Protocol):
-    """A random delta of some shape, whatever its norm."""
-
-    def energy(self, rank: int) -> float:
-        """Expected share of ‖delta‖_F² in the first `rank` triplets."""
-        ...
-
-    def singular_values(self, norm: float, count: int) -> list[float]:
-        """Expected leading singular values of one of norm `norm`, at most as many as it has."""
-        ...
-
-
 @dataclass(frozen=True)
 class RandomDelta:
     """Independent entries of one variance, in a matrix of `shape` (out, in)."""
 
     shape: tuple[int, int]
-
-    def edges(self, noise: float) -> tuple[float, float]:
-        """Where the singular values end, below and above, for entries of deviation `noise`."""
-        rows, cols = map(math.sqrt, self.shape)
-        return noise * abs(rows - cols), noise * (rows + cols)
 
     def largest(self, noise: float) -> float:
         """What the largest singular value exceeds in one of a thousand random deltas.
@@ -68,11 +50,15 @@ class RandomDelta:
         return noise * math.sqrt((rows + cols) ** 2 + TRACY_WIDOM * scale)
 
     def energy(self, rank: int) -> float:
+        """Expected share of ‖delta‖_F² in the first `rank` triplets."""
         smaller = min(self.shape)
         return float(self._energy_above(torch.tensor([min(rank, smaller) / smaller])))
 
     def singular_values(self, norm: float, count: int) -> list[float]:
-        """Value i is the root mean square of the law's i-th of min(out, in) equal shares."""
+        """Expected leading ones, at most as many as there are, of a delta of norm `norm`.
+
+        Value i is the root mean square of the law's i-th of min(out, in) equal shares.
+        """
         smaller = min(self.shape)
         places = torch.arange(min(count, smaller) + 1, dtype=torch.float64)
         shares = self._energy_above(places / smaller).diff()

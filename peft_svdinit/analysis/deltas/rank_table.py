@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from .layers import Analysis
+from .totals import Analysis
 
 BYTES_PER_PARAMETER = 2  # bfloat16
 
@@ -27,10 +26,6 @@ class RankRow:
     error: float
     parameters: int
     bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
 
 
 def rank_table(analysis: Analysis) -> list[RankRow]:

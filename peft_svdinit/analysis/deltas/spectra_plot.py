@@ -14,15 +14,18 @@ from ...factors import Spectrum
 from ..canvas import (
     COLOURS,
     GUIDE,
-    OTHER,
-    legend_columns,
+    legend_outside,
     new_figure,
+    panels,
     save_figure,
-    shown_types,
+    say,
     tidy,
+    whole_ticks,
 )
-from .layers import Analysis, LayerAnalysis
+from .groups import changed_by_type, quantiles, spike_count
+from .layers import LayerAnalysis
 from .random_spectrum import random_reference
+from .totals import Analysis
 
 MOST_TYPES = 12
 COLUMNS = 4
@@ -40,62 +43,39 @@ def plot_spectra(analysis: Analysis, path: str | os.PathLike, *, title: str = ""
     Raises:
         ImportError: without matplotlib.
     """
-    groups = _groups(analysis)
+    groups = changed_by_type(analysis, MOST_TYPES)
     columns = min(COLUMNS, max(1, len(groups)))
     rows = max(1, math.ceil(len(groups) / columns))
-    figure = new_figure(max(3.1 * columns, 6.0), 2.6 * rows + 1.5)
-    figure.suptitle(title, fontsize=13)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    panels = [axes for line in grid for axes in line]
+    figure = new_figure(max(3.1 * columns, 6.0), 2.6 * rows + 0.9, title)
+    places = panels(figure, max(1, len(groups)), columns, sharex=True, sharey=True)
     if not groups:
-        panels[0].text(0.5, 0.5, "no layer changed", ha="center", va="center", color=GUIDE)
-        panels[0].set_axis_off()
-    else:
-        for axes, (kind, layers) in zip(panels, groups.items(), strict=False):
-            _draw(axes, kind, layers, analysis.rank)
-        for axes in panels[len(groups) :]:
-            axes.set_axis_off()
-        for place, axes in enumerate(panels[: len(groups)]):
-            if place % columns == 0:
-                axes.set_ylabel("σᵢ / ‖Δ‖")
-            if place + columns >= len(groups):
-                axes.set_xlabel("index i")
-                axes.tick_params(labelbottom=True)
-        named = {
-            label: handle
-            for axes in panels[: len(groups)]
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(
-            named.values(),
-            named.keys(),
-            loc="outside lower center",
-            ncols=legend_columns(list(named), figure.get_figwidth()),
-            frameon=False,
-            fontsize=9,
-        )
+        places[0].set_axis_off()
+        say(places[0], "no layer changed")
+    named = {}
+    for place, (axes, (kind, layers)) in enumerate(zip(places, groups.items(), strict=False)):
+        _draw(axes, kind, layers, analysis.rank)
+        if place % columns == 0:
+            axes.set_ylabel("σᵢ / ‖Δ‖")
+        if place + columns >= len(groups):
+            axes.set_xlabel("index i")
+            axes.tick_params(labelbottom=True)
+        handles, labels = axes.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    if named:
+        legend_outside(figure, list(named.values()), list(named))
     save_figure(figure, path)
-
-
-def _groups(analysis: Analysis) -> dict[str, list[LayerAnalysis]]:
-    kinds = [analysis.module_types[layer.name] for layer in analysis.changed]
-    shown = shown_types(kinds, MOST_TYPES)
-    groups: dict[str, list[LayerAnalysis]] = {kind: [] for kind in shown}
-    for kind, layer in zip(kinds, analysis.changed, strict=True):
-        groups.setdefault(kind if kind in shown else OTHER, []).append(layer)
-    return groups
 
 
 def _draw(axes: Any, kind: str, layers: Sequence[LayerAnalysis], rank: int) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    low, median, high = _quantiles(
-        [[value / layer.norm for value in layer.singular_values] for layer in layers]
+    low, median, high = quantiles(
+        ([value / layer.norm for value in layer.singular_values] for layer in layers), FLOOR
     )
     index = range(1, len(median) + 1)
     axes.fill_between(index, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
     axes.plot(index, median, color=COLOURS[0], linewidth=1.7, label="layers: median, 10 to 90 %")
-    _, expected, _ = _quantiles([_random(layer) for layer in layers])
+    _, expected, _ = quantiles((_random(layer) for layer in layers), FLOOR)
     axes.plot(
         range(1, len(expected) + 1),
         expected,
@@ -109,7 +89,7 @@ def _draw(axes: Any, kind: str, layers: Sequence[LayerAnalysis], rank: int) -> N
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    whole_ticks(axes.xaxis)
     edge = statistics.median(layer.spikes.edge / layer.norm for layer in layers)
     if edge > FLOOR:
         axes.axhline(
@@ -117,11 +97,9 @@ def _draw(axes: Any, kind: str, layers: Sequence[LayerAnalysis], rank: int) -> N
         )
     energy = statistics.median(layer.energy_ratio for layer in layers)
     expected_energy = statistics.median(layer.random_energy for layer in layers)
-    spikes = statistics.median(layer.spikes.count for layer in layers)
-    bound = "" if all(layer.spikes.complete for layer in layers) else "≥ "
     axes.set_title(
         f"{kind}, {len(layers)} {'layer' if len(layers) == 1 else 'layers'}\n"
-        f"rank {rank}: {energy:.0%} (random {expected_energy:.0%}); spikes: {bound}{spikes:g}",
+        f"rank {rank}: {energy:.0%} (random {expected_energy:.0%}); spikes: {spike_count(layers)}",
         fontsize=9,
     )
     axes.tick_params(labelsize=8)
@@ -134,16 +112,3 @@ def _random(layer: LayerAnalysis) -> list[float]:
         torch.tensor(layer.singular_values, dtype=torch.float64), layer.norm, layer.shape
     )
     return random_reference(layer.name, spectrum).singular_values(1.0, layer.held)
-
-
-def _quantiles(spectra: list[list[float]]) -> tuple[list[float], ...]:
-    """10, 50 and 90 % at each index, over the layers that hold a σ there."""
-    marks = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    rows = []
-    for index in range(max(map(len, spectra))):
-        values = [s[index] for s in spectra if len(s) > index and s[index] > FLOOR]
-        if not values:
-            break
-        rows.append(torch.tensor(values, dtype=torch.float64).quantile(marks).tolist())
-    low, median, high = zip(*rows, strict=True)
-    return list(low), list(median), list(high)

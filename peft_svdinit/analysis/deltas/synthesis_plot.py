@@ -13,12 +13,14 @@ from ...models import layer_depth, module_types
 from ..canvas import (
     COLOURS,
     GUIDE,
-    legend_columns,
+    legend_outside,
     new_figure,
     save_figure,
+    say,
     shown_types,
     styles_of,
     tidy,
+    whole_ticks,
 )
 
 
@@ -26,8 +28,6 @@ def plot_synthesis(
     original: Mapping[str, LowRankFactors],
     synthesised: Mapping[str, LowRankFactors],
     path: str | os.PathLike,
-    *,
-    title: str = "Synthesised teacher",
 ) -> None:
     """Kept and appended singular values of representative layers, and energy shares of all layers.
 
@@ -51,7 +51,7 @@ def plot_synthesis(
     names = _names_by_type(synthesised)
     rows = max(len(_representatives(members)) for members in names.values())
     width = max(2.1 * len(names), 8.0)
-    figure = new_figure(width, 1.9 * rows + 3.6)
+    figure = new_figure(width, 1.9 * rows + 2.9)
     grid = figure.add_gridspec(
         rows + 1, max(len(names), 1), height_ratios=[*[1.0] * rows, 1.35], hspace=0.06
     )
@@ -64,7 +64,9 @@ def plot_synthesis(
             _draw_kept_and_appended(axes, original[name], synthesised[name])
             depth = layer_depth(name)
             axes.set_title(kind if depth is None else f"{kind}, block {depth}", fontsize=9)
-            axes.tick_params(labelsize=8, labelleft=column == 0, labelbottom=row == rows - 1)
+            axes.tick_params(
+                which="both", labelsize=8, labelleft=column == 0, labelbottom=row == rows - 1
+            )
             if column == 0:
                 axes.set_ylabel("σᵢ / σ₁", fontsize=9)
             if row == rows - 1:
@@ -73,23 +75,11 @@ def plot_synthesis(
 
     shares = figure.add_subplot(grid[rows, :])
     _draw_appended_shares(shares, original, synthesised, names)
-    for axes, place, heading in (
-        (first, "outside upper center", title),
-        (shares, "outside lower center", "module type"),
-    ):
-        handles, labels = axes.get_legend_handles_labels()
-        if not labels:  # every delta is zero
-            continue
-        legend = figure.legend(
-            handles,
-            labels,
-            loc=place,
-            ncols=legend_columns(labels, width),
-            frameon=False,
-            fontsize=9,
-            title=heading,
-        )
-        legend.get_title().set_fontsize(13 if axes is first else 9)
+    handles, labels = first.get_legend_handles_labels()
+    legend_outside(figure, handles, labels, "Synthesised teacher", at="upper")
+    handles, labels = shares.get_legend_handles_labels()
+    if labels:  # not every delta is zero
+        legend_outside(figure, handles, labels, "module type")
     save_figure(figure, path)
 
 
@@ -118,11 +108,10 @@ def _draw_kept_and_appended(
     added = [(i, s / scale) for i, s in enumerate(after, 1) if i > len(before) and s > floor]
     start = [(i, s / scale) for i, s in enumerate(before, 1) if s > floor]
     axes.set_yscale("log")
-    axes.minorticks_off()
     for points, marker, size, face, colour, label in (
-        (start, "o", 5.0, "none", "#8A8A8A", r"$\sigma$ of the adapter"),
-        (kept, "o", 2.4, COLOURS[0], COLOURS[0], r"$\sigma$ kept in the teacher"),
-        (added, "s", 2.4, COLOURS[3], COLOURS[3], r"$\sigma$ appended"),
+        (start, "o", 5.0, "none", "#8A8A8A", "singular values of the adapter"),
+        (kept, "o", 2.4, COLOURS[0], COLOURS[0], "kept in the teacher"),
+        (added, "s", 2.4, COLOURS[3], COLOURS[3], "appended"),
     ):
         axes.plot(
             [i for i, _ in points],
@@ -135,9 +124,10 @@ def _draw_kept_and_appended(
             markeredgewidth=0.8,
             label=label,
         )
-    if not kept:
-        axes.text(0.5, 0.5, "zero delta", transform=axes.transAxes, ha="center", color=GUIDE)
-    axes.axvline(len(before) + 0.5, color=GUIDE, linestyle="--", linewidth=0.9)
+    if kept:
+        axes.axvline(len(before) + 0.5, color=GUIDE, linestyle="--", linewidth=0.9)
+    else:
+        say(axes, "zero delta")
     tidy(axes)
 
 
@@ -174,7 +164,7 @@ def _draw_appended_shares(
     places = [place for pairs in points.values() for place, _ in pairs] or [0]
     axes.set_xlim(min(places) - 0.5, max(places) + 0.5)
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    whole_ticks(axes.xaxis)
     axes.ticklabel_format(useOffset=False)
     tidy(axes)
 

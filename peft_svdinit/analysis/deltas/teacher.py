@@ -10,9 +10,9 @@ from typing import Any
 
 from ...factors import Extraction, HasSpectrum, LowRankFactors, recommend_ranks, save_factors
 from .intruders import LayerIntruders
-from .layers import Analysis, analyze
 from .report import write_analysis
 from .synthesis_plot import plot_synthesis
+from .totals import Analysis, analyze
 
 _TITLES = {
     "adapter": "SVD analysis of an adapter",

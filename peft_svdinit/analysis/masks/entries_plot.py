@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..canvas import new_figure, save_figure
+from ..canvas import COLOURS, new_figure, panels, save_figure
+from ..cells import EMPTY, colour_bar
 
 LAYERS = 6
 # More rows and columns than this would be thinner than a pixel or two.
@@ -38,21 +39,16 @@ def plot_mask_entries(
     names = _chosen(masks)
     columns = min(_COLUMNS_OF_PANELS, len(names))
     rows = math.ceil(len(names) / columns)
-    figure = new_figure(max(4.1 * columns, 6.5), 4.6 * rows + 1.0)
-    figure.suptitle(title, fontsize=13)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    panels = [axes for line in grid for axes in line]
-    image = None
-    for axes, name in zip(panels, names, strict=False):
-        image = _draw(axes, name, masks[name], None if lora_B is None else lora_B[name]) or image
-    for axes in panels[len(names) :]:
-        axes.set_axis_off()
+    figure = new_figure(max(4.1 * columns, 6.5), 4.6 * rows + 1.0, title)
+    places = panels(figure, len(names), columns)
+    images = [
+        _draw(axes, name, masks[name], None if lora_B is None else lora_B[name])
+        for axes, name in zip(places, names, strict=True)
+    ]
+    image = next((image for image in images if image is not None), None)
     if image is not None:
-        bar = figure.colorbar(image, ax=grid, location="bottom", aspect=50, pad=0.02)
-        bar.set_label(
-            "|B| / root mean square of the layer; in colour the kept entries, in grey the others"
-        )
-        bar.outline.set_visible(False)
+        label = "|B| / root mean square of the layer; the kept entries in colour, others in grey"
+        colour_bar(figure, image, places, label, aspect=50)
     save_figure(figure, path)
 
 
@@ -68,7 +64,7 @@ def _chosen(masks: Mapping[str, Tensor]) -> list[str]:
 def _draw(axes: Any, name: str, mask: Tensor, lora_B: Tensor | None) -> Any:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import Normalize, to_rgb
 
     mask = mask.cpu()
     order = mask.sum(1).argsort(descending=True, stable=True)
@@ -82,17 +78,16 @@ def _draw(axes: Any, name: str, mask: Tensor, lora_B: Tensor | None) -> Any:
         sizes = magnitudes[shown, :COLUMNS] / mean if mean else None
     scale = Normalize(0.0, 3.0, clip=True)
     if sizes is None:
-        pixels = torch.where(
-            kept.unsqueeze(2), torch.tensor([0.0, 0.447, 0.698]), torch.tensor([0.93, 0.93, 0.93])
-        )
+        colour, grey = torch.tensor(to_rgb(COLOURS[0])), torch.tensor(to_rgb(EMPTY))
     else:
         colour = torch.from_numpy(colormaps["YlOrRd"](scale(sizes.numpy())))[..., :3]
         # Not to black, which would draw the eye away from what is kept.
         grey = torch.from_numpy(colormaps["Greys"](0.6 * scale(sizes.numpy())))[..., :3]
-        pixels = torch.where(kept.unsqueeze(2), colour, grey)
+    pixels = torch.where(kept.unsqueeze(2), colour, grey)
     axes.imshow(pixels.numpy(), aspect="auto", interpolation="none")
     density = float(mask.double().mean())
-    axes.set_title(f"{_shortened(name)}: {density:.1%} kept", fontsize=9.5)
+    label = name if len(name) <= 44 else f"…{name[-43:]}"
+    axes.set_title(f"{label}: {density:.1%} kept", fontsize=9.5)
     rows = "all rows of B" if count == len(order) else f"{count} of {len(order)} rows of B"
     axes.set_ylabel(f"{rows}, fullest first", fontsize=9)
     hidden = "" if mask.shape[1] <= COLUMNS else f", the first {COLUMNS} of {mask.shape[1]}"
@@ -101,7 +96,3 @@ def _draw(axes: Any, name: str, mask: Tensor, lora_B: Tensor | None) -> Any:
     axes.tick_params(labelsize=8)
     axes.spines[:].set_visible(False)
     return None if sizes is None else ScalarMappable(scale, colormaps["YlOrRd"])
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 44 else f"…{name[-43:]}"

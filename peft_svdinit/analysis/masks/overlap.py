@@ -48,10 +48,6 @@ class MaskOverlap:
     row_correlation: float
     shares_A: bool
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -67,13 +63,6 @@ class Comparison:
     overlaps: Mapping[tuple[int, int], MaskOverlap]
     interference: Mapping[tuple[int, int], PairInterference]
 
-    def matrix(self, number: Callable[[MaskOverlap], float], own: float) -> list[list[float]]:
-        """A number of all pairs as a symmetric matrix with `own` on the diagonal."""
-        rows = [[own] * len(self.labels) for _ in self.labels]
-        for (i, j), overlap in self.overlaps.items():
-            rows[i][j] = rows[j][i] = number(overlap)
-        return rows
-
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
@@ -81,7 +70,7 @@ class Comparison:
             "pairs": [
                 {
                     "masks": [self.labels[i], self.labels[j]],
-                    **overlap.as_dict(),
+                    **asdict(overlap),
                     "deltas": found.as_dict()
                     if (found := self.interference.get((i, j))) is not None
                     else None,

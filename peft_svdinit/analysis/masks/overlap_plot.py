@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..canvas import new_figure, save_figure
-from .overlap import Comparison, MaskOverlap
+from ..canvas import new_figure, panels, save_figure
+from ..cells import draw_cells
+from .overlap import Comparison
 
-Cell = Callable[[int, int], tuple[float, str] | None]
+_LONGEST_LABEL = 18
+
+
+class _Matrix(NamedTuple):
+    """A number of each pair, and what is written into its cell; `signed` ones begin at -1."""
+
+    heading: str
+    note: str
+    cell: Callable[[tuple[int, int]], tuple[float, str] | None]
+    signed: bool
 
 
 def plot_mask_overlap(comparison: Comparison, path: str | os.PathLike, *, title: str = "") -> None:
@@ -20,96 +30,69 @@ def plot_mask_overlap(comparison: Comparison, path: str | os.PathLike, *, title:
     Raises:
         ImportError: without matplotlib.
     """
-    panels = _panels(comparison)
-    count = len(comparison.labels)
-    side = max(2.6, 0.95 * count)
-    columns = 2 if len(panels) > 2 else len(panels)
-    figure = new_figure((side + 2.2) * columns, (side + 1.5) * (len(panels) // columns) + 0.5)
-    figure.suptitle(title, fontsize=13)
-    grid = figure.subplots(len(panels) // columns, columns).flat
-    for axes, (heading, note, cell, signed) in zip(grid, panels, strict=True):
-        _draw(axes, comparison, heading, note, cell, signed)
+    matrices = _matrices(comparison)
+    side = max(2.6, 0.95 * len(comparison.labels))
+    figure = new_figure((side + 2.2) * 2, (side + 1.5) * (len(matrices) // 2) + 0.5, title)
+    for axes, matrix in zip(panels(figure, len(matrices), 2), matrices, strict=True):
+        _draw(axes, comparison, matrix)
     save_figure(figure, path)
 
 
-def _panels(comparison: Comparison) -> list[tuple[str, str, Cell, bool]]:
-    def of_masks(cell: Callable[[MaskOverlap], tuple[float, str]]) -> Cell:
-        return lambda i, j: cell(comparison.overlaps[i, j])
+def _matrices(comparison: Comparison) -> list[_Matrix]:
+    def jaccard(pair: tuple[int, int]) -> tuple[float, str]:
+        overlap = comparison.overlaps[pair]
+        return overlap.jaccard, f"{overlap.jaccard:.4f}\n({overlap.random_jaccard:.4f})"
 
-    shares_A = all(overlap.shares_A for overlap in comparison.overlaps.values())
-    panels: list[tuple[str, str, Cell, bool]] = [
-        (
-            "entries in both / in either",
-            "Jaccard; random masks in brackets"
-            if shares_A
-            else "Jaccard; means nothing over different A",
-            of_masks(lambda o: (o.jaccard, f"{o.jaccard:.4f}\n({o.random_jaccard:.4f})")),
-            False,
-        ),
-        (
-            "how full the rows are",
-            "correlation of row densities; 0 of random masks",
-            of_masks(lambda o: (o.row_correlation, f"{o.row_correlation:+.2f}")),
-            True,
-        ),
-    ]
-    if not comparison.interference:
-        return panels
+    def rows(pair: tuple[int, int]) -> tuple[float, str]:
+        correlation = comparison.overlaps[pair].row_correlation
+        return correlation, f"{correlation:+.2f}"
 
-    def cosine(i: int, j: int) -> tuple[float, str] | None:
-        found = comparison.interference.get((i, j))
+    def cosine(pair: tuple[int, int]) -> tuple[float, str] | None:
+        found = comparison.interference.get(pair)
         if found is None or found.cosine is None:
             return None
         return found.cosine, f"{found.cosine:+.3f}\n(±{found.random_B_cosine:.4f})"
 
-    def angles(i: int, j: int) -> tuple[float, str] | None:
-        found = comparison.interference.get((i, j))
+    def angles(pair: tuple[int, int]) -> tuple[float, str] | None:
+        found = comparison.interference.get(pair)
         space = None if found is None else found.outputs
         if space is None:
             return None
         return space.mean_squared, f"{space.mean_squared:.3f}\n({space.random_mean_squared:.3f})"
 
-    return [
-        *panels,
-        ("cosine of the deltas", "random B over the same A in brackets", cosine, True),
-        (
-            "shared output directions",
-            "mean cos² of the angles; random in brackets",
-            angles,
-            False,
+    shares_A = all(overlap.shares_A for overlap in comparison.overlaps.values())
+    chance = "random masks in brackets" if shares_A else "means nothing over different A"
+    of_masks = [
+        _Matrix("entries in both / in either", f"Jaccard; {chance}", jaccard, False),
+        _Matrix(
+            "how full the rows are", "correlation of row densities; 0 of random masks", rows, True
         ),
     ]
+    of_deltas = [
+        _Matrix("cosine of the deltas", "random B over the same A in brackets", cosine, True),
+        _Matrix(
+            "shared output directions", "mean cos² of the angles; random in brackets", angles, False
+        ),
+    ]
+    return [*of_masks, *(of_deltas if comparison.interference else ())]
 
 
-def _draw(
-    axes: Any, comparison: Comparison, heading: str, note: str, cell: Cell, signed: bool
-) -> None:
-    from matplotlib import colormaps
+def _draw(axes: Any, comparison: Comparison, matrix: _Matrix) -> None:
     from matplotlib.colors import Normalize
 
     count = len(comparison.labels)
-    colours = colormaps["PuOr_r" if signed else "viridis"]
-    scale = Normalize(-1.0 if signed else 0.0, 1.0)
-    pixels = [[(0.93, 0.93, 0.93)] * count for _ in range(count)]
+    values: list[list[float | None]] = [[None] * count for _ in range(count)]
+    texts = [[""] * count for _ in range(count)]
     for i, j in comparison.overlaps:
-        found = cell(i, j)
-        if found is None:
-            continue
-        value, text = found
-        red, green, blue, _ = colours(scale(value))
-        # Luminance of Rec. 709 decides between dark and light letters.
-        dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
-        for row, column in ((i, j), (j, i)):
-            pixels[row][column] = (red, green, blue)
-            colour = "white" if dark else "black"
-            axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=colour)
-    axes.imshow(pixels, interpolation="none")
-    names = [label if len(label) <= 18 else f"…{label[-17:]}" for label in comparison.labels]
-    axes.set_xticks(range(count), names, rotation=30, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(count), names)
-    axes.set_xticks([i - 0.5 for i in range(1, count)], minor=True)
-    axes.set_yticks([i - 0.5 for i in range(1, count)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.2)
-    axes.tick_params(which="both", length=0, labelsize=9)
-    axes.spines[:].set_visible(False)
-    axes.set_title(f"{heading}\n{note}", fontsize=9.5)
+        found = matrix.cell((i, j))
+        if found is not None:
+            values[i][j] = values[j][i] = found[0]
+            texts[i][j] = texts[j][i] = found[1]
+    names = [
+        label if len(label) <= _LONGEST_LABEL else f"…{label[1 - _LONGEST_LABEL :]}"
+        for label in comparison.labels
+    ]
+    scale = Normalize(-1.0 if matrix.signed else 0.0, 1.0)
+    draw_cells(axes, values, names, names, "PuOr_r" if matrix.signed else "viridis", scale, texts)
+    axes.set_aspect("equal")
+    axes.set_title(f"{matrix.heading}\n{matrix.note}", fontsize=9.5)

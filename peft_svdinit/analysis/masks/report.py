@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,22 @@ from torch import Tensor
 
 from ...files import write_text
 from ...masks import LoriMask
-from ..markdown import markdown_table
+from ..markdown import bullets, document, facts, picture, section
 from .density_plot import plot_mask
 from .entries_plot import plot_mask_entries
 from .overlap import Comparison
 from .overlap_plot import plot_mask_overlap
-from .statistics import Group, MaskStatistics, check_fits, mask_statistics
-from .words import comparison_in_words, mask_in_words
+from .statistics import MaskStatistics, check_fits, mask_statistics
+from .tables import (
+    density_table,
+    energy_table,
+    group_table,
+    layer_table,
+    mask_table,
+    pair_table,
+    spread_table,
+)
+from .words import mask_in_words
 
 FORMAT_VERSION = 1
 REPORT, FIGURE, ENTRIES_FIGURE, OVERLAP_FIGURE = (
@@ -28,12 +37,12 @@ REPORT, FIGURE, ENTRIES_FIGURE, OVERLAP_FIGURE = (
     "mask_entries.png",
     "mask_overlap.png",
 )
-_EXTREMES = 5
 _LIMITS = (
     "Magnitudes say where training moved B, not which entries the task needs: whether a mask "
     "beats a random one is answered by training both. The first steps of Adam move every entry by "
     "about the learning rate, so that after a short calibration the largest entries are those "
-    "whose gradient kept its sign, and types and blocks differ little."
+    "whose gradient kept its sign, and types and blocks differ little. Which entries of a row are "
+    "kept is of use over the same A only: with another the columns of B mean other directions."
 )
 
 
@@ -67,29 +76,29 @@ def write_mask_report(
     statistics = mask_statistics(masks, lora_B if says_something else None)
     content = {"format_version": FORMAT_VERSION, "mask": described(mask), **statistics.as_dict()}
     text = json.dumps(content, indent=2, allow_nan=False)
-    figures = {}
+    pictures = []
     if plots:
         title = f"LoRI mask: {mask.source.get('kind', 'mask')}, scope {mask.scope}"
         plot_mask(statistics, folder / FIGURE, title=title)
         plot_mask_entries(masks, folder / ENTRIES_FIGURE, lora_B=lora_B, title=title)
-        figures = {"Density by block, type and layer": FIGURE, "Entries of B": ENTRIES_FIGURE}
+        pictures = [
+            picture("Density by block, type and layer", FIGURE),
+            picture("Entries of B", ENTRIES_FIGURE),
+        ]
     write_text(folder / f"{REPORT}.json", text + "\n")
-    blocks = [
+    report = document(
         "# LoRI mask",
-        _bullets(mask_in_words(mask, statistics)),
-        *(f"![{caption}]({name})" for caption, name in figures.items()),
-        "## By module type",
-        _group_table("module type", statistics.types),
-        "## By block",
-        _group_table("block", statistics.blocks),
-        "## Fullest and emptiest layers",
-        _layer_table(statistics),
-        "## What it was made with",
-        markdown_table(("", ""), ((key, value) for key, value in described(mask).items())),
-        "## What this does not say",
-        _LIMITS,
-    ]
-    write_text(folder / f"{REPORT}.md", "\n\n".join(blocks) + "\n")
+        bullets(mask_in_words(mask, statistics)),
+        *pictures,
+        section("Rows and columns", spread_table(statistics)),
+        section("Energy of B", energy_table(statistics)),
+        section("By module type", group_table("module type", statistics.types)),
+        section("By block", group_table("block", statistics.blocks)),
+        section("Fullest and emptiest layers", layer_table(statistics)),
+        section("What it was made with", facts(described(mask))),
+        section("What this does not say", _LIMITS),
+    )
+    write_text(folder / f"{REPORT}.md", report)
     return statistics
 
 
@@ -124,21 +133,17 @@ def write_mask_comparison(
         title = f"{len(masks)} LoRI masks: what each pair shares"
         plot_mask_overlap(comparison, folder / OVERLAP_FIGURE, title=title)
     write_text(folder / f"{REPORT}.json", text + "\n")
-    blocks = [
+    types = {label: found.types for label, found in statistics.items()}
+    blocks = {label: found.blocks for label, found in statistics.items()}
+    report = document(
         "# LoRI masks compared",
-        _bullets(comparison_in_words(comparison)),
-        *([f"![What each pair shares]({OVERLAP_FIGURE})"] if plots else []),
-        "## Masks",
-        markdown_table(
-            ("mask", "made by", "seed of A", "entries", "kept", "rows in use", "half in rows"),
-            [_mask_row(label, masks[label], found) for label, found in statistics.items()],
-        ),
-        "## Density by module type [%]",
-        _density_table([found.types for found in statistics.values()], list(masks)),
-        "## Density by block [%]",
-        _density_table([found.blocks for found in statistics.values()], list(masks)),
-    ]
-    write_text(folder / f"{REPORT}.md", "\n\n".join(blocks) + "\n")
+        pair_table(comparison),
+        picture("What each pair shares", OVERLAP_FIGURE) if plots else "",
+        section("Masks", mask_table(masks, statistics)),
+        section("Density by module type [%]", density_table(types)),
+        section("Density by block [%]", density_table(blocks)),
+    )
+    write_text(folder / f"{REPORT}.md", report)
 
 
 def described(mask: LoriMask) -> dict[str, Any]:
@@ -151,67 +156,3 @@ def described(mask: LoriMask) -> dict[str, Any]:
         "source": dict(mask.source),
         "base_model_name_or_path": mask.base_model_name_or_path,
     }
-
-
-def _bullets(sentences: Sequence[str]) -> str:
-    return "\n".join(f"- {sentence}" for sentence in sentences)
-
-
-def _group_table(name: str, groups: Sequence[Group]) -> str:
-    return markdown_table(
-        (name, "entries", "kept", "density", "times its share", "random mask"),
-        [
-            (
-                group.name,
-                f"{group.size:,}",
-                f"{group.kept:,}",
-                f"{group.density:.2%}",
-                f"{group.share:.2f}",
-                f"± {1.96 * group.deviation:.2%}",
-            )
-            for group in groups
-        ],
-    )
-
-
-def _layer_table(statistics: MaskStatistics) -> str:
-    ordered = sorted(statistics.layers, key=lambda layer: -layer.density)
-    few = len(ordered) <= 2 * _EXTREMES
-    shown = ordered if few else [*ordered[:_EXTREMES], *ordered[-_EXTREMES:]]
-    return markdown_table(
-        ("layer", "B", "kept", "density", "rows in use", "columns in use", "energy kept"),
-        [
-            (
-                f"`{layer.name}`",
-                f"{layer.shape[0]} x {layer.shape[1]}",
-                f"{layer.kept:,}",
-                f"{layer.density:.2%}",
-                f"{layer.rows.used:,}",
-                f"{layer.columns.used:,}",
-                "-" if layer.energy is None else f"{layer.energy.kept:.1%}",
-            )
-            for layer in shown
-        ],
-    )
-
-
-def _mask_row(label: str, mask: LoriMask, found: MaskStatistics) -> tuple[str, ...]:
-    return (
-        label,
-        str(mask.source.get("kind", "-")),
-        str(mask.seed),
-        f"{found.size:,}",
-        f"{found.kept:,} ({found.density:.2%})",
-        f"{found.rows.used / found.rows.lines:.1%}",
-        f"{found.rows.half:.1%}",
-    )
-
-
-def _density_table(columns: Sequence[Sequence[Group]], labels: Sequence[str]) -> str:
-    return markdown_table(
-        ("", *labels),
-        [
-            (groups[0].name, *(f"{100 * group.density:.2f}" for group in groups))
-            for groups in zip(*columns, strict=True)
-        ],
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,30 +11,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ...models import layer_depth, module_types
-from .chance import Spread, energy_of_noise, random_deviation
+from .chance import Spread, random_deviation
+from .energy import Energy
 
 OUTSIDE = "none"
-
-
-@dataclass(frozen=True)
-class Energy:
-    """Share of ‖B‖², of which a calibrated B is the measure, in entries chosen in several ways.
-
-    Attributes:
-        total: ‖B‖².
-        random: in a random mask: its density.
-        noise: in the largest entries, as many as the mask has, if B were Gaussian noise.
-        by_layer: in random entries of every layer, as many as the mask keeps there.
-        by_row: in random entries of every row, as many as the mask keeps there.
-        kept: in the mask.
-    """
-
-    total: float
-    random: float
-    noise: float
-    by_layer: float
-    by_row: float
-    kept: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +40,7 @@ class LayerMaskStatistics:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self), "shape": list(self.shape), "density": self.density}
+        return {**asdict(self), "density": self.density}
 
 
 @dataclass(frozen=True)
@@ -119,7 +98,12 @@ class MaskStatistics:
     @property
     def blocks(self) -> list[Group]:
         """By the first number in the layers' names; those without one are "none"."""
-        return self._groups(lambda layer: OUTSIDE if _depth(layer) is None else str(_depth(layer)))
+
+        def block(layer: LayerMaskStatistics) -> str:
+            depth = layer_depth(layer.name)
+            return OUTSIDE if depth is None else str(depth)
+
+        return self._groups(block)
 
     @property
     def rows(self) -> Spread:
@@ -135,21 +119,7 @@ class MaskStatistics:
     def energy(self) -> Energy | None:
         """Of all layers together; None without a B, or if all of it is zero."""
         found = [layer.energy for layer in self.layers if layer.energy is not None]
-        total = math.fsum(energy.total for energy in found)
-        if not total:
-            return None
-
-        def together(share: Callable[[Energy], float]) -> float:
-            return math.fsum(energy.total * share(energy) for energy in found) / total
-
-        return Energy(
-            total=total,
-            random=self.density,
-            noise=energy_of_noise(self.density),
-            by_layer=together(lambda energy: energy.by_layer),
-            by_row=together(lambda energy: energy.by_row),
-            kept=together(lambda energy: energy.kept),
-        )
+        return Energy.pooled(found, self.density)
 
     def _groups(self, key: Callable[[LayerMaskStatistics], str]) -> list[Group]:
         members: dict[str, list[LayerMaskStatistics]] = defaultdict(list)
@@ -202,19 +172,19 @@ def mask_statistics(
         raise ValueError("masks are empty: there is nothing to describe")
     if lora_B is not None:
         check_fits(masks, lora_B)
-    layers = []
-    for name, mask in masks.items():
-        layers.append(
+    return MaskStatistics(
+        tuple(
             LayerMaskStatistics(
                 name=name,
                 shape=(mask.shape[0], mask.shape[1]),
                 kept=int(mask.sum()),
                 rows=Spread.of(mask.sum(1), mask.shape[1]),
                 columns=Spread.of(mask.sum(0), mask.shape[0]),
-                energy=None if lora_B is None else _energy(mask, lora_B[name]),
+                energy=None if lora_B is None else Energy.of(mask, lora_B[name]),
             )
+            for name, mask in masks.items()
         )
-    return MaskStatistics(tuple(layers))
+    )
 
 
 def check_fits(
@@ -227,24 +197,3 @@ def check_fits(
                 f"layer {name}: there is no lora_B of the mask's shape {tuple(mask.shape)}; is it "
                 "of the same adapter?"
             )
-
-
-def _energy(mask: Tensor, lora_B: Tensor) -> Energy | None:
-    squares = lora_B.detach().cpu().double().square()
-    kept = mask.cpu().double()
-    total = float(squares.sum())
-    if not total:
-        return None
-    density = float(kept.mean())
-    return Energy(
-        total=total,
-        random=density,
-        noise=energy_of_noise(density),
-        by_layer=density,
-        by_row=float(squares.sum(1) @ kept.mean(1)) / total,
-        kept=float((squares * kept).sum()) / total,
-    )
-
-
-def _depth(layer: LayerMaskStatistics) -> int | None:
-    return layer_depth(layer.name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import write_json, write_text
-from ..canvas import COLOURS, MARKERS, legend_columns, new_figure, save_figure, tidy
+from ..canvas import COLOURS, MARKERS, legend_outside, new_figure, save_figure, tidy
 from .document import Document, Section
 from .figures import FigureFile
 from .markdown_report import markdown_report
@@ -173,8 +173,7 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def _figure(schemes: Mapping[str, Sequence[Stages]]) -> Any:
-    width = 10.0
-    figure = new_figure(width, 4.4)
+    figure = new_figure(10, 4.2)
     handles: list[Any] = []
     for axes, (task, name) in zip(figure.subplots(1, 2), _TASKS.items(), strict=True):
         tidy(axes)
@@ -199,11 +198,5 @@ def _figure(schemes: Mapping[str, Sequence[Stages]]) -> Any:
         axes.set_xticks(range(len(STAGES)), _STAGE_NAMES)
         axes.set_title(name, loc="left")
         axes.set_ylabel("evaluation loss (nats per token)")
-    labels = [handle.get_label() for handle in handles]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=legend_columns(labels, width),
-        frameon=False,
-    )
+    legend_outside(figure, handles, [handle.get_label() for handle in handles])
     return figure

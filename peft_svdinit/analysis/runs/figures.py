@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..canvas import INK, PAGE_INK, legend_outside, new_figure, panels, png_of, svg_of, tidy
 from .compare import Comparison
-from .panels import (
-    MUTED,
-    Panel,
-    curves,
-    differences,
-    final_losses,
-    has_second_half,
-    learning_rates,
-    method_labels,
-    method_styles,
-    short_label,
-)
+from .curve_panels import curves, has_second_half, learning_rates
+from .panels import Panel, method_labels, method_styles, short_label
+from .row_panels import differences, final_losses
 
-INK = "#1c1f24"
-# Replaced by `currentColor` in the page's SVG; no other colour may have this value.
-PAGE_INK = "#010203"
 # Narrow, so that its text stays legible on a phone (inches).
 PAGE_WIDTH = 4.3
 
@@ -62,100 +48,38 @@ def figure_files(comparison: Comparison) -> tuple[FigureFile, ...]:
 
 def draw_png(figure_file: FigureFile, comparison: Comparison) -> bytes:
     """The composed figure as PNG on white, with its legend below."""
-    matplotlib = _matplotlib()
-    panels = figure_file.panels
-    width = 5.4 * len(panels) if len(panels) > 1 else 7.2
-    height = 0.3 + max(panel.height for panel in panels)
-    with matplotlib.rc_context(_settings(INK)):
-        handles = _legend_handles(comparison, figure_file.legend, matplotlib)
-        # At 9 points a character takes about 0.075 inches, a line 0.18.
-        longest = max((len(handle.get_label()) for handle in handles), default=0)
-        columns = max(1, min(len(handles), int(width / (0.7 + 0.075 * longest))))
-        height += 0.18 * math.ceil(len(handles) / columns)
-        figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
-        figure.set_facecolor("white")
-        all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, panel in zip(all_axes, panels, strict=True):
-            panel.draw(axes, INK)
-            axes.set_title(panel.title, fontsize=10, loc="left")
-        if handles:
-            figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
-        return _saved(figure, "png", dpi=160)
+    drawn = figure_file.panels
+    width = 5.4 * len(drawn) if len(drawn) > 1 else 7.2
+    figure = new_figure(width, 0.3 + max(panel.height for panel in drawn))
+    for axes, panel in zip(panels(figure, len(drawn), len(drawn)), drawn, strict=True):
+        _draw(axes, panel, INK)
+        axes.set_title(panel.title, fontsize=10, loc="left")
+    if figure_file.legend:
+        _add_legend(figure, comparison, figure_file.legend)
+    return png_of(figure)
 
 
 def draw_svg(panel: Panel) -> str:
-    """The panel alone as an SVG element without any address in it, in the page's text colour."""
-    matplotlib = _matplotlib()
-    with matplotlib.rc_context({**_settings(PAGE_INK), "svg.hashsalt": panel.name}):
-        figure = matplotlib.figure.Figure(figsize=(PAGE_WIDTH, panel.height), layout="constrained")
-        figure.patch.set_alpha(0)
-        axes = figure.subplots()
-        axes.patch.set_alpha(0)
-        panel.draw(axes, PAGE_INK)
-        text = _saved(figure, "svg", metadata={"Date": None}).decode()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # An SVG element inside HTML needs no namespaces, and the page promises not to hold addresses.
-    text = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", text)
-    text = text.replace("xlink:href=", "href=").replace(PAGE_INK, "currentColor")
-    # The outermost element loses its size, so that the page's CSS gives it one.
-    end = text.index(">")
-    return re.sub(r'\s(width|height)="[^"]*"', "", text[:end]) + text[end:]
+    """The panel alone as an SVG element, in the page's text colour."""
+    figure = new_figure(PAGE_WIDTH, panel.height)
+    _draw(figure.subplots(), panel, PAGE_INK)
+    return svg_of(figure, panel.name)
 
 
-def _legend_handles(comparison: Comparison, names: Sequence[str], matplotlib: Any) -> list[Any]:
+def _draw(axes: Any, panel: Panel, ink: str) -> None:
+    tidy(axes, ink, grid=panel.grid)
+    panel.draw(axes, ink)
+    axes.tick_params(labelsize=9)
+
+
+def _add_legend(figure: Any, comparison: Comparison, methods: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
     labels = method_labels(comparison)
-    return [
-        matplotlib.lines.Line2D(
-            [],
-            [],
-            color=style.color or INK,
-            marker=style.marker,
-            linestyle=style.dash,
-            markersize=4,
-            label=short_label(labels[name]),
-        )
-        for name, style in method_styles(comparison).items()
-        if name in names
+    shown = {name: style for name, style in method_styles(comparison).items() if name in methods}
+    looks: list[dict[str, Any]] = [
+        {"color": style.color or INK, "marker": style.marker, "linestyle": style.dash}
+        for style in shown.values()
     ]
-
-
-def _settings(ink: str) -> dict[str, Any]:
-    return {
-        "font.family": "DejaVu Sans",
-        "font.size": 9,
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.edgecolor": MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.titlecolor": ink,
-        "grid.color": MUTED,
-        "grid.alpha": 0.25,
-        "grid.linewidth": 0.6,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "xtick.labelcolor": ink,
-        "ytick.labelcolor": ink,
-        "lines.linewidth": 1.6,
-        "svg.fonttype": "none",
-    }
-
-
-def _saved(figure: Any, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, **options)
-    return buffer.getvalue()
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-        import matplotlib.figure
-        import matplotlib.lines
-    except ImportError as error:
-        raise ImportError(
-            "the figures need matplotlib; install it with `pip install peft-svdinit[report]`"
-        ) from error
-    return matplotlib
+    handles = [Line2D([], [], markersize=4, **look) for look in looks]
+    legend_outside(figure, handles, [short_label(labels[name]) for name in shown])

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...files import replacing
+from ..canvas import COLOURS, new_figure, save_figure, tidy
 
 
 def smoothed(values: Sequence[float], *, decay: float = 0.9) -> list[float]:
@@ -39,50 +39,31 @@ def plot_loss_curve(
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    figure = figure_class()(figsize=(7, 4.2), dpi=130, layout="constrained")
+    figure = new_figure(7, 4.2)
     axes = figure.add_subplot()
     train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
     if train:
         steps, losses = zip(*train, strict=True)
         few = "." if len(steps) < 30 else ""
-        axes.plot(steps, losses, few + "-", color="#9db8d9", linewidth=1, label="training loss")
-        axes.plot(steps, smoothed(losses), color="#1f4e8c", linewidth=2, label="smoothed")
-    columns = dict.fromkeys(column for row in rows for column in row)
-    evaluations = [name for name in columns if name.startswith("eval_") and name.endswith("loss")]
+        axes.plot(steps, losses, few + "-", color=COLOURS[5], linewidth=1, label="training loss")
+        axes.plot(steps, smoothed(losses), color=COLOURS[0], linewidth=2, label="smoothed")
+    names = dict.fromkeys(name for row in rows for name, value in row.items() if value is not None)
+    evaluations = [name for name in names if name.startswith("eval_") and name.endswith("loss")]
     for index, name in enumerate(evaluations):
-        measured = [row for row in rows if row.get(name) is not None]
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         axes.plot(
-            [row["step"] for row in measured],
-            [row[name] for row in measured],
+            *zip(*points, strict=True),
             "o--",
-            color=("#c8501e", "#3a7d44", "#7b4fa3", "#8a6d1d")[index % 4],
+            color=COLOURS[(3, 2, 4, 1)[index % 4]],
             markersize=5,
             linewidth=1,
             label=name,
         )
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     if title is not None:
         axes.set_title(title, loc="left")
     if train or evaluations:
         axes.legend(frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-def figure_class() -> Any:
-    """matplotlib's `Figure`, which draws without a display and without global state.
-
-    Raises:
-        ImportError: naming the extra, if matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "drawing the loss curve needs matplotlib: pip install 'peft-svdinit[report]', or pass "
-            "plot=False to ComparisonCallback"
-        ) from error
-    return Figure
+    save_figure(figure, path)
