@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import numbers
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
@@ -21,22 +19,18 @@ from peft_svdinit.training import (
     LOSS_CURVE,
     RUN_INFO,
     TRAINING_LOG,
-    Row,
     TrainingLog,
     describe_environment,
     peak_memory_mb,
     read_run_info,
-    read_training_log,
     reset_peak_memory,
     write_run_info,
 )
+from trainer_callbacks.logged_rows import row_of, rows_to_keep
 from trainer_callbacks.sparing import Sparing, prepare_folder
 from trainer_callbacks.step_clock import StepClock, step_clock
 
 logger = logging.getLogger(__name__)
-
-# What the Trainer adds to an evaluation's metrics about the evaluation itself.
-_SPEEDS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 
 _MEASURED = ("seconds and memory of all steps", "Compare the run by steps or tokens.")
 _AGAIN = "Make room for it and resume from the last checkpoint."
@@ -153,7 +147,7 @@ class ComparisonCallback(TrainerCallback, ExportableState):
         resumed = state.global_step > 0
         stale = () if resumed else (RUN_INFO, LOSS_CURVE)
         prepare_folder(directory, type(self).__name__, stale)
-        rows = self._rows_to_keep(directory / TRAINING_LOG, state) if resumed else []
+        rows = rows_to_keep(directory / TRAINING_LOG, state) if resumed else []
         earlier = [*rows]
         # A list would mean several callbacks of this class, and not say which of them is this one.
         if resumed and isinstance(saved, dict):
@@ -207,7 +201,7 @@ class ComparisonCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self._log is None or self._before_first_step or logs is None:
             return
-        row = _row({**logs, "step": state.global_step})
+        row = row_of({**logs, "step": state.global_step})
         if row is None:
             return
         # The Trainer has waited for the device to know what it logs.
@@ -245,31 +239,6 @@ class ComparisonCallback(TrainerCallback, ExportableState):
         assert directory is not None  # TrainingArguments fills its own in
         return Path(directory)
 
-    def _rows_to_keep(self, path: Path, state: TrainerState) -> list[Row]:
-        """The rows up to the step that is resumed from."""
-        history: dict[tuple, Row] = {}
-        for entry in state.log_history:
-            row = _row(entry)
-            if row is not None:
-                # Resuming with eval_on_start puts an evaluation into the history a second time.
-                history.setdefault((row["step"], frozenset(row)), row)
-        if not path.exists():
-            return list(history.values())
-        try:
-            rows = read_training_log(path, drop_torn_line=True)
-        except ValueError as error:
-            logger.warning("rebuilt from the checkpoint's history: %s", error)
-            return list(history.values())
-        kept = [row for row in rows if row["step"] <= state.global_step]
-        # As text, where NaN equals NaN.
-        losses = {(row["step"], str(row["loss"])) for row in kept}
-        if all(
-            (row["step"], str(row["loss"])) in losses for row in history.values() if "loss" in row
-        ):
-            return kept
-        logger.warning("%s is not the log of the checkpoint that is resumed; rebuilt from it", path)
-        return list(history.values())
-
     def _measure_memory(self, device: torch.device) -> None:
         peak = peak_memory_mb(device)
         if peak is not None:
@@ -297,35 +266,6 @@ class ComparisonCallback(TrainerCallback, ExportableState):
                 "finished": _now() if status == "completed" else None,
             },
         )
-
-
-def _row(logs: Mapping[str, Any]) -> Row | None:
-    """A log event as a row; None if it has neither a training loss nor an evaluation's metrics.
-
-    The Trainer's closing summary is such an event: it has `train_loss` and `train_runtime`.
-    """
-    numbers_of = {
-        name: float(value) for name, value in logs.items() if isinstance(value, numbers.Real)
-    }
-    row = {
-        name: numbers_of[name]
-        for name in ("loss", "learning_rate", "grad_norm")
-        if name in numbers_of
-    }
-    metrics = {
-        name: value
-        for name, value in numbers_of.items()
-        if name.startswith(EVAL_PREFIX) and not name.endswith(_SPEEDS)
-    }
-    if "loss" not in row and not metrics:
-        return None
-    return {
-        "step": int(logs["step"]),
-        "epoch": logs.get("epoch"),
-        "tokens": logs.get("num_input_tokens_seen"),
-        **row,
-        **metrics,
-    }
 
 
 def _parameter_counts(model: torch.nn.Module | None) -> tuple[int, int]:
