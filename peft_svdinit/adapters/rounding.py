@@ -1,14 +1,18 @@
-"""Casting the two factors of a LoRA layer to half precision, and what that costs."""
+"""The two factors of a LoRA layer as they are stored: in half precision, and what that costs."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..factors import LoraInit
-from .dtypes import Dtype
+
+Factors = tuple[Tensor, Tensor]  # lora_A (rank, in), lora_B (out, rank)
 
 
 def rounded(init: LoraInit, dtype: torch.dtype) -> LoraInit:
@@ -49,6 +53,27 @@ def rounding_error(exact: LoraInit, stored: LoraInit) -> float:
     return math.sqrt(max(0.0, squared))
 
 
-def torch_dtype(name: Dtype) -> torch.dtype:
-    """The dtype of a name."""
-    return getattr(torch, name)
+def stored(
+    name: str, init: LoraInit, dtype: torch.dtype, rank: int | None = None
+) -> tuple[Factors, float]:
+    """lora_A and lora_B of layer `name` in `dtype`, and what rounding changed.
+
+    Args:
+        rank: zeros pad the factors to it.
+
+    Raises:
+        ValueError: naming the layer, as `rounded` does.
+    """
+    try:
+        narrow = rounded(init, dtype)
+    except ValueError as error:
+        raise ValueError(f"layer {name}: {error}") from error
+    missing = (rank or len(narrow.lora_A)) - len(narrow.lora_A)
+    lora_A = functional.pad(narrow.lora_A, (0, 0, 0, missing)).contiguous()
+    lora_B = functional.pad(narrow.lora_B, (0, missing)).contiguous()
+    return (lora_A, lora_B), rounding_error(init, narrow)
+
+
+def dtypes_of(layers: Mapping[str, Factors]) -> dict[str, int]:
+    """Number of layers by the name of their dtype."""
+    return dict(Counter(str(A.dtype).removeprefix("torch.") for A, _ in layers.values()))

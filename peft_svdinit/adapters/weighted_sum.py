@@ -6,6 +6,9 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -14,6 +17,21 @@ from ..models import natural_order
 from .formats.forms import LayerDelta
 from .formats.opening import open_adapter
 from .formats.stored import StoredAdapter, StoredLayer
+
+Delta = TypeVar("Delta", bound=LayerDelta)
+
+
+@dataclass(frozen=True)
+class Term(Generic[Delta]):
+    """`weight * delta`, one summand of a layer.
+
+    Attributes:
+        adapter: index of the adapter that it comes from.
+    """
+
+    adapter: int
+    weight: float
+    delta: Delta
 
 
 class WeightedSum:
@@ -79,30 +97,33 @@ class WeightedSum:
         }
         return {name: paths for name, paths in owners.items() if len(paths) < len(self.adapters)}
 
+    @property
+    def files(self) -> list[Path]:
+        """All that is read, folders included."""
+        given = [Path(path).expanduser() for path in self.paths]
+        return [*given, *(adapter.file.path for adapter in self.adapters)]
+
     @contextmanager
-    def opened(self) -> Iterator[Callable[[str], LayerDelta]]:
+    def opened(self) -> Iterator[Callable[[str], list[Term[Any]]]]:
+        """A reader of a layer's summands, for as long as the context lasts."""
         with ExitStack() as stack:
             readers = [stack.enter_context(adapter.opened()) for adapter in self.adapters]
 
-            def read(name: str) -> LayerDelta:
-                return combined(
-                    [
-                        (weight, reader(name))
-                        for weight, reader, adapter in zip(
-                            self.weights, readers, self.adapters, strict=True
-                        )
-                        if name in adapter.layers
-                    ]
-                )
+            def read(name: str) -> list[Term[Any]]:
+                return [
+                    Term(index, self.weights[index], readers[index](name))
+                    for index, adapter in enumerate(self.adapters)
+                    if name in adapter.layers
+                ]
 
             yield read
 
 
-def combined(terms: Sequence[tuple[float, LayerDelta]]) -> LayerDelta:
+def combined(terms: Sequence[Term[Any]]) -> LayerDelta:
     """Σ weight * delta of one layer: exact, by concatenating the factors."""
-    if len(terms) == 1 and terms[0][0] == 1.0:
-        return terms[0][1]
-    sides = [(weight, *delta.product()) for weight, delta in terms]
+    if len(terms) == 1 and terms[0].weight == 1.0:
+        return terms[0].delta
+    sides = [(term.weight, *term.delta.product()) for term in terms]
     return LoraProduct(
         lora_A=torch.cat([right for _, _, right in sides]),
         lora_B=torch.cat([weight * left for weight, left, _ in sides], dim=1),

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from .. import adapters, factors, linalg, masks
 from .paths import model_source, refuse_file
-
-if TYPE_CHECKING:
-    import torch
 
 _DEFAULT_RANK = 16
 
@@ -57,7 +53,7 @@ class ExportOptions:
             "vLLM want; give base too, for short names of the target modules."
         },
     )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+    dtype: adapters.Dtype | None = field(
         default=None,
         metadata={
             "help": "Precision of the weights; float32 by default, bfloat16 of a compact adapter."
@@ -92,10 +88,6 @@ class ExportOptions:
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ValueError(f"energy must be in (0, 1], got {self.energy}")
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return adapters.torch_dtype(self.dtype or ("bfloat16" if self.compact else "float32"))
-
 
 def run(options: ExportOptions) -> None:
     if not options.compact:  # which may be written to a file by name
@@ -109,12 +101,14 @@ def run(options: ExportOptions) -> None:
 def _export_adapter(options: ExportOptions, adapter: str) -> None:
     if options.compact:
         file = adapters.compact_adapter_folder(
-            adapter, options.output_dir, dtype=options.torch_dtype
+            adapter, options.output_dir, dtype=options.dtype or "bfloat16"
         )
         print(f"Compact adapter of {file.stat().st_size:,} bytes: {file}")
         return
     compact = masks.load_compact(adapter)
-    folder = adapters.write_stock_adapter(compact, options.output_dir, dtype=options.torch_dtype)
+    folder = adapters.write_stock_adapter(
+        compact, options.output_dir, dtype=options.dtype or "float32"
+    )
     mask = compact.mask
     print(
         f"Stock LoRA of {len(mask.layers)} layers, {mask.kept:,} of {mask.size:,} entries of B "
@@ -137,10 +131,10 @@ def _export_factors(options: ExportOptions, path: str) -> None:
         base_model_revision=None if base else file.metadata.base_model_revision,
         base=base,
         split=options.split,
-        dtype=options.torch_dtype,
+        dtype=options.dtype or "float32",
         uniform=options.uniform_rank,
     )
-    _print(exported, options)
+    print(exported.summary())
 
 
 def _rank_of(file: factors.FactorsFile, name: str, energy: float) -> int:
@@ -152,23 +146,3 @@ def _rank_of(file: factors.FactorsFile, name: str, energy: float) -> int:
             f"{layer.energy():.4f} of its delta; ask for less, or make factors of a higher rank"
         )
     return rank
-
-
-def _print(exported: adapters.ExportedAdapter, options: ExportOptions) -> None:
-    kept = [layer.rank for layer in exported.layers.values() if layer.rank]
-    ranks = (
-        f"rank {kept[0]}"
-        if len(set(kept)) == 1
-        else (
-            f"ranks {min(kept)} to {max(kept)} (median {statistics.median_low(kept)}"
-            f"{f', stored as {exported.rank}' if options.uniform_rank else ''})"
-        )
-    )
-    print(f"Adapter of {ranks} for {len(kept)} layers: {exported.folder}")
-    print(
-        f"It keeps {exported.energy:.2%} of the deltas' energy. Rounding to "
-        f"{str(options.torch_dtype).removeprefix('torch.')} "
-        f"changes them by {exported.relative_rounding_error:.2g} of their norm."
-    )
-    if exported.omitted:
-        print(f"Left out: {len(exported.omitted)} layers whose delta is zero.")

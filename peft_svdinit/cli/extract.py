@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .. import adapters, analysis, factors
 from .paths import model_source, refuse_file
 from .summary import print_analysis
 
 _DEFAULT_RANK, _DEFAULT_MAX_RANK = 64, 128
-_OF_ADAPTERS = {
-    "energy", "error", "max_parameters", "max_bytes", "max_rank", "uniform_rank", "split", "dtype",
-    "modules_to_save", "verify", "dry_run",
-}  # fmt: skip
+_OF_ADAPTERS = set(
+    "energy error max_parameters max_bytes max_rank uniform_rank split dtype modules_to_save "
+    "verify dry_run".split()
+)
 _OF_FACTORS = {"lora_r", "plots"}
 
 
@@ -68,7 +68,7 @@ class ExtractOptions:
     split: Literal["output", "balanced"] = field(
         default="output", metadata={"help": "Singular values into B, or their root into A and B."}
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
+    dtype: adapters.Dtype = field(
         default="float32", metadata={"help": "Of the adapter; the rounding error is reported."}
     )
     target_modules: list[str] = field(
@@ -122,13 +122,10 @@ class ExtractOptions:
                 raise ValueError(f"lora_r={self.lora_r} must not be above rank={rank}")
 
     def _refuse_what_does_not_apply(self) -> None:
+        other = _OF_ADAPTERS if self.save_as == "factors" else _OF_FACTORS
+        kind, known = f"save_as={self.save_as}", {entry.name for entry in fields(self)} - other
         if self.adapter:
             kind, known = "adapter", {"output_dir", "base", "adapter", "save_as", "lora_r", "plots"}
-        elif self.save_as == "factors":
-            kind = "save_as=factors"
-            known = {entry.name for entry in fields(self)} - _OF_ADAPTERS
-        else:
-            kind, known = "save_as=adapter", {entry.name for entry in fields(self)} - _OF_FACTORS
         for entry in fields(self):
             default = entry.default_factory() if callable(entry.default_factory) else entry.default
             if entry.name not in known and getattr(self, entry.name) != default:
@@ -147,14 +144,14 @@ class ExtractOptions:
                     f"{self.max_bytes}"
                 )
             budget = self.max_bytes // size
-        others = [self.energy, self.error, budget]
-        alone = all(wish is None for wish in others)
+        alone = (self.energy, self.error, budget) == (None, None, None)
         return factors.RankRule(
             rank=_DEFAULT_RANK if self.rank is None and alone else self.rank,
             energy=self.energy,
             error=self.error,
             max_parameters=budget,
             max_rank=_DEFAULT_MAX_RANK if self.max_rank is None and not alone else self.max_rank,
+            uniform=self.uniform_rank,
         )
 
     def pair(self) -> factors.CheckpointPair:
@@ -192,28 +189,18 @@ def run(options: ExtractOptions) -> None:
 def _run(options: ExtractOptions) -> None:
     if options.adapter:
         base = model_source(options.base) if options.base else None
-        _write_factors(
-            factors.factors_of_adapter(factors.LoraAdapter(options.adapter), base=base), options, {}
-        )
-        return
+        teacher = factors.factors_of_adapter(factors.LoraAdapter(options.adapter), base=base)
+        return _write_factors(teacher, options, {})
     pair, rule = options.pair(), options.rule()
     form = adapters.AdapterForm(
-        uniform=options.uniform_rank,
         split=options.split,
-        dtype=adapters.torch_dtype(options.dtype),
+        dtype=options.dtype,
         modules_to_save=options.modules_to_save,
         verify=options.verify,
     )
+    how: dict[str, Any] = {"device": options.device, "read_ahead": options.read_ahead}
     if options.dry_run:
-        plan = adapters.estimate(
-            pair,
-            rule,
-            form,
-            options.output_dir,
-            device=options.device,
-            read_ahead=options.read_ahead,
-        )
-        print(plan.as_text())
+        print(adapters.estimate(pair, rule, form, options.output_dir, **how).as_text())
     elif options.save_as == "factors":
         _factors(pair, rule, options)
     else:
@@ -225,11 +212,9 @@ def _run(options: ExtractOptions) -> None:
             base_model_name_or_path=str(options.base),
             base_model_revision=options.base_revision,
             seed=options.seed,
-            device=options.device,
-            read_ahead=options.read_ahead,
+            **how,
         )
-        print(extracted.as_text())
-        print(f"Adapter: {extracted.folder}")
+        print(f"{extracted.as_text()}\nAdapter: {extracted.folder}")
 
 
 def _factors(pair: factors.CheckpointPair, rule: factors.RankRule, options: ExtractOptions) -> None:
@@ -247,11 +232,8 @@ def _factors(pair: factors.CheckpointPair, rule: factors.RankRule, options: Extr
         )
         uncovered = {tensor.key: tensor.relative_change for tensor in pair.uncovered()}
         unchanged()
-        _write_factors(
-            factors.Extraction(store, metadata, factors.checkpoint_samples(pair)),
-            options,
-            {"uncovered": uncovered},
-        )
+        extraction = factors.Extraction(store, metadata, factors.checkpoint_samples(pair))
+        _write_factors(extraction, options, {"uncovered": uncovered})
     if uncovered:
         print(
             f"Not covered: {len(uncovered)} changed tensors outside the linear layers "
@@ -260,12 +242,8 @@ def _factors(pair: factors.CheckpointPair, rule: factors.RankRule, options: Extr
 
 
 def _write_factors(extraction: factors.Extraction, options: ExtractOptions, notes: dict) -> None:
-    held = min(layer.rank for layer in extraction.factors.values())
+    rank = min(options.lora_r, *(layer.rank for layer in extraction.factors.values()))
     written = analysis.write_teacher(
-        extraction,
-        options.output_dir,
-        rank=min(options.lora_r, held),
-        notes=notes,
-        plots=options.plots,
+        extraction, options.output_dir, rank=rank, notes=notes, plots=options.plots
     )
     print_analysis(written, options.output_dir)

@@ -8,8 +8,6 @@ from typing import ClassVar
 from .. import adapters
 from .paths import refuse_file
 
-_WORST = 5
-
 
 @dataclass(frozen=True)
 class MergeOptions:
@@ -50,10 +48,6 @@ class MergeOptions:
 
     def __post_init__(self) -> None:
         self.merge_method  # noqa: B018 - contradictory options are refused before any work
-        if self.weights is not None and len(self.weights) != len(self.adapter):
-            raise ValueError(
-                f"weights must be one per adapter, got {len(self.weights)} for {len(self.adapter)}"
-            )
 
     @property
     def merge_method(self) -> adapters.MergeMethod:
@@ -72,30 +66,4 @@ def run(options: MergeOptions) -> None:
         dtype=options.dtype,
         progress=True,
     )
-    print("\n".join(_summary(merged)))
-
-
-def _summary(merged: adapters.Merged) -> list[str]:
-    lines = [adapters.in_words(merged), f"{'worst layers':<60} {'rank':>5} {'error':>9}"]
-    for layer in adapters.worst_layers(merged, _WORST):
-        error = adapters.shown_error(layer.relative_error)
-        lines.append(f"{layer.name[-60:]:<60} {layer.rank:>5} {error:>9}")
-    if merged.left_out:
-        lines.append(f"Left out, for their weight is 0: {', '.join(merged.left_out)}.")
-    if merged.only_in_some:
-        lines.append(
-            f"{len(merged.only_in_some)} layers are in some of the adapters only; see the report."
-        )
-    if merged.pairs:
-        widths = (8, 9, 12, 15, 15, 8, 9)
-        header = [
-            f"{name:>{width}}" for name, width in zip(adapters.PAIR_COLUMNS, widths, strict=True)
-        ]
-        lines.append(" ".join([f"{'pair':<6}", *header]))
-        for pair in merged.pairs:
-            found = adapters.pair_cells(pair.interference)
-            cells = [f"{cell:>{width}}" for cell, width in zip(found, widths, strict=True)]
-            lines.append(" ".join([f"{f'{pair.first + 1}, {pair.second + 1}':<6}", *cells]))
-    if merged.shares_A and merged.method.name != "shared":
-        lines.append("The adapters share A: --method shared is exact at the rank of one adapter.")
-    return [*lines, f"Adapter: {merged.output}"]
+    print(merged.summary())

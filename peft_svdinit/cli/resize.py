@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from .. import adapters, factors
 from .paths import refuse_file
-
-_WORST = 5
 
 
 @dataclass(frozen=True)
@@ -44,20 +42,16 @@ class ResizeOptions:
     weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per adapter of the sum; 1 each by default."}
     )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+    dtype: adapters.Dtype | None = field(
         default=None, metadata={"help": "Of the output; by default that of the input."}
     )
 
     def __post_init__(self) -> None:
-        self.target  # noqa: B018 - a wrong target is refused before any work
-        if self.weights is not None and len(self.weights) != len(self.adapter):
-            raise ValueError(
-                f"weights must be one per adapter, got {len(self.weights)} for {len(self.adapter)}"
-            )
+        self.rule  # noqa: B018 - a wrong rule is refused before any work
 
     @property
-    def target(self) -> factors.RankTarget:
-        return factors.RankTarget(
+    def rule(self) -> factors.RankRule:
+        return factors.RankRule(
             rank=self.rank,
             energy=self.energy,
             error=self.error,
@@ -72,33 +66,9 @@ def run(options: ResizeOptions) -> None:
     resized = adapters.resize(
         options.adapter,
         options.output,
-        options.target,
+        options.rule,
         weights=options.weights,
         dtype=options.dtype,
         progress=True,
     )
-    print("\n".join(_summary(resized)))
-
-
-def _summary(resized: adapters.Resized) -> list[str]:
-    ranks = [layer.rank for layer in resized.layers]
-    spread = f"{ranks[0]}" if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
-    before, after = resized.parameters_before, resized.parameters
-    lines = [
-        f"{len(ranks)} layers, rank {spread}; {after:,} of {before:,} parameters; "
-        f"{resized.energy:.2%} of the energy, relative error {resized.relative_error:.2e}.",
-        f"{'worst layers':<60} {'rank':>10} {'energy':>8} {'error':>9} {'rounding':>9}",
-    ]
-    worst = sorted(resized.layers, key=lambda layer: -layer.relative_error)[:_WORST]
-    for layer in worst:
-        lines.append(
-            f"{layer.name[-60:]:<60} {f'{layer.rank_before} > {layer.rank}':>10} "
-            f"{layer.energy:8.2%} {layer.relative_error:9.2e} {layer.rounding_error:9.2e}"
-        )
-    if resized.zero_layers:
-        lines.append(f"{len(resized.zero_layers)} layers have a zero delta and keep zeros.")
-    if resized.only_in_some:
-        lines.append(
-            f"{len(resized.only_in_some)} layers are in some of the adapters only; see the report."
-        )
-    return [*lines, f"Adapter: {resized.output}"]
+    print(resized.summary())

@@ -28,7 +28,6 @@ from .overlap import SupportOverlap as SupportOverlap
 from .ranks.budget import RankRecommendation as RankRecommendation
 from .ranks.budget import recommend_ranks as recommend_ranks
 from .ranks.rule import RankRule as RankRule
-from .ranks.target import RankTarget as RankTarget
 from .sources.activation import WEIGHTINGS as WEIGHTINGS
 from .sources.activation import activation_factors as activation_factors
 from .sources.descent import FORMS as FORMS

@@ -27,7 +27,7 @@ from peft.tuners.lora.layer import LoraLayer
 from transformers import AutoModelForCausalLM
 
 from peft_svdinit.adapters import resize
-from peft_svdinit.factors import LoraAdapter, RankTarget
+from peft_svdinit.factors import LoraAdapter, RankRule
 from peft_svdinit.training import resolve_model
 
 _RANK, _LOWER_RANK = 64, 32
@@ -47,7 +47,7 @@ def make_adapter(folder: Path) -> None:
 
 
 def ours(folder: Path, output: Path) -> None:
-    resize([folder], output, RankTarget(rank=_LOWER_RANK))
+    resize([folder], output, RankRule(rank=_LOWER_RANK))
 
 
 def load_with_peft(folder: Path, every: int) -> PeftModel:

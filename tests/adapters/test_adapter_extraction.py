@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.testing import assert_close
 
 from peft_svdinit.adapters import AdapterForm, extract_adapter
 from peft_svdinit.adapters.extraction import extract as adapter_extraction
+from peft_svdinit.adapters.extraction import store
 from peft_svdinit.cli import main
 from peft_svdinit.factors import CheckpointPair, RankRule
 
@@ -41,7 +43,7 @@ def merged(pair: SavedPair, folder: Path) -> torch.nn.Module:
 def test_an_adapter_of_full_rank_is_the_fine_tune(tmp_path, architecture):
     pair = save_pair(tmp_path, architecture, sharded=True)
     extracted = extract(pair, tmp_path / "out", RankRule(rank=999))
-    assert extracted.relative_error < 1e-3
+    assert extracted.exported.relative_error < 1e-3
     adapted = merged(pair, tmp_path / "out")
     for name in opened(pair):
         assert_close(weight_of(adapted, name), weight_of(pair.tuned, name), rtol=0, atol=1e-5)
@@ -62,8 +64,8 @@ def test_the_error_of_every_layer_is_the_optimum_and_is_measured(tmp_path):
             expected / reference.frobenius(delta), rel=1e-4
         )
         lost, norms = lost + expected**2, norms + reference.frobenius(delta) ** 2
-    assert extracted.relative_error == pytest.approx(math.sqrt(lost / norms), rel=1e-4)
-    assert record["totals"]["relative_error"] == extracted.relative_error
+    assert extracted.exported.relative_error == pytest.approx(math.sqrt(lost / norms), rel=1e-4)
+    assert record["totals"]["relative_error"] == extracted.exported.relative_error
     assert "Verified" in (tmp_path / "out" / "extraction.md").read_text()
 
 
@@ -78,15 +80,13 @@ def test_the_error_of_every_layer_is_the_optimum_and_is_measured(tmp_path):
 @pytest.mark.parametrize("uniform", [False, True])
 def test_every_rule_gives_an_adapter_that_keeps_it(tmp_path, rule, uniform):
     pair = save_pair(tmp_path)
-    form = AdapterForm(uniform=uniform, verify="layers")
-    extracted = extract(pair, tmp_path / "out", rule, form)
+    extracted = extract(pair, tmp_path / "out", replace(rule, uniform=uniform))
     assert extracted.short == []
-    kept = extracted.exported.layers
-    for name, layer in kept.items():
+    for layer in extracted.exported.layers:
         error = layer.truncation_error / layer.norm
         assert rule.energy is None or 1 - error**2 >= rule.energy - 1e-5
         assert rule.error is None or error <= rule.error + 1e-5
-        assert layer.rank <= min(opened(pair)[name].shape)
+        assert layer.rank <= min(opened(pair)[layer.name].shape)
     stored = sum(tensor.numel() for tensor in load_file(tmp_path / "out" / WEIGHTS).values())
     if rule.max_parameters:
         assert 1000 < stored <= 2000
@@ -121,10 +121,10 @@ def test_two_equal_checkpoints_are_refused_and_nothing_is_published(tmp_path):
 
 def test_half_precision_counts_its_rounding(tmp_path):
     pair = save_pair(tmp_path, dtype=torch.bfloat16)
-    form = AdapterForm(dtype=torch.bfloat16, verify="layers")
+    form = AdapterForm(dtype="bfloat16", verify="layers")
     extracted = extract(pair, tmp_path / "out", RankRule(rank=999), form)
     assert 1e-4 < extracted.exported.relative_rounding_error < 5e-3
-    assert extracted.relative_error >= extracted.exported.relative_rounding_error
+    assert extracted.exported.relative_error >= extracted.exported.relative_rounding_error
     assert {t.dtype for t in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.bfloat16}
 
 
@@ -174,14 +174,15 @@ def test_a_run_stopped_at_any_stage_publishes_nothing_and_is_resumed(
     if existing:
         extract(pair, out, RankRule(rank=2))
     before = {path.name: path.read_bytes() for path in out.glob("*")}
-    work = getattr(adapter_extraction, stage)
+    module = store if stage == "fill_store" else adapter_extraction
+    work = getattr(module, stage)
 
     def stopped(*args, **kwargs):
         work(*args, **kwargs)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(adapter_extraction, stage, stopped)
+        patched.setattr(module, stage, stopped)
         extract(pair, out, RankRule(rank=3), form)
     assert {path.name: path.read_bytes() for path in out.glob("*")} == before
     extract(pair, out, RankRule(rank=3), form)
@@ -210,7 +211,7 @@ def test_a_wrong_adapter_is_never_published(tmp_path, monkeypatch):
             keys = [k for k in tensors if f"{UP}.lora_B" in k]
             tensors[keys[0]] = -tensors[keys[0]]
 
-        rewrite_tensors(exported.folder / WEIGHTS, swap)
+        rewrite_tensors(exported.output / WEIGHTS, swap)
         return exported
 
     monkeypatch.setattr(adapter_extraction, "export_adapter", tampered)
@@ -236,7 +237,7 @@ def test_a_change_of_a_checkpoint_starts_afresh(tmp_path, monkeypatch):
 
 def test_checkpoints_that_change_under_way_publish_nothing(tmp_path, monkeypatch):
     pair = save_pair(tmp_path)
-    fill = adapter_extraction.fill_store
+    fill = store.fill_store
 
     def replaced(*args, **kwargs):
         fill(*args, **kwargs)
@@ -245,7 +246,7 @@ def test_checkpoints_that_change_under_way_publish_nothing(tmp_path, monkeypatch
             lambda tensors: tensors.update({"model.norm.weight": torch.zeros(16)}),
         )
 
-    monkeypatch.setattr(adapter_extraction, "fill_store", replaced)
+    monkeypatch.setattr(store, "fill_store", replaced)
     with pytest.raises(ValueError, match="base or tuned changed while they were read"):
         extract(pair, tmp_path / "out", RankRule(rank=3))
     assert not (tmp_path / "out").exists()
@@ -321,7 +322,7 @@ def test_the_command_writes_an_adapter_and_says_what_it_keeps(tmp_path, capsys):
     pair = save_pair(tmp_path)
     main(command(pair, tmp_path / "out", "--rank", "3"))
     said = capsys.readouterr().out
-    assert "14 linear layers, rank 3" in said
+    assert "14 layers, rank 3" in said
     assert "KL(tuned ‖ base + adapter)" in said and "random tokens" in said
     assert f"Adapter: {tmp_path / 'out'}" in said
     merged(pair, tmp_path / "out")
@@ -357,7 +358,7 @@ def test_factors_of_a_pair_are_resumable_too(tmp_path, monkeypatch, capsys):
     pair = save_pair(tmp_path)
     options = ["--save_as", "factors", "--rank", "4", "--lora_r", "2", "--plots", "false"]
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("peft_svdinit.cli.extract.write_teacher", interrupted)
+        patched.setattr("peft_svdinit.analysis.write_teacher", interrupted)
         main(command(pair, tmp_path / "factors", *options))
     monkeypatch.setattr("peft_svdinit.factors.extraction.factorisation.truncated_svd", None)
     main(command(pair, tmp_path / "factors", *options))

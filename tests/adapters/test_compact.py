@@ -32,7 +32,7 @@ def stock_logits(folder: Path) -> torch.Tensor:
 
 
 def test_the_stock_adapter_of_a_compact_one_is_the_one_that_was_saved(trained, tmp_path):
-    saved_compact(trained, tmp_path, dtype=torch.float32)
+    saved_compact(trained, tmp_path, dtype="float32")
     write_stock_adapter(load_compact(tmp_path), tmp_path / "stock")
     saved, stock = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("saved", "stock")
@@ -78,7 +78,7 @@ def test_what_an_adapter_started_from_is_kept_off_the_mask(trained, tmp_path):
     config = lori_config(lori_start=str(tmp_path / "first"), lori_density=0.5)
     second = get_peft_model(tiny_base(), config)
     train(second)
-    saved_compact(second, tmp_path, dtype=torch.float32)
+    saved_compact(second, tmp_path, dtype="float32")
     write_stock_adapter(load_compact(tmp_path), tmp_path / "stock")
     assert torch.equal(stock_logits(tmp_path / "stock"), logits(second))
 
@@ -147,7 +147,7 @@ def test_values_that_a_dtype_cannot_hold_are_refused(trained, tmp_path):
     with torch.no_grad():
         parameter[0] = 1e6
     with pytest.raises(ValueError, match="cannot hold"):
-        saved_compact(trained, tmp_path, dtype=torch.float16)
+        saved_compact(trained, tmp_path, dtype="float16")
 
 
 def test_a_configuration_that_is_not_that_of_the_entries_is_refused(trained, tmp_path):

@@ -27,7 +27,10 @@ from support.tiny_models import ARCHITECTURES, TARGETS, save_pair, tiny_model
 from transformers import LlamaForSequenceClassification
 
 from peft_svdinit import LowRankFactors
-from peft_svdinit.adapters import ExportedAdapter, export_adapter
+from peft_svdinit.adapters import export_adapter
+from peft_svdinit.adapters.dtypes import torch_dtype
+from peft_svdinit.adapters.export.record import ExportedAdapter
+from peft_svdinit.adapters.record import KeptLayer
 from peft_svdinit.adapters.rounding import rounded, rounding_error
 from peft_svdinit.cli import main
 from peft_svdinit.factors import (
@@ -39,11 +42,15 @@ from peft_svdinit.factors import (
 )
 from peft_svdinit.models import task_type_of
 
-HALF = [torch.bfloat16, torch.float16]
+HALF = ["bfloat16", "float16"]
 
 
 def config_of(exported: ExportedAdapter) -> dict[str, Any]:
-    return json.loads((exported.folder / "adapter_config.json").read_text())
+    return json.loads((exported.output / "adapter_config.json").read_text())
+
+
+def layers_of(exported: ExportedAdapter) -> dict[str, KeptLayer]:
+    return {layer.name: layer for layer in exported.layers}
 
 
 def deltas_of(architecture: str, folder: Path, **options: Any) -> dict[str, torch.Tensor]:
@@ -94,11 +101,11 @@ def test_small_layers_get_all_their_rank_and_the_rest_the_rank_asked_for(
     assert exported.rank == 12 and not exported.omitted
     small = {name for name, layer in extraction.factors.items() if min(layer.shape) < 12}
     assert bool(config_of(exported)["rank_pattern"]) == bool(small)
-    found = deltas_of(architecture, exported.folder)
+    found = deltas_of(architecture, exported.output)
     assert found.keys() == extraction.factors.keys()
     for name, layer in extraction.factors.items():
         rank = min(12, *layer.shape)
-        assert exported.layers[name].rank == rank
+        assert layers_of(exported)[name].rank == rank
         assert torch.allclose(found[name], kept(layer, rank), atol=1e-5)
 
 
@@ -113,7 +120,7 @@ def test_every_layer_may_have_a_rank_of_its_own(architecture, tmp_path):
     assert config["lora_alpha"] == config["r"]
     assert config["rank_pattern"] == config["alpha_pattern"]
     assert set(config["rank_pattern"].values()) == {1, 2, 3, 4} - {config["r"]}
-    for name, delta in deltas_of(architecture, exported.folder).items():
+    for name, delta in deltas_of(architecture, exported.output).items():
         assert torch.linalg.matrix_rank(delta) == ranks[name]
         assert torch.allclose(delta, kept(factors[name], ranks[name]), atol=1e-5)
 
@@ -132,9 +139,9 @@ def test_layers_without_a_delta_or_a_rank_are_left_out_and_reported(tmp_path, ba
     ranks = {name: 0 if name == none else 3 for name in factors}
     exported = export_adapter(factors, ranks, tmp_path / "adapter", base=base_folder)
     assert exported.omitted == (none, untouched)
-    assert exported.layers[none].error == pytest.approx(factors[none].norm)
-    assert exported.layers[untouched].error == 0
-    assert set(deltas_of("llama", exported.folder)) == set(rest)
+    assert layers_of(exported)[none].error == pytest.approx(factors[none].norm)
+    assert layers_of(exported)[untouched].error == 0
+    assert set(deltas_of("llama", exported.output)) == set(rest)
     # Short names would select the two that are left out.
     assert set(config_of(exported)["target_modules"]) == set(rest)
 
@@ -149,10 +156,10 @@ def test_a_uniform_adapter_has_one_rank_short_names_and_no_patterns(tmp_path, ba
     assert (config["r"], config["lora_alpha"]) == (4, 4)
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert set(config["target_modules"]) == {name.rpartition(".")[2] for name in factors}
-    assert not exported.omitted and exported.layers[untouched].rank == 0
-    for key, tensor in load_file(exported.folder / "adapter_model.safetensors").items():
+    assert not exported.omitted and layers_of(exported)[untouched].rank == 0
+    for key, tensor in load_file(exported.output / "adapter_model.safetensors").items():
         assert tensor.shape[0 if "lora_A" in key else 1] == 4
-    for name, delta in deltas_of("llama", exported.folder).items():
+    for name, delta in deltas_of("llama", exported.output).items():
         assert torch.allclose(delta, kept(factors[name], ranks[name]), atol=1e-5), name
 
 
@@ -172,7 +179,7 @@ def test_a_delta_of_lower_rank_gets_all_it_has(tmp_path):
         for name, layer in all_linear(rank=3, held=3).items()
     }
     exported = export_adapter(factors, 8, tmp_path / "adapter")
-    assert {layer.rank for layer in exported.layers.values()} == {3} and exported.rank == 3
+    assert {layer.rank for layer in exported.layers} == {3} and exported.rank == 3
     assert exported.energy == pytest.approx(1.0)
 
 
@@ -193,8 +200,8 @@ def test_a_rank_above_what_is_held_is_refused_and_nothing_is_written(tmp_path):
 )
 def test_the_rounding_error_is_that_of_the_dense_products(layer, dtype, split):
     init = SvdGuided("delta", split)(layer, rank=layer.rank, scaling=1.0)
-    stored = rounded(init, dtype)
-    assert stored.lora_A.dtype == stored.lora_B.dtype == dtype
+    stored = rounded(init, torch_dtype(dtype))
+    assert stored.lora_A.dtype == stored.lora_B.dtype == torch_dtype(dtype)
     exact = array(init.lora_B) @ array(init.lora_A)
     expected = frobenius(exact - array(stored.lora_B) @ array(stored.lora_A))
     floor = 1e-14 * frobenius(exact)
@@ -211,15 +218,15 @@ def test_float32_factors_are_stored_without_rounding(tmp_path):
 def test_the_promised_errors_are_those_of_the_stored_adapter(tmp_path, dtype, split):
     factors = all_linear()
     exported = export_adapter(factors, 3, tmp_path / "adapter", dtype=dtype, split=split)
-    stored = load_file(exported.folder / "adapter_model.safetensors")
-    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    stored = load_file(exported.output / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch_dtype(dtype)}
     assert 1e-5 < exported.relative_rounding_error < 5e-3
     for name, layer in factors.items():
         prefix = f"base_model.model.{name}.lora_"
         product = array(stored[f"{prefix}B.weight"]) @ array(stored[f"{prefix}A.weight"])
         measured = frobenius(array(layer.dense()) - product)
         assert exported.errors[name] == pytest.approx(measured, rel=1e-3)
-        assert exported.layers[name].truncation_error < exported.errors[name]
+        assert layers_of(exported)[name].truncation_error < exported.errors[name]
 
 
 def test_the_energy_is_that_of_all_layers_together(tmp_path):
@@ -232,20 +239,20 @@ def test_the_energy_is_that_of_all_layers_together(tmp_path):
 def test_an_overflow_of_half_precision_names_the_layer_and_balanced_avoids_it(tmp_path):
     factors = all_linear(size=1e6)
     with pytest.raises(ValueError, match=r"layer model\.layers\.0\S* lora_B has an entry of size"):
-        export_adapter(factors, 2, tmp_path / "adapter", dtype=torch.float16)
+        export_adapter(factors, 2, tmp_path / "adapter", dtype="float16")
     assert not (tmp_path / "adapter").exists()
-    export_adapter(factors, 2, tmp_path / "adapter", dtype=torch.float16, split="balanced")
+    export_adapter(factors, 2, tmp_path / "adapter", dtype="float16", split="balanced")
 
 
 def test_an_underflow_of_half_precision_is_warned_of(tmp_path, caplog):
     factors = all_linear(size=1e-6)
     with caplog.at_level(logging.WARNING):
-        exported = export_adapter(factors, 2, tmp_path / "a", dtype=torch.float16)
-    assert "Rounding to torch.float16 changes 14 layers by more than 0.01" in caplog.text
+        exported = export_adapter(factors, 2, tmp_path / "a", dtype="float16")
+    assert "Rounding to float16 changes 14 layers by more than 0.01" in caplog.text
     assert exported.relative_rounding_error > 0.01
     caplog.clear()
-    export_adapter(factors, 2, tmp_path / "b", dtype=torch.float16, split="balanced")
-    export_adapter(factors, 2, tmp_path / "c", dtype=torch.bfloat16)
+    export_adapter(factors, 2, tmp_path / "b", dtype="float16", split="balanced")
+    export_adapter(factors, 2, tmp_path / "c", dtype="bfloat16")
     assert not caplog.text
 
 
@@ -290,7 +297,7 @@ def test_one_layer_is_in_memory_at_a_time_and_the_bytes_are_the_same(tmp_path):
     at_once = export_adapter(lazy.layers, 3, tmp_path / "at_once")
     assert lazy.reads == 2 * len(lazy) and lazy.most_alive <= 1
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (streamed.folder / name).read_bytes() == (at_once.folder / name).read_bytes()
+        assert (streamed.output / name).read_bytes() == (at_once.output / name).read_bytes()
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -299,7 +306,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_a_kill_while_writing_leaves_the_old_adapter(tmp_path):
     factors = all_linear()
-    folder = export_adapter(factors, 2, tmp_path / "adapter").folder
+    folder = export_adapter(factors, 2, tmp_path / "adapter").output
     before = content(folder)
     child = os.fork()
     if not child:
@@ -313,7 +320,7 @@ def test_a_kill_while_writing_leaves_the_old_adapter(tmp_path):
 
 def test_a_full_disk_is_an_os_error_and_leaves_the_old_adapter(tmp_path):
     factors = all_linear()
-    folder = export_adapter(factors, 1, tmp_path / "adapter").folder
+    folder = export_adapter(factors, 1, tmp_path / "adapter").output
     before = content(folder)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))
@@ -331,7 +338,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_old_adapter(tmp_path):
     [
         ({"ranks": 0}, "ranks must be at least 1, got 0"),
         ({"ranks": {"model.layers.0.self_attn.q_proj": 2}}, "is in one of the two only"),
-        ({"dtype": torch.float64}, "dtype must be one of torch.float32, torch.bfloat16, torch.flo"),
+        ({"dtype": "float64"}, "dtype must be one of float32, bfloat16, float16, got 'float64'"),
         ({"factors": {}}, "there is no adapter to write"),
         ({"modules_to_save": {"model.norm.weight": torch.ones(16)}}, "modules_to_save needs base"),
     ],
@@ -375,7 +382,7 @@ def test_the_base_and_its_revision_are_stored(tmp_path):
         base_model_revision="abc",
         task_type=None,
     )
-    config = LoraConfig.from_pretrained(str(exported.folder))
+    config = LoraConfig.from_pretrained(str(exported.output))
     assert (config.base_model_name_or_path, config.revision) == ("org/base", "abc")
     assert config.task_type is None
 
@@ -445,11 +452,11 @@ def test_whole_tensors_reproduce_the_tuned_model_tied_or_not(tmp_path, architect
         base=tmp_path / "base",
         modules_to_save={name: parameters[name].detach() for name in WHOLE[architecture]},
     )
-    loaded = PeftModel.from_pretrained(base, str(exported.folder))
+    loaded = PeftModel.from_pretrained(base, str(exported.output))
     assert (logits(loaded) - logits(target)).abs().max() < 1e-4
     assert config_of(exported)["ensure_weight_tying"] == tie
     heads = [
-        key for key in load_file(exported.folder / "adapter_model.safetensors") if "head" in key
+        key for key in load_file(exported.output / "adapter_model.safetensors") if "head" in key
     ]
     assert bool(heads) == tie
 
@@ -460,7 +467,7 @@ def test_two_tensors_for_two_tied_parameters_untie_them(tmp_path):
     given = {"model.embed_tokens.weight": torch.ones(64, 16), "lm_head.weight": torch.zeros(64, 16)}
     folder = export_adapter(
         all_linear(), 3, tmp_path / "adapter", base=tmp_path / "base", modules_to_save=given
-    ).folder
+    ).output
     loaded: Any = PeftModel.from_pretrained(base, str(folder))
     assert (loaded.get_input_embeddings().weight == 1).all()
     assert (loaded.get_output_embeddings().weight == 0).all()
@@ -511,11 +518,8 @@ def run_cli(tmp_path: Path, *options: str) -> Path:
 def test_the_command_chooses_ranks_by_energy(tmp_path, capsys):
     folder = run_cli(tmp_path, "--energy", "0.9", "--dtype", "bfloat16", "--split", "balanced")
     said = capsys.readouterr().out
-    assert (
-        "ranks 3 to 5 (median 4)" in said
-        and "for 14 layers" in said
-        and "Rounding to bfloat16" in said
-    )
+    assert "14 layers, rank 3 to 5 (median 4)" in said and "of it by rounding" in said
+    assert said.rstrip().endswith(f"Adapter: {folder}")
     factors = all_linear(rank=6, held=16)
     for name, delta in deltas_of("llama", folder).items():
         rank = int(torch.linalg.matrix_rank(delta.double(), rtol=1e-4))
@@ -526,7 +530,7 @@ def test_the_command_writes_uniform_adapters(tmp_path, base_folder, capsys):
     folder = run_cli(
         tmp_path, "--energy", "0.9", "--uniform_rank", "true", "--base", str(base_folder)
     )
-    assert "stored as" in capsys.readouterr().out
+    assert "zeros that pad the ranks" in capsys.readouterr().out
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["rank_pattern"] == {} and "q_proj" in config["target_modules"]
 
@@ -556,7 +560,7 @@ def test_an_energy_that_the_factors_do_not_hold_names_the_layer(tmp_path, capsys
 def test_orientation_of_conv1d_is_that_of_the_layer(tmp_path):
     base = tiny_model("gpt2")
     factors = teacher_factors(base, TARGETS["gpt2"])
-    folder = export_adapter(factors, 3, tmp_path / "adapter").folder
+    folder = export_adapter(factors, 3, tmp_path / "adapter").output
     merged: Any = PeftModel.from_pretrained(tiny_model("gpt2"), str(folder)).merge_and_unload()
     for name, layer in factors.items():
         before, after = base.get_submodule(name).weight, merged.get_submodule(name).weight

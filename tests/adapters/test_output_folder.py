@@ -23,7 +23,7 @@ from peft_svdinit.adapters import (
     resize,
     write_stock_adapter,
 )
-from peft_svdinit.factors import CheckpointPair, LoraAdapter, RankRule, RankTarget
+from peft_svdinit.factors import CheckpointPair, LoraAdapter, RankRule
 from peft_svdinit.masks import load_compact
 
 Write = Callable[[Path], object]
@@ -50,7 +50,7 @@ def inputs_of(verb: str, folder: Path) -> Write:
         trained_adapter(adapter, seed=seed)
     if verb == "merge":
         return lambda output: merge([one, two], output)
-    return lambda output: resize([one], output, RankTarget(rank=2))
+    return lambda output: resize([one], output, RankRule(rank=2))
 
 
 @pytest.fixture(params=VERBS)

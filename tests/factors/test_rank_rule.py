@@ -45,11 +45,19 @@ def test_a_budget_is_kept_and_spent_on_the_largest_values(budget):
 
 @given(budget=st.integers(65, 400))
 def test_a_budget_for_one_rank_of_all_pays_for_the_padding_too(budget):
-    ranks, _ = RankRule(max_parameters=budget, max_rank=4).choose(SPECTRA, uniform=True)
+    ranks, _ = RankRule(max_parameters=budget, max_rank=4, uniform=True).choose(SPECTRA)
     padded = max(ranks.values()) * sum(sum(layer.shape) for layer in SPECTRA.values())
     assert padded <= budget
     with pytest.raises(ValueError, match="max_parameters must be at least 65 to give all 3"):
-        RankRule(max_parameters=64).choose(SPECTRA, uniform=True)
+        RankRule(max_parameters=64, uniform=True).choose(SPECTRA)
+
+
+def test_where_no_layer_can_be_left_out_a_zero_delta_has_rank_1_and_costs_it():
+    for rule in (RankRule(energy=0.9), RankRule(error=0.3), RankRule(max_parameters=65)):
+        assert rule.choose(SPECTRA, least=1)[0]["zero"] == 1
+    with pytest.raises(ValueError, match="at least 65 "):
+        RankRule(max_parameters=64).choose(SPECTRA, least=1)
+    assert RankRule(max_parameters=64).choose(SPECTRA)[0]["zero"] == 0
 
 
 def test_the_bound_of_a_rule_is_its_rank_or_what_is_said():
@@ -67,6 +75,9 @@ def test_the_bound_of_a_rule_is_its_rank_or_what_is_said():
         ({"max_parameters": -1}, "max_parameters must be at least 1"),
         ({"rank": 4, "max_rank": 8}, "max_rank bounds the ranks of other rules"),
         ({"energy": 95, "max_rank": 8}, "write 95 % as 0.95"),
+        ({"energy": 0.0}, r"energy must be in \(0, 1\], got 0"),
+        ({"error": float("nan")}, "error must be in"),
+        ({"energy": 0.5, "max_rank": 0}, "max_rank must be at least 1, got 0"),
         ({"error": 1.0, "max_rank": 8}, "write 5 % as 0.05"),
         ({"error": 1e-4, "max_rank": 8}, "tell no smaller one from rounding"),
         ({"energy": 1 - 1e-8, "max_rank": 8}, "tell no larger one from rounding"),

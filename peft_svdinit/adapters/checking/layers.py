@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
-from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...files import TensorFile
 from ...linalg import frobenius_norm
 from ...models import BLOCK_ENTRIES, PREFIX, WEIGHTS_NAME, whole_modules
 from .stock_loading import load_stock_adapter, weightless_model
 
 _SHOWN = 5
-_SPACING = {"F16": 2.0**-10, "BF16": 2.0**-7}
 
 
 @dataclass(frozen=True)
@@ -168,9 +167,8 @@ def _equal(stored: Tensor, expected: Tensor) -> bool:
 
 
 def _coarsest_spacing(folder: Path) -> float:
-    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
-        dtypes = {file.get_slice(key).get_dtype() for key in file.keys() if ".lora_" in key}
-    return max((_SPACING.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+    dtypes = TensorFile(folder / WEIGHTS_NAME).dtypes
+    return max(torch.finfo(dtype).eps for key, dtype in dtypes.items() if ".lora_" in key)
 
 
 def _root_sum(values: Mapping[str, float]) -> float:

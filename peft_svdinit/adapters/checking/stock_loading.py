@@ -13,9 +13,9 @@ import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ...files import TensorFile
 from ...models import CONFIG_NAME, WEIGHTS_NAME, model_skeleton
 
 # A task type of another class of models is an AttributeError, a missing head a KeyError.
@@ -91,18 +91,11 @@ def load_stock_adapter(
         ValueError: if PEFT cannot load it, or it stores other tensors than its configuration means.
     """
     path = Path(folder)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"adapter: the folder {path} has no {name}")
-    try:
-        with safe_open(path / WEIGHTS_NAME, framework="pt") as file:
-            stored = set(file.keys())
-            dtypes = [file.get_tensor(key).dtype for key in stored if ".lora_" in key]
-    except SafetensorError as error:
-        raise ValueError(
-            f"adapter: {path / WEIGHTS_NAME} is not a readable safetensors file "
-            f"({error}): truncated while writing or copying? Write it again"
-        ) from error
+    if not (path / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"adapter: the folder {path} has no {CONFIG_NAME}")
+    file = TensorFile(path / WEIGHTS_NAME)
+    stored = set(file.shapes)
+    dtypes = [dtype for key, dtype in file.dtypes.items() if ".lora_" in key]
     device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
     kind = type(model).__name__
     if mapped and dtypes:

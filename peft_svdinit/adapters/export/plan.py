@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -28,12 +27,6 @@ class ExportPlan:
     shapes: dict[str, tuple[int, int]]
     kept: dict[str, int]
     stored: dict[str, int]
-
-    @property
-    def usual(self) -> int:
-        """The most frequent rank stored, the larger one of two."""
-        counts = Counter(self.stored.values())
-        return max(counts, key=lambda rank: (counts[rank], rank))
 
     @property
     def omitted(self) -> tuple[str, ...]:

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm.auto import tqdm
 
-from ...factors import LowRankFactors, Split, SvdGuided
-from ...files import TensorWriter
-from ...models import (
-    PREFIX,
-    WEIGHTS_NAME,
-    WholeModules,
-    exact_pattern,
-    loadable_task_type,
-    lora_key,
-    model_skeleton,
-    whole_modules,
-)
+from ...factors import LoraInit, LowRankFactors, Split, SvdGuided
+from ...models import PREFIX, WholeModules, loadable_task_type, model_skeleton, whole_modules
+from ..dtypes import Dtype, torch_dtype
 from ..output_folder import OutputFolder
-from ..rounding import rounded, rounding_error
+from ..record import KeptLayer
+from ..rounding import Factors, stored
+from ..stock_lora import LoraShape, lora_config, stock_lora, write_layer
 from .plan import ExportPlan, export_plan, target_modules
-from .record import ExportedAdapter, ExportedLayer
+from .record import ExportedAdapter
 
 logger = logging.getLogger(__name__)
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Bfloat16 changes a delta by about 0.0025 of its norm: beyond this, entries have underflowed.
 _COARSE = 0.01
 
@@ -45,7 +35,7 @@ def export_adapter(
     base_model_revision: str | None = None,
     base: str | os.PathLike | None = None,
     split: Split = "output",
-    dtype: torch.dtype = torch.float32,
+    dtype: Dtype = "float32",
     uniform: bool = False,
     modules_to_save: Mapping[str, Tensor] | None = None,
     task_type: str | None = "auto",
@@ -64,7 +54,7 @@ def export_adapter(
             name part where that selects the same layers, as servers expect, else by full name.
         split: "output" or "balanced", see `SvdGuided`. Of the two, "balanced" loses less of the
             range of half precision: its A and B have entries of one size.
-        dtype: of A and B: float32, bfloat16 or float16.
+        dtype: of A and B.
         uniform: give all layers the largest of the ranks, padded with zeros, so that there is no
             `rank_pattern`, which servers such as vLLM do not read. A layer left out gets zeros
             where its last name part is that of an adapted one.
@@ -82,77 +72,58 @@ def export_adapter(
             or when the adapter is to be put there.
         OSError: if the disk is full; as after any error, what was there before is still there.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    narrow = torch_dtype(dtype)
     output = OutputFolder.checked(output_dir, "output_dir")
     plan = export_plan(factors, ranks, uniform=uniform)
     skeleton = model_skeleton(base) if base is not None else None
-    whole = _whole_modules(skeleton, modules_to_save or {}, plan)
-    unusual = {name: rank for name, rank in plan.stored.items() if rank != plan.usual}
-    config = LoraConfig(
-        r=plan.usual,
-        lora_alpha=plan.usual,
-        rank_pattern=dict(exact_pattern(unusual)),
-        alpha_pattern=dict(exact_pattern(unusual)),
+    given = modules_to_save or {}
+    whole = _whole_modules(skeleton, given, plan)
+    config = lora_config(
+        plan.stored,
         target_modules=target_modules(plan, skeleton),
         modules_to_save=whole.names or None,
         ensure_weight_tying=whole.tied,
         base_model_name_or_path=base_model_name_or_path,
         revision=base_model_revision,
         task_type=_task_type(skeleton, task_type, whole),
-        inference_mode=True,
     )
-    layout = _layout(plan, dtype)
+    beside = {}
     for name, source in whole.source_of.items():
-        tensor = _whole_tensor(skeleton, name, (modules_to_save or {})[source])
-        layout[PREFIX + name] = (tensor.dtype, tuple(tensor.shape))
+        tensor = _whole_tensor(skeleton, name, given[source])
+        beside[PREFIX + name] = tensor.dtype, tuple(tensor.shape)
+    shapes = {n: LoraShape(rank, plan.shapes[n], narrow) for n, rank in plan.stored.items()}
     initializer = SvdGuided("delta", split)
-    layers = {}
-    with output.replacing() as temporary:
-        config.save_pretrained(os.fspath(temporary))
-        with TensorWriter(temporary / WEIGHTS_NAME, layout, {"format": "pt"}) as writer:
-            # disable=None: no bar where standard error is not a terminal.
-            for name in tqdm(plan.kept, desc="Writing the adapter", unit="layer", disable=None):
-                layers[name] = _write_layer(writer, name, factors[name], plan, initializer, dtype)
-            for name, source in whole.source_of.items():
-                writer.write(PREFIX + name, (modules_to_save or {})[source])
+    layers = []
+    with output.replacing() as temporary, stock_lora(temporary, config, shapes, beside) as writer:
+        # disable=None: no bar where standard error is not a terminal.
+        for name in tqdm(plan.kept, desc="Writing the adapter", unit="layer", disable=None):
+            layer, pair = _kept(name, factors[name], plan, initializer, narrow)
+            layers.append(layer)
+            if name in plan.stored:
+                write_layer(writer, name, pair)
+        for name, source in whole.source_of.items():
+            writer.write(PREFIX + name, given[source])
     _warn_of_coarse_rounding(layers, dtype)
-    return ExportedAdapter(output.path, plan.usual, layers, plan.omitted)
+    return ExportedAdapter(
+        output=output.path,
+        layers=tuple(layers),
+        parameters=sum(rank * sum(plan.shapes[name]) for name, rank in plan.stored.items()),
+        rank=config["r"],
+        omitted=plan.omitted,
+    )
 
 
-def _layout(plan: ExportPlan, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for name, rank in plan.stored.items():
-        rows, cols = plan.shapes[name]
-        layout[lora_key(name, "A")] = (dtype, (rank, cols))
-        layout[lora_key(name, "B")] = (dtype, (rows, rank))
-    return layout
-
-
-def _write_layer(
-    writer: TensorWriter,
-    name: str,
-    layer: LowRankFactors,
-    plan: ExportPlan,
-    initializer: SvdGuided,
-    dtype: torch.dtype,
-) -> ExportedLayer:
-    rank, (rows, cols) = plan.kept[name], plan.shapes[name]
-    lora_A, lora_B = torch.zeros(0, cols, dtype=dtype), torch.zeros(rows, 0, dtype=dtype)
-    lost, rounding = layer.norm, 0.0
+def _kept(
+    name: str, layer: LowRankFactors, plan: ExportPlan, initializer: SvdGuided, dtype: torch.dtype
+) -> tuple[KeptLayer, Factors]:
+    rank, (rows, columns) = plan.kept[name], plan.shapes[name]
+    init, lost = LoraInit(torch.zeros(0, columns), torch.zeros(rows, 0), False), layer.norm
     if rank:
         init = initializer(layer, rank=rank, scaling=1.0)
-        try:
-            stored = rounded(init, dtype)
-        except ValueError as error:
-            raise ValueError(f"layer {name}: {error}") from error
-        lora_A, lora_B = stored.lora_A, stored.lora_B
-        lost, rounding = layer.relative_error(rank) * layer.norm, rounding_error(init, stored)
-    if name in plan.stored:
-        padding = plan.stored[name] - rank
-        writer.write(lora_key(name, "A"), functional.pad(lora_A, (0, 0, 0, padding)))
-        writer.write(lora_key(name, "B"), functional.pad(lora_B, (0, padding)))
-    return ExportedLayer(rank, layer.norm, lost, rounding)
+        lost = layer.relative_error(rank) * layer.norm
+    pair, rounding = stored(name, init, dtype, plan.stored.get(name))
+    kept = KeptLayer(name, (rows, columns), layer.rank, rank, layer.norm, lost, rounding)
+    return kept, pair
 
 
 def _whole_modules(
@@ -185,10 +156,11 @@ def _whole_tensor(skeleton: nn.Module | None, name: str, tensor: Tensor) -> Tens
     return tensor
 
 
-def _warn_of_coarse_rounding(layers: Mapping[str, ExportedLayer], dtype: torch.dtype) -> None:
-    coarse = [name for name in layers if layers[name].rounding_error > _COARSE * layers[name].norm]
+def _warn_of_coarse_rounding(layers: Sequence[KeptLayer], dtype: Dtype) -> None:
+    changes = {layer.name: layer.relative(layer.rounding_error) for layer in layers}
+    coarse = [name for name, change in changes.items() if change > _COARSE]
     if coarse:
-        worst = max(coarse, key=lambda name: layers[name].rounding_error / layers[name].norm)
+        worst = max(coarse, key=lambda name: changes[name])
         logger.warning(
             "Rounding to %s changes %d layers by more than %g of their delta, %s by %.2g: entries "
             'are below its range. Use a wider dtype, or split="balanced"',
@@ -196,5 +168,5 @@ def _warn_of_coarse_rounding(layers: Mapping[str, ExportedLayer], dtype: torch.d
             len(coarse),
             _COARSE,
             worst,
-            layers[worst].rounding_error / layers[worst].norm,
+            changes[worst],
         )

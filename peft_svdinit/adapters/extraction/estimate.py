@@ -12,6 +12,7 @@ import torch
 from ...factors import CheckpointPair, Factorisation, RankRule
 from ...linalg import default_block, krylov_multiplications, krylov_passes, truncated_svd
 from ...models import LinearModule
+from ..dtypes import BYTES
 from ..output_folder import OutputFolder
 from .extract import AdapterForm
 
@@ -94,7 +95,7 @@ def estimate(
         parameters=sum(m.out_features * m.in_features for m in modules),
         read=read,
         verifying=0 if form.verify == "none" else read + 2 * model,
-        written=form.dtype.itemsize * kept + (whole.stored_bytes() if whole else 0),
+        written=BYTES[form.dtype] * kept + (whole.stored_bytes() if whole else 0),
         working=_FLOAT32 * factors,
         memory=_IMPORTS + (1 + read_ahead) * delta + spaces,
         model=model,

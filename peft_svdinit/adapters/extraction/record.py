@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...analysis import markdown_table
 from ...factors import Uncovered
 from ..checking.layers import Verification
 from ..checking.text import TextCheck
-from ..export.record import ExportedAdapter, ExportedLayer
+from ..export.record import ExportedAdapter
 
 _WORST = 10
 
@@ -35,78 +35,65 @@ class ExtractedAdapter:
     verification: Verification | None
     text: TextCheck | None
 
-    @property
-    def relative_error(self) -> float:
-        """‖delta − adapter‖_F / ‖delta‖_F over all layers, rounding included."""
-        layers = self.exported.layers.values()
-        lost = math.fsum(layer.error**2 for layer in layers)
-        return math.sqrt(lost / math.fsum(layer.norm**2 for layer in layers))
-
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         measured = self.verification.errors if self.verification else {}
+        exported = self.exported
         return {
             "format_version": 1,
             "settings": self.settings,
             "totals": {
-                "layers": len(self.exported.layers),
-                "rank": self.exported.rank,
-                "energy_kept": self.exported.energy,
-                "relative_error": self.relative_error,
-                "relative_rounding_error": self.exported.relative_rounding_error,
+                "layers": len(exported.layers),
+                "rank": exported.rank,
+                "energy_kept": exported.energy,
+                "relative_error": exported.relative_error,
+                "relative_rounding_error": exported.relative_rounding_error,
                 "verified_relative_error": (
                     self.verification.relative_error if self.verification else None
                 ),
             },
             "text_check": asdict(self.text) if self.text else None,
-            "zero_layers": [name for name, layer in self.exported.layers.items() if not layer.norm],
+            "zero_layers": exported.zero_layers,
             "short_of_the_bound": self.short,
             "uncovered": {tensor.key: tensor.relative_change for tensor in self.uncovered},
             "layers": {
-                name: {
+                layer.name: {
                     "rank": layer.rank,
                     "norm": layer.norm,
-                    "relative_error": _share(layer.error, layer),
-                    "relative_truncation_error": _share(layer.truncation_error, layer),
-                    "relative_rounding_error": _share(layer.rounding_error, layer),
+                    "relative_error": layer.relative_error,
+                    "relative_truncation_error": layer.relative(layer.truncation_error),
+                    "relative_rounding_error": layer.relative(layer.rounding_error),
                     "verified_relative_error": (
-                        _share(measured[name], layer) if name in measured else None
+                        layer.relative(measured[layer.name]) if layer.name in measured else None
                     ),
                 }
-                for name, layer in self.exported.layers.items()
+                for layer in exported.layers
             },
         }
 
     def as_text(self) -> str:
         """Markdown."""
-        layers = self.exported.layers
-        ranks = sorted({layer.rank for layer in layers.values() if layer.rank})
-        span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        lines = [
+        rows = [
+            (
+                f"`{layer.name}`",
+                str(layer.rank),
+                f"{layer.norm:.4g}",
+                f"{layer.relative_error:.2%}",
+                f"{layer.relative(layer.rounding_error):.2g}",
+            )
+            for layer in self.exported.worst(_WORST)
+        ]
+        paragraphs = [
             "# Extraction of an adapter",
-            "",
-            f"{len(layers)} linear layers, rank {span}. The adapter keeps "
-            f"**{self.exported.energy:.2%}** of the energy Σ‖Δ‖² of the fine-tune: a relative "
-            f"Frobenius error of {self.relative_error:.2%}, of which rounding to the stored "
-            f"precision is {self.exported.relative_rounding_error:.2g}.",
+            self.exported.in_words(),
             *self._paragraphs(),
-            "",
             "## Layers that lose the most",
-            "",
-            "| layer | rank | ‖Δ‖ | relative error | rounding |",
-            "| --- | ---: | ---: | ---: | ---: |",
+            markdown_table(("layer", "rank", "‖Δ‖", "relative error", "rounding"), rows),
         ]
-        worst = sorted(layers.items(), key=lambda item: -_share(item[1].error, item[1]))[:_WORST]
-        lines += [
-            f"| `{name}` | {layer.rank} | {layer.norm:.4g} | {_share(layer.error, layer):.2%} | "
-            f"{_share(layer.rounding_error, layer):.2g} |"
-            for name, layer in worst
-        ]
-        return "\n".join(lines) + "\n"
+        return "\n\n".join(paragraphs) + "\n"
 
     def _paragraphs(self) -> list[str]:
-        zero = sum(not layer.norm for layer in self.exported.layers.values())
-        said = []
+        said, zero = self.exported.remarks(), self.exported.zero_layers
         if self.verification:
             said.append(
                 "Verified: loaded through stock PEFT, every layer's update was compared with its "
@@ -123,7 +110,7 @@ class ExtractedAdapter:
                 f"{text.loss_adapted:.4f} of base + adapter."
             )
         if zero:
-            said.append(f"{zero} layers did not change and are left alone.")
+            said.append(f"{len(zero)} layers did not change and are left alone.")
         if self.short:
             said.append(
                 f"{len(self.short)} layers do **not** reach the bound within the largest rank, "
@@ -140,8 +127,4 @@ class ExtractedAdapter:
                 f"and are not in the adapter ({named}{more}); `modules_to_save` stores embeddings "
                 "and norms whole."
             )
-        return [line for sentence in said for line in ("", sentence)]
-
-
-def _share(error: float, layer: ExportedLayer) -> float:
-    return error / layer.norm if layer.norm else 0.0
+        return said

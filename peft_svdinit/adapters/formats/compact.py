@@ -6,15 +6,15 @@ A is drawn again from its seed, and its hash compared: it takes no room.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...factors import SIDECAR_NAME, LoraAdapter, LoraInit
-from ...files import read_json, write_json
+from ...files import read_json
 from ...masks import (
     MASK_FILE_NAME,
     CompactAdapter,
@@ -26,13 +26,15 @@ from ...masks import (
     save_compact,
     tensor_hash,
 )
-from ...models import CONFIG_NAME, WEIGHTS_NAME, lora_key
+from ...models import CONFIG_NAME
+from ..dtypes import Dtype, torch_dtype
 from ..output_folder import OutputFolder
-from ..rounding import rounded
+from ..rounding import stored
+from ..stock_lora import LoraShape, stock_lora, write_layer
 
 
 def compact_adapter_folder(
-    adapter: str | os.PathLike, path: str | os.PathLike, *, dtype: torch.dtype = torch.bfloat16
+    adapter: str | os.PathLike, path: str | os.PathLike, *, dtype: Dtype = "bfloat16"
 ) -> Path:
     """Write a saved LoRI adapter, a checkpoint's for one, as bits and values.
 
@@ -41,6 +43,7 @@ def compact_adapter_folder(
         ValueError: if it is no LoRA whose effect is scaling * B @ A alone, A or B do not fit the
             mask, or a value is beyond `dtype`.
     """
+    narrow = torch_dtype(dtype)
     saved = LoraAdapter(adapter)
     if not (saved.folder / SIDECAR_NAME).is_file() or not (saved.folder / MASK_FILE_NAME).is_file():
         raise FileNotFoundError(
@@ -65,11 +68,11 @@ def compact_adapter_folder(
                 f"mask of {tuple(layer.mask.shape)}"
             )
         dense[name] = product.lora_B
-    return _write(path, mask, dense, read_json(saved.folder / CONFIG_NAME, "adapter"), dtype)
+    return _write(path, mask, dense, read_json(saved.folder / CONFIG_NAME, "adapter"), narrow)
 
 
 def write_stock_adapter(
-    compact: CompactAdapter, folder: str | os.PathLike, *, dtype: torch.dtype = torch.float32
+    compact: CompactAdapter, folder: str | os.PathLike, *, dtype: Dtype = "float32"
 ) -> Path:
     """Write the stock LoRA folder that a compact adapter stands for, atomically.
 
@@ -83,19 +86,20 @@ def write_stock_adapter(
             other files, a compact adapter for one, or the configuration is not that of these
             layers.
     """
+    narrow = torch_dtype(dtype)
     output = OutputFolder.checked(folder, "output_dir")
-    tensors: dict[str, Tensor] = {}
-    for name, layer in compact.mask.layers.items():
-        lora_B = torch.zeros(layer.mask.shape)
-        lora_B[layer.mask] = compact.values[name].float()
-        init = LoraInit(_projection(name, layer, compact.mask.seed), lora_B, False)
-        stored = rounded(init, dtype)
-        tensors[lora_key(name, "A")] = stored.lora_A
-        tensors[lora_key(name, "B")] = stored.lora_B
+    layers = compact.mask.layers
+    shapes = {
+        name: LoraShape(layer.rank, (layer.mask.shape[0], layer.in_features), narrow)
+        for name, layer in layers.items()
+    }
     with output.replacing() as temporary:
-        temporary.mkdir()
-        write_json(temporary / CONFIG_NAME, dict(compact.config))
-        save_file(tensors, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        with stock_lora(temporary, compact.config, shapes) as writer:
+            for name, layer in layers.items():
+                lora_B = torch.zeros(layer.mask.shape)
+                lora_B[layer.mask] = compact.values[name].float()
+                init = LoraInit(_projection(name, layer, compact.mask.seed), lora_B, False)
+                write_layer(writer, name, stored(name, init, narrow)[0])
         _refuse_unless_product(temporary)
     return output.path
 
@@ -141,12 +145,6 @@ def _write(
         values[name] = lora_B[kept].to(dtype)
         if not torch.isfinite(values[name]).all():
             raise ValueError(f"layer {name}: lora_B has entries that {dtype} cannot hold")
-    details = {
-        "density": mask.density,
-        "seed": mask.seed,
-        "scope": mask.scope,
-        "floor": mask.floor,
-        "source": mask.source,
-        "base_model_name_or_path": config.get("base_model_name_or_path"),
-    }
-    return save_compact(path, CompactAdapter(LoriMask(layers, **details), values, config))
+    base = config.get("base_model_name_or_path")
+    kept = replace(mask, layers=layers, base_model_name_or_path=base)
+    return save_compact(path, CompactAdapter(kept, values, config))

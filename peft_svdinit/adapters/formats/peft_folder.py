@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
-from safetensors.torch import save_file
-from torch import Tensor
-
 from ...factors import LoraAdapter
 from ...files import TensorFile, read_json, refuse_pickle
-from ...models import CONFIG_NAME, PREFIX, WEIGHTS_NAME, exact_pattern, lora_key, pattern_value
+from ...models import CONFIG_NAME, PREFIX, WEIGHTS_NAME, pattern_value
 from .key_styles import LYCORIS_PARTS, refuse_unsupported
 from .lora import DOWN, UP
 from .stored import StoredAdapter, StoredLayer, algorithm_of
 
+_PART_OF = {".lora_A.weight": DOWN, ".lora_B.weight": UP} | {f".{p}": p for p in LYCORIS_PARTS}
 # Of the configuration: which layers are adapted, of which model.
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
@@ -35,8 +31,14 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
             a factored delta to linear layers.
     """
     config = read_json(folder / CONFIG_NAME, "adapter")
-    if config.get("peft_type") not in ("LOHA", "LOKR"):
-        return _lora(LoraAdapter(folder))
+    if config.get("peft_type") in ("LOHA", "LOKR"):
+        return _lycoris(folder, config)
+    lora = LoraAdapter(folder)  # Which refuses all but pairs of factors.
+    file = TensorFile(folder / WEIGHTS_NAME)
+    return _adapter(file, lora.config, {name: lora.scaling_of(name) for name in lora})
+
+
+def _lycoris(folder: Path, config: Mapping[str, Any]) -> StoredAdapter:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         refuse_pickle(path.with_suffix(".bin"), "adapter")
@@ -47,80 +49,49 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
         )
     file = TensorFile(path)
     refuse_unsupported(file.shapes, path)
-    groups: dict[str, dict[str, str]] = {}
+    scalings, ranks = {}, {}
     for key in file.shapes:
         name, _, part = key.removeprefix(PREFIX).rpartition(".")
         if not key.startswith(PREFIX) or part not in LYCORIS_PARTS:
             raise ValueError(f"adapter: {path} holds {key}, which is no part of a LoHa or LoKr")
-        groups.setdefault(name, {})[part] = key
-    if not groups:
+        ranks[name] = pattern_value(config.get("rank_pattern"), name, config["r"])
+        alpha = pattern_value(config.get("alpha_pattern"), name, config["alpha"])
+        scalings[name] = alpha / ranks[name]
+    if not scalings:
         raise ValueError(f"adapter: {path} holds no layer")
-    layers = {}
-    for name, keys in groups.items():
-        algorithm, header = algorithm_of(name, keys, file)
-        if header.kernel:
+    adapter = _adapter(file, config, scalings)
+    for name, layer in adapter.layers.items():
+        if layer.header.kernel:
             raise ValueError(
                 f"adapter: layer {name} in {path} is a convolution; of PEFT folders only linear "
                 "layers are supported"
             )
-        rank, alpha = (_of_layer(config, name, key) for key in ("r", "alpha"))
-        if header.dim not in (None, rank):
+        if layer.header.dim not in (None, ranks[name]):
             raise ValueError(
-                f"adapter: layer {name} in {path} has rank {header.dim}, but {CONFIG_NAME} says "
-                f"{rank}: not the configuration of these weights?"
+                f"adapter: layer {name} in {path} has rank {layer.header.dim}, but {CONFIG_NAME} "
+                f"says {ranks[name]}: not the configuration of these weights?"
             )
-        layers[name] = StoredLayer(algorithm, header, keys, alpha / rank)
+    return adapter
+
+
+def _adapter(
+    file: TensorFile, config: Mapping[str, Any], scalings: Mapping[str, float]
+) -> StoredAdapter:
+    layers = {}
+    for name, scaling in scalings.items():
+        keys = {part: f"{PREFIX}{name}{end}" for end, part in _PART_OF.items()}
+        keys = {part: key for part, key in keys.items() if key in file.shapes}
+        algorithm, header = algorithm_of(name, keys, file)
+        layers[name] = StoredLayer(algorithm, header, keys, scaling)
     return StoredAdapter(file, None, layers, config)
 
 
-def _of_layer(config: Mapping[str, Any], name: str, key: str) -> Any:
-    pattern = config.get("rank_pattern" if key == "r" else "alpha_pattern")
-    return pattern_value(pattern, name, config[key])
-
-
-def _lora(adapter: LoraAdapter) -> StoredAdapter:
-    file = TensorFile(adapter.folder / WEIGHTS_NAME)
-    layers = {}
-    for name in adapter:
-        keys = {
-            DOWN: lora_key(name, "A"),
-            UP: lora_key(name, "B"),
-        }
-        algorithm, header = algorithm_of(name, keys, file)
-        layers[name] = StoredLayer(algorithm, header, keys, adapter.scaling_of(name))
-    return StoredAdapter(file, None, layers, adapter.config)
-
-
-def write_peft_folder(
-    adapters: Sequence[StoredAdapter],
-    folder: Path,
-    weights: Mapping[str, tuple[Tensor, Tensor]],
-) -> None:
-    """Write (lora_A, lora_B) by layer as a stock LoRA of scaling 1 (alpha = r) to a new folder.
+def carried_over(adapters: Sequence[StoredAdapter], names: Collection[str]) -> dict[str, Any]:
+    """Options of the configuration of a LoRA of these layers that is made of PEFT folders.
 
     The selection of layers stays as the adapters' configurations have it if they agree; else the
     layers are listed by name.
     """
-    ranks = {name: lora_A.shape[0] for name, (lora_A, _) in weights.items()}
-    common = max(ranks.values(), key=list(ranks.values()).count)
-    deviating = exact_pattern({name: rank for name, rank in ranks.items() if rank != common})
-    config = LoraConfig(
-        r=common,
-        lora_alpha=common,
-        rank_pattern=dict(deviating),
-        alpha_pattern=dict(deviating),
-        inference_mode=True,
-        **_carried_over(adapters, list(weights)),
-    )
-    tensors = {}
-    for name, (lora_A, lora_B) in weights.items():
-        tensors[lora_key(name, "A")] = lora_A
-        tensors[lora_key(name, "B")] = lora_B
-    config.save_pretrained(os.fspath(folder))
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-
-
-def _carried_over(adapters: Sequence[StoredAdapter], names: list[str]) -> dict[str, Any]:
     configs = [adapter.config for adapter in adapters]
     first = configs[0]
     kept = {key: first[key] for key in _KEPT if key in first}
@@ -133,4 +104,4 @@ def _carried_over(adapters: Sequence[StoredAdapter], names: list[str]) -> dict[s
     same = all(chosen(c, key) == chosen(first, key) for c in configs for key in _SELECTION)
     if same:
         return kept | {key: first[key] for key in _SELECTION if first.get(key) is not None}
-    return kept | {"target_modules": names}
+    return kept | {"target_modules": list(names)}

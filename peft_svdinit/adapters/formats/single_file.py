@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...files import TensorFile, replacing, write_json
 from ...models import PREFIX
+from ..rounding import Factors
 from . import diffusers, kohya
 from .key_styles import ALPHA, LYCORIS_PARTS, KeyStyle, refuse_unsupported
 from .stored import StoredAdapter, StoredLayer, algorithm_of
@@ -118,7 +119,7 @@ def _alpha(key: str, file: TensorFile, read: Callable[[str], Tensor]) -> float:
 def write_single_file(
     adapter: StoredAdapter,
     output: Path,
-    weights: Mapping[str, tuple[Tensor, Tensor]],
+    weights: Mapping[str, Factors],
     kernels: Mapping[str, tuple[int, ...]],
     report: Mapping[str, Any],
 ) -> None:

@@ -5,25 +5,25 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ...factors import ComparableDelta, LoraInit, layer_interference, pair_interference
 from ...files import write_json, write_text
-from ..dtypes import DTYPES, Dtype
-from ..formats.peft_folder import write_peft_folder
-from ..output_folder import MERGE_JSON, MERGE_REPORT
-from ..rounding import rounded
-from .exact import Factors, concatenated, on_shared_A, recompressed
-from .inputs import MergeInputs
+from ..dtypes import Dtype, torch_dtype
+from ..formats.peft_folder import carried_over
+from ..output_folder import MERGE_JSON, MERGE_REPORT, OutputFolder
+from ..rounding import Factors, dtypes_of, stored
+from ..stock_lora import lora_config, write_stock_lora
+from ..weighted_sum import WeightedSum
+from .exact import concatenated, on_shared_A, recompressed
+from .inputs import without_zeros
 from .methods import MergeMethod
-from .record import Merged, MergedLayer, Pair
+from .pairs import Pair
+from .record import Merged, MergedLayer
 from .report import merge_report
-from .terms import Term, distance_from_sum, norm_of_sum
+from .terms import LoraTerm, distance_from_sum, norm_of_sum
 from .through_peft import merged_by_peft
 
 # Below this share of its summands a sum is float64 rounding.
@@ -63,54 +63,54 @@ def merge(
             method does not suit a layer, or `dtype` is too narrow for a value.
     """
     method = method or MergeMethod()
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    inputs = MergeInputs.of(adapters, weights, method)
-    folder = inputs.checked_output(output)
-    chosen = inputs.adapters
+    narrow = None if dtype is None else torch_dtype(dtype)
+    given = WeightedSum(adapters, weights)
+    chosen, left_out = without_zeros(given, method)
+    folder = OutputFolder.checked(output, "output", given.files)
 
-    tensors: dict[str, tuple[Tensor, Tensor]] = {}
+    tensors: dict[str, Factors] = {}
     layers: list[MergedLayer] = []
     norms: list[list[float]] = [[] for _ in chosen.paths]
-    with inputs.terms() as read:
+    with chosen.opened() as read:
         for name in tqdm(chosen.names, desc="Merging", disable=not progress):
             terms = read(name)
-            stored = chosen.dtype(name) if dtype is None else getattr(torch, dtype)
             try:
-                merged_layer = _merged(name, terms, chosen.weights, method)
-                init = rounded(LoraInit(*merged_layer, subtract_initial=False), stored)
+                pair = _merged(name, terms, chosen.weights, method)
             except ValueError as error:
                 raise ValueError(f"layer {name}: {error}") from error
-            tensors[name] = init.lora_A.contiguous(), init.lora_B.contiguous()
+            init = LoraInit(*pair, subtract_initial=False)
+            tensors[name], rounding = stored(name, init, narrow or chosen.dtype(name))
             compared = {term.adapter: _comparable(term) for term in terms}
             for index, delta in compared.items():
                 norms[index].append(delta.norm)
-            layers.append(_measured(name, terms, tensors[name], compared))
+            layers.append(_measured(name, terms, tensors[name], rounding, compared))
 
     total = tuple(math.hypot(*found) for found in norms)
     merged = Merged(
         output=folder.path,
-        adapters=tuple(chosen.paths),
-        weights=chosen.weights,
-        norms=total,
-        left_out=inputs.left_out,
-        method=method,
-        dtypes=dict(Counter(str(A.dtype).removeprefix("torch.") for A, _ in tensors.values())),
         layers=tuple(layers),
-        pairs=_pairs(layers, total),
         parameters_before=chosen.parameters,
         parameters=sum(A.numel() + B.numel() for A, B in tensors.values()),
+        adapters=tuple(chosen.paths),
+        weights=chosen.weights,
+        dtypes=dtypes_of(tensors),
         only_in_some=chosen.only_in_some(),
+        norms=total,
+        left_out=left_out,
+        method=method,
+        pairs=_pairs(layers, total),
     )
+    ranks = {layer.name: layer.rank for layer in layers}
+    config = lora_config(ranks, **carried_over(chosen.adapters, ranks))
     with folder.replacing() as temporary:
-        write_peft_folder(chosen.adapters, temporary, tensors)
+        write_stock_lora(temporary, config, tensors)
         write_json(temporary / MERGE_JSON, merged.as_dict())
         write_text(temporary / MERGE_REPORT, merge_report(merged))
     return merged
 
 
 def _merged(
-    name: str, terms: Sequence[Term], weights: Sequence[float], method: MergeMethod
+    name: str, terms: Sequence[LoraTerm], weights: Sequence[float], method: MergeMethod
 ) -> Factors:
     if method.name == "cat":
         return concatenated(terms)
@@ -127,26 +127,30 @@ def _merged(
     return lora_A, lora_B
 
 
-def _comparable(term: Term) -> ComparableDelta:
+def _comparable(term: LoraTerm) -> ComparableDelta:
     return ComparableDelta.of(term.delta.lora_B, term.delta.lora_A, term.delta.scaling)
 
 
 def _measured(
     name: str,
-    terms: Sequence[Term],
-    stored: tuple[Tensor, Tensor],
+    terms: Sequence[LoraTerm],
+    pair: Factors,
+    rounding: float,
     compared: Mapping[int, ComparableDelta],
 ) -> MergedLayer:
-    lora_A, lora_B = stored
+    lora_A, lora_B = pair
     size = math.hypot(*(term.weight * compared[term.adapter].norm for term in terms))
     norm, difference = norm_of_sum(terms), distance_from_sum(lora_B, lora_A, terms)
+    shape, ranks = terms[0].delta.shape, {t.adapter: len(t.delta.lora_A) for t in terms}
     return MergedLayer(
         name=name,
-        shape=terms[0].delta.shape,
-        ranks={term.adapter: term.delta.lora_A.shape[0] for term in terms},
-        rank=lora_A.shape[0],
+        shape=shape,
+        rank_before=min(sum(ranks.values()), *shape),
+        rank=len(lora_A),
         norm=norm if norm > _CANCELLED * size else 0.0,
-        difference=difference if difference > _CANCELLED * size else 0.0,
+        truncation_error=difference if difference > _CANCELLED * size else 0.0,
+        rounding_error=rounding,
+        ranks=ranks,
         pairs={
             (i, j): layer_interference(compared[i], compared[j])
             for i, j in itertools.combinations(compared, 2)

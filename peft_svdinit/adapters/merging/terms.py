@@ -3,46 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ...factors import LoraProduct
+from ..weighted_sum import Term
+
+LoraTerm = Term[LoraProduct]
 
 
-@dataclass(frozen=True)
-class Term:
-    """`weight * delta`, one summand of a layer.
-
-    Attributes:
-        adapter: index of the adapter that it comes from.
-    """
-
-    adapter: int
-    weight: float
-    delta: LoraProduct
-
-    @property
-    def coefficient(self) -> float:
-        """The factor before B @ A."""
-        return self.weight * self.delta.scaling
+def coefficient(term: LoraTerm) -> float:
+    """The factor before B @ A."""
+    return term.weight * term.delta.scaling
 
 
-def norm_of_sum(terms: Sequence[Term]) -> float:
+def norm_of_sum(terms: Sequence[LoraTerm]) -> float:
     """‖Σ weight * delta‖_F; see `distance_from_sum`."""
-    return _norm([(term.coefficient, term.delta.lora_B, term.delta.lora_A) for term in terms])
+    return _norm([(coefficient(term), term.delta.lora_B, term.delta.lora_A) for term in terms])
 
 
 def distance_from_sum(
-    lora_B: Float[Tensor, "out rank"], lora_A: Float[Tensor, "rank in"], terms: Sequence[Term]
+    lora_B: Float[Tensor, "out rank"], lora_A: Float[Tensor, "rank in"], terms: Sequence[LoraTerm]
 ) -> float:
     """‖B A − Σ weight * delta‖_F in float64, to about 1e-15 of the norms of the summands.
 
     All of it is one product [B −c₁B₁ …] [A; A₁; …], whose norm is that of its QR core R Tᵀ.
     """
-    exact = [(-term.coefficient, term.delta.lora_B, term.delta.lora_A) for term in terms]
+    exact = [(-coefficient(term), term.delta.lora_B, term.delta.lora_A) for term in terms]
     return _norm([(1.0, lora_B, lora_A), *exact])
 
 

@@ -11,15 +11,15 @@ from peft import LoraConfig, LoraModel
 from torch import nn
 
 from ...models import layer_seed
-from .exact import Factors
+from ..rounding import Factors
 from .methods import MergeMethod
-from .terms import Term
+from .terms import LoraTerm
 
 _LAYER, _ELSEWHERE, _MERGED = "layer", "elsewhere", "merged"
 
 
 def merged_by_peft(
-    name: str, terms: Sequence[Term], weights: Sequence[float], method: MergeMethod
+    name: str, terms: Sequence[LoraTerm], weights: Sequence[float], method: MergeMethod
 ) -> Factors:
     """What PEFT would make of layer `name` in a model with all adapters.
 
@@ -67,7 +67,7 @@ def merged_by_peft(
     return lora_A.clone(), lora_B.clone()
 
 
-def _tuner(by_adapter: dict[int, Term], count: int, shape: tuple[int, int]) -> LoraModel:
+def _tuner(by_adapter: dict[int, LoraTerm], count: int, shape: tuple[int, int]) -> LoraModel:
     """All adapters on a model of two layers, of which some lack the one that is merged.
 
     Those target the other alone: PEFT treats one adapter by itself as "linear" whatever the method,

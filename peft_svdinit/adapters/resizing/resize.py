@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 
-from ...factors import LowRankFactors, RankTarget, Spectrum, SvdGuided, recommend_ranks
+from ...factors import LowRankFactors, RankRule, Spectrum, SvdGuided
 from ...files import write_json
-from ..dtypes import DTYPES, Dtype
-from ..formats.forms import LayerDelta
+from ..dtypes import Dtype, torch_dtype
 from ..formats.opening import open_adapter
-from ..formats.peft_folder import write_peft_folder
+from ..formats.peft_folder import carried_over
 from ..formats.single_file import write_single_file
 from ..output_folder import RESIZE_REPORT, OutputFolder
-from ..rounding import rounded, rounding_error
-from ..weighted_sum import WeightedSum
-from .record import Resized, ResizedLayer
+from ..record import KeptLayer
+from ..rounding import dtypes_of, stored
+from ..stock_lora import lora_config, write_stock_lora
+from ..weighted_sum import WeightedSum, combined
+from .record import Resized
 
 
 def resize(
     adapters: Sequence[str | os.PathLike],
     output: str | os.PathLike,
-    target: RankTarget,
+    rule: RankRule,
     *,
     weights: Sequence[float] | None = None,
     dtype: Dtype | None = None,
@@ -47,8 +45,8 @@ def resize(
             and diffusers, all of one style.
         output: folder of a PEFT adapter, see `OutputFolder`, or a `.safetensors` file; the style is
             that of the input. An adapter that is there is replaced.
-            diffusers' style has one rank for all layers, as if `target.uniform`.
-        target: the ranks.
+            diffusers' style has one rank for all layers, as if `rule.uniform`.
+        rule: the ranks. Layers only shrink: one with fewer triplets keeps those.
         weights: of the adapters in the sum, any sign; 1 each by default.
         dtype: of the stored factors; by default that of the inputs. The error of rounding is
             measured.
@@ -61,38 +59,45 @@ def resize(
             adapter, an entry is NaN or infinite, or `dtype` is too narrow for a value.
         TypeError: if an adapter is quantised.
     """
+    narrow = None if dtype is None else torch_dtype(dtype)
     merge = WeightedSum(adapters, weights)
     output = Path(output).expanduser()
     folder = _checked_folder(output, merge)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     style = merge.adapters[0].style
-    uniform = target.uniform or (style is not None and not style.alpha_per_layer)
+    uniform = rule.uniform or (style is not None and not style.alpha_per_layer)
 
-    with merge.opened() as read:
-        rank_of, padded = _plan(target, uniform, merge, read)
+    with merge.opened() as terms:
+
+        def read(name: str, rank: int | None) -> LowRankFactors:
+            return combined(terms(name)).factors(rank)
+
+        settled, ranks = _settled(replace(rule, uniform=uniform), merge, read)
         tensors, layers = {}, []
         for name in tqdm(merge.names, desc="Resizing", disable=not progress):
-            factors = read(name).factors(padded or target.most)
-            rank = min(rank_of(name, factors), factors.rank)
-            stored = merge.dtype(name) if dtype is None else getattr(torch, dtype)
-            tensors[name], rounding = _stored(name, factors.truncated(rank), stored, padded)
-            layers.append(_measured(name, merge.rank(name), factors, rank, rounding))
+            factors = read(name, settled.most)
+            chosen = ranks or settled.choose({name: factors}, least=1)[0]
+            rank = min(settled.rank or chosen[name], factors.rank)
+            init = SvdGuided()(factors, rank=rank, scaling=1.0)
+            padded = settled.rank if uniform else None
+            tensors[name], rounding = stored(name, init, narrow or merge.dtype(name), padded)
+            layers.append(_kept(name, merge.rank(name), factors, rank, rounding))
 
     resized = Resized(
         output=output,
-        adapters=tuple(os.fspath(adapter) for adapter in adapters),
-        weights=merge.weights,
-        target=target,
-        dtypes=dict(Counter(str(A.dtype).removeprefix("torch.") for A, _ in tensors.values())),
         layers=tuple(layers),
         parameters_before=merge.parameters,
         parameters=sum(A.numel() + B.numel() for A, B in tensors.values()),
+        adapters=tuple(merge.paths),
+        weights=merge.weights,
+        dtypes=dtypes_of(tensors),
         only_in_some=merge.only_in_some(),
+        rule=rule,
     )
     if folder is not None:
+        stored_ranks = {name: len(lora_A) for name, (lora_A, _) in tensors.items()}
+        config = lora_config(stored_ranks, **carried_over(merge.adapters, tensors))
         with folder.replacing() as temporary:
-            write_peft_folder(merge.adapters, temporary, tensors)
+            write_stock_lora(temporary, config, tensors)
             write_json(temporary / RESIZE_REPORT, resized.as_dict())
     else:
         kernels = {name: merge.kernel(name) for name in merge.names}
@@ -106,11 +111,9 @@ def _checked_folder(output: Path, merge: WeightedSum) -> OutputFolder | None:
     if single != (output.suffix == ".safetensors"):
         wanted = "a file that ends in .safetensors" if single else "a folder"
         raise ValueError(f"output must be {wanted}, as the input is, got {output}")
-    inputs = [Path(path).expanduser() for path in merge.paths]
-    inputs += [adapter.file.path for adapter in merge.adapters]
     if not single:
-        return OutputFolder.checked(output, "output", inputs)
-    if output.resolve() in {path.resolve() for path in inputs}:
+        return OutputFolder.checked(output, "output", merge.files)
+    if output.resolve() in {path.resolve() for path in merge.files}:
         raise ValueError(f"output must not be an input, got {output}; choose another name")
     if output.is_dir():
         raise ValueError(f"output must be a file, but {output} is a folder")
@@ -129,74 +132,33 @@ def _refuse_other_file(output: Path) -> None:
         ) from error
 
 
-def _plan(
-    target: RankTarget, uniform: bool, merge: WeightedSum, read: Callable[[str], LayerDelta]
-) -> tuple[Callable[[str, LowRankFactors], int], int | None]:
-    """The rank of a layer from its factors, and the rank to pad to.
+def _settled(
+    rule: RankRule, merge: WeightedSum, read: Callable[[str, int | None], LowRankFactors]
+) -> tuple[RankRule, dict[str, int] | None]:
+    """The rule by which each layer alone has its rank, or the ranks.
 
     Where the ranks of layers depend on each other, all spectra are taken in a pass of their own.
     """
-    if target.rank is not None:
-        return target.rank_of, target.rank if uniform else None
-    if target.max_parameters is not None and uniform:
-        price = sum(sum(merge.shape(name)) for name in merge.names)
-        rank = target.max_parameters // price
-        if rank < 1:
-            raise ValueError(
-                f"max_parameters must be at least {price:,} to give all {len(merge.names)} layers "
-                f"rank 1, got {target.max_parameters:,}"
-            )
+    paid = rule.priced([merge.shape(name) for name in merge.names])
+    if paid is not rule and paid.rank is not None:
         largest = max(merge.rank(name) for name in merge.names)
-        rank = min(rank, largest, target.max_rank or rank)
-        return lambda name, factors: rank, rank
-    if target.max_parameters is None and not uniform:
-        return target.rank_of, None
-
+        return replace(paid, rank=min(paid.rank, largest)), None
+    if rule.rank is not None or (rule.max_parameters is None and not rule.uniform):
+        return rule, None
     spectra = {}
     for name in merge.names:
-        factors = read(name).factors(target.most)
+        factors = read(name, rule.most)
         spectra[name] = Spectrum(factors.S, factors.norm, factors.shape)
-    if target.max_parameters is not None:
-        ranks: Mapping[str, int] = recommend_ranks(
-            spectra, max_parameters=target.max_parameters, max_rank=target.max_rank
-        ).ranks
-        return lambda name, factors: ranks[name], None
-    rank = max(target.rank_of(name, spectrum) for name, spectrum in spectra.items())
-    return lambda name, factors: rank, rank
+    ranks, _ = rule.choose(spectra, least=1)
+    if rule.uniform:
+        return RankRule(rank=max(ranks.values()), uniform=True), None
+    return rule, ranks
 
 
-def _stored(
-    name: str, factors: LowRankFactors, dtype: torch.dtype, padded: int | None
-) -> tuple[tuple[Tensor, Tensor], float]:
-    """(lora_A, lora_B) as they are written, and the norm of what rounding changed."""
-    init = SvdGuided()(factors, rank=factors.rank, scaling=1.0)
-    try:
-        stored = rounded(init, dtype)
-    except ValueError as error:
-        raise ValueError(f"layer {name}: {error}") from error
-    missing = (padded or factors.rank) - factors.rank
-    lora_A = functional.pad(stored.lora_A, (0, 0, 0, missing))
-    lora_B = functional.pad(stored.lora_B, (0, missing))
-    return (lora_A.contiguous(), lora_B.contiguous()), rounding_error(init, stored)
-
-
-def _measured(
+def _kept(
     name: str, rank_before: int, factors: LowRankFactors, rank: int, rounding: float
-) -> ResizedLayer:
+) -> KeptLayer:
     squares = factors.S.double().square()
-    norm = factors.norm
-    not_held = max(0.0, norm**2 - squares.sum().item())
-    lost = not_held + squares[rank:].sum().item()
-    truncation = math.sqrt(lost) / norm if norm else 0.0
-    rounded = rounding / norm if norm else 0.0
-    return ResizedLayer(
-        name=name,
-        shape=factors.shape,
-        rank_before=rank_before,
-        rank=rank,
-        norm=norm,
-        energy=max(0.0, 1 - truncation**2),
-        truncation_error=truncation,
-        rounding_error=rounded,
-        relative_error=math.hypot(truncation, rounded),
-    )
+    not_held = max(0.0, factors.norm**2 - squares.sum().item())
+    lost = math.sqrt(not_held + squares[rank:].sum().item())
+    return KeptLayer(name, factors.shape, rank_before, rank, factors.norm, lost, rounding)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ...linalg import SMALLEST_ERROR
-from ..spectrum import HasSpectrum
-from .bounds import ranks_for_energy, ranks_for_error
+from ..spectrum import HasSpectrum, share_to_lose
+from .bounds import smallest_ranks
 from .budget import recommend_ranks
 
 
@@ -21,6 +21,8 @@ class RankRule:
         error: the smallest rank of each layer whose relative Frobenius error is no larger.
         max_parameters: of the whole adapter, spent where they keep the most energy.
         max_rank: upper bound of every layer, with any but `rank`.
+        uniform: one rank for all layers, the largest that any would get, or that `max_parameters`
+            pays for; smaller ones are to be padded by zeros.
     """
 
     rank: int | None = None
@@ -28,6 +30,7 @@ class RankRule:
     error: float | None = None
     max_parameters: int | None = None
     max_rank: int | None = None
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         given = [self.rank, self.energy, self.error, self.max_parameters]
@@ -61,37 +64,51 @@ class RankRule:
         """No layer gets more than this, whatever its spectrum; None if there is no bound."""
         return self.rank or self.max_rank
 
-    def choose(
-        self, spectra: Mapping[str, HasSpectrum], *, uniform: bool = False
-    ) -> tuple[dict[str, int], list[str]]:
-        """Rank of each layer, 0 for a zero delta, and the layers that fall short of a bound.
+    def priced(self, shapes: Collection[tuple[int, int]]) -> RankRule:
+        """A budget of uniform ranks as the rank that it pays for; any other rule as it is.
 
         Args:
-            uniform: whether all layers will be padded to the largest of the ranks, so that a
-                budget pays for one rank of all of them.
+            shapes: (out, in) of every layer.
 
         Raises:
-            ValueError: if the budget is below one triplet for every layer that changed.
+            ValueError: if the budget is below one triplet for every layer.
         """
+        if self.max_parameters is None or not self.uniform:
+            return self
+        price = sum(map(sum, shapes))
+        rank = self.max_parameters // price
+        if not rank:
+            raise ValueError(
+                f"max_parameters must be at least {price:,} to give all {len(shapes)} layers "
+                f"rank 1, got {self.max_parameters:,}"
+            )
+        return RankRule(rank=min(rank, self.max_rank or rank), uniform=True)
+
+    def choose(
+        self, spectra: Mapping[str, HasSpectrum], *, least: int = 0
+    ) -> tuple[dict[str, int], list[str]]:
+        """Rank of each layer, and the layers that fall short of a bound.
+
+        Args:
+            least: rank of a zero delta: 1 where a layer cannot be left out, and costs something.
+
+        Raises:
+            ValueError: if the budget is below one triplet for every layer that cannot be left out.
+        """
+        rule = self.priced([layer.shape for layer in spectra.values()])
         short: list[str] = []
-        if self.max_parameters is not None and uniform:
-            price = sum(sum(layer.shape) for layer in spectra.values())
-            rank = min(self.max_parameters // price, self.max_rank or self.max_parameters)
-            if not rank:
-                raise ValueError(
-                    f"max_parameters must be at least {price:,} to give all {len(spectra)} layers "
-                    f"rank 1, got {self.max_parameters:,}"
-                )
-            ranks = {name: min(rank, *layer.shape) for name, layer in spectra.items()}
-        elif self.energy is not None:
-            ranks, short = ranks_for_energy(spectra, self.energy, self.max_rank)
-        elif self.error is not None:
-            ranks, short = ranks_for_error(spectra, self.error, self.max_rank)
-        elif self.rank is not None:
-            ranks = {name: min(self.rank, *layer.shape) for name, layer in spectra.items()}
+        if rule.rank is not None:
+            ranks = {name: min(rule.rank, *layer.shape) for name, layer in spectra.items()}
+        elif rule.energy is not None:
+            # A slack of 1e-6 of the energy, so that a layer whose triplets are all held reaches 1.
+            lost = share_to_lose(rule.energy)
+            ranks, short = smallest_ranks(spectra, lambda norm: lost * norm**2, rule.max_rank)
+        elif rule.error is not None:
+            error = rule.error
+            ranks, short = smallest_ranks(spectra, lambda norm: (error * norm) ** 2, rule.max_rank)
         else:
-            changed = {name: layer for name, layer in spectra.items() if layer.norm}
+            paid = {name: layer for name, layer in spectra.items() if least or layer.norm}
             ranks = recommend_ranks(
-                changed, max_parameters=self.max_parameters, max_rank=self.max_rank
+                paid, max_parameters=rule.max_parameters, max_rank=rule.max_rank
             ).ranks
-        return {name: ranks[name] if spectra[name].norm else 0 for name in spectra}, short
+        return {name: ranks[name] if spectra[name].norm else least for name in spectra}, short

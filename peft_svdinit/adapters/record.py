@@ -1,0 +1,212 @@
+"""What a written adapter keeps of its deltas: layer by layer, in all, and in words."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+_WORST = 5
+
+
+@dataclass(frozen=True)
+class KeptLayer:
+    """What the adapter keeps of one delta; errors are absolute.
+
+    Attributes:
+        shape: (out, in) as a matrix.
+        rank_before: the largest rank that the delta can have in the form in which it was given.
+        rank: triplets kept, zeros that pad them not counted; 0 of a layer left out.
+        norm: exact ‖delta‖_F.
+        truncation_error: ‖delta − B A‖_F before rounding to the adapter's dtype.
+        rounding_error: ‖B A − B̂ Â‖_F, of the exact factors to the stored ones.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank_before: int
+    rank: int
+    norm: float
+    truncation_error: float
+    rounding_error: float
+
+    @property
+    def error(self) -> float:
+        """‖delta − B̂ Â‖_F: what rounding changes lies, to first order, across what was cut off."""
+        return math.hypot(self.truncation_error, self.rounding_error)
+
+    @property
+    def relative_error(self) -> float:
+        """‖delta − B̂ Â‖_F / ‖delta‖_F; infinite if the delta is zero and what is stored is not."""
+        return self.relative(self.error)
+
+    @property
+    def energy(self) -> float:
+        """Share of ‖delta‖_F² kept."""
+        return max(0.0, 1 - self.relative(self.truncation_error) ** 2)
+
+    def relative(self, error: float) -> float:
+        """An error as a share of ‖delta‖_F."""
+        return _share(error, self.norm)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready; errors are relative."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "rank_before": self.rank_before,
+            "rank": self.rank,
+            "norm": self.norm,
+            "energy": self.energy,
+            "truncation_error": self.relative(self.truncation_error),
+            "rounding_error": self.relative(self.rounding_error),
+            "relative_error": self.relative_error,
+        }
+
+
+Layer = TypeVar("Layer", bound=KeptLayer)
+
+
+@dataclass(frozen=True)
+class WrittenAdapter(Generic[Layer]):
+    """An adapter, and what it keeps.
+
+    Attributes:
+        output: the folder or file written.
+        layers: of all deltas given.
+        parameters: stored values of the factors.
+    """
+
+    output: Path
+    layers: tuple[Layer, ...]
+    parameters: int
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """‖delta − adapter‖_F by module name, as `verify_adapter` wants it."""
+        return {layer.name: layer.error for layer in self.layers}
+
+    @property
+    def energy(self) -> float:
+        """Share of Σ‖delta‖_F² that the ranks keep, all layers together."""
+        lost = math.hypot(*(layer.truncation_error for layer in self.layers))
+        return max(0.0, 1 - self._relative(lost) ** 2)
+
+    @property
+    def relative_error(self) -> float:
+        """√(Σ‖delta − adapter‖_F² / Σ‖delta‖_F²); infinite as of a layer."""
+        return self._relative(math.hypot(*(layer.error for layer in self.layers)))
+
+    @property
+    def relative_rounding_error(self) -> float:
+        """√(Σ rounding error² / Σ‖delta‖_F²)."""
+        return self._relative(math.hypot(*(layer.rounding_error for layer in self.layers)))
+
+    def _relative(self, error: float) -> float:
+        return _share(error, math.hypot(*(layer.norm for layer in self.layers)))
+
+    @property
+    def zero_layers(self) -> list[str]:
+        """Layers whose delta is zero."""
+        return [layer.name for layer in self.layers if not layer.norm]
+
+    def worst(self, most: int) -> list[Layer]:
+        """The layers of the largest relative error, first."""
+        return sorted(self.layers, key=lambda layer: -layer.relative_error)[:most]
+
+    def sizes(self) -> str:
+        """Layers, ranks and parameters in words."""
+        ranks = [layer.rank for layer in self.layers if layer.rank]
+        spread = f"{ranks[0]}"
+        if len(set(ranks)) > 1:
+            spread = f"{min(ranks)} to {max(ranks)} (median {statistics.median_low(ranks)})"
+        return f"{len(ranks)} layers, rank {spread}; {self.parameters:,} parameters"
+
+    def in_words(self) -> str:
+        """Ranks, size and error in one sentence."""
+        rounding = self.relative_rounding_error
+        return (
+            f"{self.sizes()}; {self.energy:.2%} of the energy, relative error "
+            f"{self.relative_error:.2e}"
+            f"{f', {rounding:.2e} of it by rounding' if rounding else ''}."
+        )
+
+    def remarks(self) -> list[str]:
+        """What else is to be known, a sentence each."""
+        used = sum(layer.rank * sum(layer.shape) for layer in self.layers)
+        padding = f"{self.parameters - used:,} of the parameters are zeros that pad the ranks."
+        return [padding] if used < self.parameters else []
+
+    def tables(self) -> list[str]:
+        """The layers that lose the most, by line."""
+        lines = [f"{'worst layers':<60} {'rank':>10} {'error':>9} {'rounding':>9}"]
+        for layer in self.worst(_WORST):
+            ranks = f"{layer.rank_before} > {layer.rank}"
+            lines.append(
+                f"{layer.name[-60:]:<60} {ranks:>10} {layer.relative_error:9.2e} "
+                f"{layer.relative(layer.rounding_error):9.2e}"
+            )
+        return lines
+
+    def summary(self) -> str:
+        """What a verb prints."""
+        lines = [self.in_words(), *self.tables(), *self.remarks(), f"Adapter: {self.output}"]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class CombinedAdapter(WrittenAdapter[Layer]):
+    """An adapter made of others; `as_dict` is the report.
+
+    Attributes:
+        adapters, weights: of the sum.
+        parameters_before: stored values of these.
+        dtypes: number of layers by dtype.
+        only_in_some: layer names to the adapters that have them, where not all do.
+    """
+
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...]
+    parameters_before: int
+    dtypes: dict[str, int]
+    only_in_some: dict[str, list[str]]
+
+    def sizes(self) -> str:
+        return f"{super().sizes()} of {self.parameters_before:,}"
+
+    def remarks(self) -> list[str]:
+        some = f"{len(self.only_in_some)} layers are in some of the adapters only; see the report."
+        return [*super().remarks(), *([some] if self.only_in_some else [])]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        ranks = [layer.rank for layer in self.layers]
+        return {
+            "adapters": list(self.adapters),
+            "weights": list(self.weights),
+            "dtypes": dict(self.dtypes),
+            "totals": {
+                "layers": len(self.layers),
+                "rank_min": min(ranks),
+                "rank_mean": sum(ranks) / len(ranks),
+                "rank_max": max(ranks),
+                "parameters_before": self.parameters_before,
+                "parameters": self.parameters,
+                "relative_error": finite(self.relative_error),
+            },
+            "only_in_some": dict(self.only_in_some),
+            "layers": [layer.as_dict() for layer in self.layers],
+        }
+
+
+def finite(number: float) -> float | None:
+    """The number, None if it is infinite, which JSON does not know."""
+    return number if math.isfinite(number) else None
+
+
+def _share(error: float, norm: float) -> float:
+    if norm:
+        return error / norm
+    return math.inf if error else 0.0
