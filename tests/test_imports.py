@@ -268,16 +268,23 @@ def test_a_file_holds_one_idea():
     assert median(length for length in lengths.values() if length > 1) <= MEDIAN
 
 
+def code_lines(path: Path) -> list[str]:
+    """The lines of a file that say something: no imports, comments, brackets alone, decorators."""
+    imported = {
+        line
+        for node in ast.walk(tree(path))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    lines = path.read_text(encoding="utf-8").splitlines()
+    stripped = (line.strip() for number, line in enumerate(lines, 1) if number not in imported)
+    return [line for line in stripped if len(line) > 1 and not re.match(r"#|@\w+$", line)]
+
+
 def test_nothing_is_said_twice():
     seen: dict[tuple[str, ...], str] = {}
     for module, path in files().items():
-        if not is_code(module):
-            continue
-        lines = [
-            line.strip()
-            for line in path.read_text(encoding="utf-8").splitlines()
-            if len(line.strip()) > 1 and not re.match(r"\s*(from|import|#|@\w+$)", line)
-        ]
+        lines = code_lines(path) if is_code(module) else []
         for start in range(len(lines) - EQUAL_LINES + 1):
             run = tuple(lines[start : start + EQUAL_LINES])
             place = f"{module}, code line {start}"

@@ -38,10 +38,6 @@ class LayerMaskStatistics:
         """Share of the entries that is kept."""
         return self.kept / self.size
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {**asdict(self), "density": self.density}
-
 
 @dataclass(frozen=True)
 class Group:
@@ -62,10 +58,6 @@ class Group:
     def density(self) -> float:
         """Share of the entries that is kept."""
         return self.kept / self.size
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {**asdict(self), "density": self.density}
 
 
 @dataclass(frozen=True)
@@ -149,9 +141,9 @@ class MaskStatistics:
             "energy": None if energy is None else asdict(energy),
             "rows": asdict(self.rows),
             "columns": asdict(self.columns),
-            "types": [group.as_dict() for group in self.types],
-            "blocks": [group.as_dict() for group in self.blocks],
-            "layers": [layer.as_dict() for layer in self.layers],
+            "types": [_as_dict(group) for group in self.types],
+            "blocks": [_as_dict(group) for group in self.blocks],
+            "layers": [_as_dict(layer) for layer in self.layers],
         }
 
 
@@ -197,3 +189,8 @@ def check_fits(
                 f"layer {name}: there is no lora_B of the mask's shape {tuple(mask.shape)}; is it "
                 "of the same adapter?"
             )
+
+
+def _as_dict(part: LayerMaskStatistics | Group) -> dict[str, Any]:
+    """JSON-ready."""
+    return {**asdict(part), "density": part.density}
