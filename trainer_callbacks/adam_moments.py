@@ -40,14 +40,10 @@ class SaveMomentsCallback(TrainerCallback):
         self._spared = Sparing(type(self).__name__)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: torch.nn.Module | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model: torch.nn.Module | None = kwargs.get("model")
+        optimizer: Any = kwargs.get("optimizer")
         self._spared = Sparing(type(self).__name__)
         _check_optimizer(type(self).__name__, optimizer)
         if model is not None and not lora_parameters(model):
@@ -60,14 +56,10 @@ class SaveMomentsCallback(TrainerCallback):
             prepare_folder(folder, type(self).__name__, [MOMENTS_FILE_NAME])
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: torch.nn.Module | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model: torch.nn.Module | None = kwargs.get("model")
+        optimizer: Any = kwargs.get("optimizer")
         if state.is_world_process_zero and model is not None:
             path = Path(str(args.output_dir), MOMENTS_FILE_NAME)
             remedy = "Mend that and resume from the last checkpoint, which has the moments."
@@ -98,14 +90,10 @@ class CarryMomentsCallback(TrainerCallback):
         self.moments = load_moments(path)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: torch.nn.Module | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model: torch.nn.Module | None = kwargs.get("model")
+        optimizer: Any = kwargs.get("optimizer")
         if state.global_step > 0 or model is None:
             return  # a resumed run has its own moments
         _check_optimizer(type(self).__name__, optimizer)

@@ -121,13 +121,9 @@ class ComparisonCallback(TrainerCallback, ExportableState):
         }
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: torch.nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model: torch.nn.Module | None = kwargs.get("model")
         self._log = None
         self._spared = Sparing(type(self).__name__)
         stateful = cast(dict[str, Any], state.stateful_callbacks)

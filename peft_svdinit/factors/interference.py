@@ -51,9 +51,9 @@ class ComparableDelta:
         return cls(left, right, svd.norm, svd.U[:, held], svd.Vh[held])
 
 
-@dataclass(frozen=True)
-class LayerInterference:
-    """Two deltas of one layer.
+@dataclass(frozen=True, kw_only=True)
+class Interference:
+    """Two deltas beside each other.
 
     Attributes:
         norms: ‖D₁‖_F and ‖D₂‖_F.
@@ -64,7 +64,6 @@ class LayerInterference:
             at random do not change it.
         outputs, inputs: angles between the column spaces and between the row spaces; None if a
             delta is zero.
-        shares_A: whether both A are equal bit by bit.
         support: of the nonzero entries of both B, where A is shared; columns of B that belong to
             different rows of A have no entries in common.
     """
@@ -75,7 +74,6 @@ class LayerInterference:
     random_B_cosine: float
     outputs: SpaceOverlap | None
     inputs: SpaceOverlap | None
-    shares_A: bool
     support: SupportOverlap | None
 
     @property
@@ -85,39 +83,42 @@ class LayerInterference:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return _as_dict(self)
+        outputs, inputs, support = self.outputs, self.inputs, self.support
+        return {
+            "cosine": self.cosine,
+            **vars(self),
+            "norms": list(self.norms),
+            "outputs": asdict(outputs) if outputs else None,
+            "inputs": asdict(inputs) if inputs else None,
+            "support": support.as_dict() if support else None,
+        }
 
 
-@dataclass(frozen=True)
-class PairInterference:
-    """Two adapters: the layers that both have, and their deltas as one vector each.
+@dataclass(frozen=True, kw_only=True)
+class LayerInterference(Interference):
+    """Two deltas of one layer.
 
     Attributes:
-        norms, inner: over all layers; a layer that an adapter lacks counts as zero.
-        random_cosine, random_B_cosine: as of a layer, for signs that are random in every layer.
-        outputs, inputs: the largest cosine of any layer, and means over layers.
+        shares_A: whether both A are equal bit by bit.
+    """
+
+    shares_A: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairInterference(Interference):
+    """Two adapters: the layers that both have, and their deltas as one vector each.
+
+    A layer that an adapter lacks counts as zero; random cosines are for signs that are random in
+    every layer; of the spaces it has the largest cosine of any layer, and means over layers.
+
+    Attributes:
         layers: number of layers that both adapters have.
         layers_sharing_A: of these, those with equal A.
     """
 
-    norms: tuple[float, float]
-    inner: float
-    random_cosine: float
-    random_B_cosine: float
-    outputs: SpaceOverlap | None
-    inputs: SpaceOverlap | None
-    support: SupportOverlap | None
     layers: int
     layers_sharing_A: int
-
-    @property
-    def cosine(self) -> float | None:
-        """As of a layer."""
-        return _cosine(self.inner, self.norms)
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return _as_dict(self)
 
 
 def layer_interference(first: ComparableDelta, second: ComparableDelta) -> LayerInterference:
@@ -192,15 +193,3 @@ def _over_layers(overlaps: Sequence[SpaceOverlap | None]) -> SpaceOverlap | None
         math.fsum(overlap.mean_squared for overlap in found) / len(found),
         math.fsum(overlap.random_mean_squared for overlap in found) / len(found),
     )
-
-
-def _as_dict(interference: LayerInterference | PairInterference) -> dict[str, Any]:
-    outputs, inputs, support = interference.outputs, interference.inputs, interference.support
-    return {
-        "cosine": interference.cosine,
-        **vars(interference),
-        "norms": list(interference.norms),
-        "outputs": asdict(outputs) if outputs else None,
-        "inputs": asdict(inputs) if inputs else None,
-        "support": support.as_dict() if support else None,
-    }

@@ -255,7 +255,7 @@ def test_no_source_at_all_is_refused(module, tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(stdlib, "definitions", stdlib.definitions.__wrapped__)
     with pytest.raises(RuntimeError, match=r"sources of Python's .* library, and .* has none"):
-        module._rows.__wrapped__()
+        stdlib.rows_of.__wrapped__(module._pair)
 
 
 LIBRARY = '''

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 from .stdlib import Definition, rows_of, signature
 
 # Characters, about 80 tokens; longer signatures are mostly tables of defaults.
@@ -24,12 +22,7 @@ def stdlib_docstrings() -> list[dict[str, str]]:
 
     Cost: a few seconds on the first call of a process, for parsing about 8 MB of source.
     """
-    return [dict(row) for row in _rows()]
-
-
-@functools.cache
-def _rows() -> tuple[dict[str, str], ...]:
-    return rows_of(_pair)
+    return [dict(row) for row in rows_of(_pair)]
 
 
 def _pair(definition: Definition) -> tuple[str, str] | None:

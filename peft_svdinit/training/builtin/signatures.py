@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 from .stdlib import Definition, rows_of, signature
 
 _COMPLETION_LENGTHS = range(12, 201)  # characters; longer signatures are mostly tables of defaults
@@ -21,17 +19,9 @@ def stdlib_names() -> list[dict[str, str]]:
         is the signature line that follows it (`def load(fp, *, cls=None, ...):`), of 12 to 200
         characters; `module` is the top-level module's name.
 
-    Raises:
-        RuntimeError: if this Python comes without the sources of its standard library.
-
-    Cost: a few seconds on the first call of a process, for parsing about 8 MB of source.
+    Errors and cost as of `stdlib_docstrings`.
     """
-    return [dict(row) for row in _rows()]
-
-
-@functools.cache
-def _rows() -> tuple[dict[str, str], ...]:
-    return rows_of(_pair)
+    return [dict(row) for row in rows_of(_pair)]
 
 
 def _pair(definition: Definition) -> tuple[str, str] | None:

@@ -67,6 +67,7 @@ def definitions() -> tuple[Definition, ...]:
     return tuple(found)
 
 
+@functools.cache
 def rows_of(
     pair: Callable[[Definition], tuple[str, str] | None],
 ) -> tuple[dict[str, str], ...]:
