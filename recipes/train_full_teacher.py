@@ -32,12 +32,10 @@ def train_full_teacher(
     materials: Materials,
     model: ModelOptions,
     arguments: RecipeArguments,
-    *,
-    extra: dict[str, Any] | None = None,
-    quiet: bool = False,
+    **noted: Any,
 ) -> Run | None:
-    """One run as the options say; its record, on the main process."""
-    return fit(loaded(model), materials, arguments, extra=extra, quiet=quiet)
+    """One run as the options say; its record, on the main process. `noted` is as `fit` takes it."""
+    return fit(loaded(model), materials, arguments, **noted)
 
 
 def main(argv: list[str] | None = None) -> None:
