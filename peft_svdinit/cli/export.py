@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from .. import adapters, factors, linalg, masks
 from .paths import model_source, refuse_file
@@ -18,8 +18,6 @@ _DEFAULT_RANK = 16
 @dataclass(frozen=True)
 class ExportOptions:
     """Write factors, or a compact LoRI adapter, as a LoRA adapter that stock PEFT loads."""
-
-    _known_as: ClassVar = {"factors": ["svd_factors"]}
 
     output_dir: str = field(metadata={"help": "Folder of the adapter."})
     factors: str | None = field(

@@ -28,6 +28,7 @@ class CheckpointPair(Mapping[str, Tensor]):
         slice_modules: modules, by their names or endings, of which only the rows that the base has
             are read, for a vocabulary that grew.
         base_revision, tuned_revision: branch, tag or commit on the Hub.
+        arguments: by which the user gave base and tuned; the messages of errors begin with one.
 
     Attributes:
         base, tuned: the linear layers on both sides.
@@ -52,11 +53,12 @@ class CheckpointPair(Mapping[str, Tensor]):
         slice_modules: str | Sequence[str] = (),
         base_revision: str | None = None,
         tuned_revision: str | None = None,
+        arguments: tuple[str, str] = ("base", "tuned"),
     ) -> None:
-        base_checkpoint = Checkpoint(base, argument="base", revision=base_revision)
-        tuned_checkpoint = Checkpoint(tuned, argument="tuned", revision=tuned_revision)
+        base_checkpoint = Checkpoint(base, argument=arguments[0], revision=base_revision)
+        tuned_checkpoint = Checkpoint(tuned, argument=arguments[1], revision=tuned_revision)
         self.changed_settings: dict[str, tuple[Any, Any]] = changed_settings(
-            base_checkpoint.folder, tuned_checkpoint.folder
+            base_checkpoint.folder, tuned_checkpoint.folder, arguments[1]
         )
         self.base = LinearWeights(
             base_checkpoint, target_modules=target_modules, exclude_modules=exclude_modules

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ...files import read_json, replacing, write_json
+from ...files import opened, read_json, write_json, write_tensors
 from ..low_rank import LowRankFactors
 
 logger = logging.getLogger(__name__)
@@ -25,6 +23,7 @@ _PLAN, _LOCK, _RESULT = "job.json", "job.lock", "adapter"
 # All that is ever there; hidden, with a dot and letters at the end, while it is written.
 _OURS = re.compile(r"job\.lock|(\.)?(job\.json|layer-\d+\.safetensors|adapter)(?(1)\..+)")
 _PARTS = ("U", "S", "Vh")
+_ARGUMENT = "output_dir"
 _FORMAT_VERSION = 1
 
 
@@ -120,13 +119,9 @@ class LayerStore(Mapping[str, LowRankFactors]):
         Raises:
             OSError: if the disk is full.
         """
-        tensors = {part: getattr(factors, part).contiguous() for part in _PARTS}
-        path = self._files[name]
-        try:
-            with replacing(path) as temporary:
-                save_file(tensors, temporary, {"name": name, "norm": factors.norm.hex()})
-        except SafetensorError as error:
-            raise OSError(f"{path}: {error}") from error
+        tensors = {part: getattr(factors, part) for part in _PARTS}
+        metadata = {"name": name, "norm": factors.norm.hex()}
+        write_tensors(self._files[name], tensors, metadata)
         self._done.add(name)
 
     def __getitem__(self, name: str) -> LowRankFactors:
@@ -141,7 +136,7 @@ class LayerStore(Mapping[str, LowRankFactors]):
     def _read(self, name: str, parts: Sequence[str]) -> tuple[dict[str, Tensor], float]:
         if name not in self._done:
             raise KeyError(name)
-        with safe_open(self._files[name], framework="pt") as file:
+        with opened(self._files[name], _ARGUMENT) as file:
             norm = float.fromhex(file.metadata()["norm"])
             return {part: file.get_tensor(part) for part in parts}, norm
 
@@ -178,7 +173,7 @@ class LayerStore(Mapping[str, LowRankFactors]):
 def _inputs_of(plan: Path) -> dict[str, Any] | None:
     """What a job of ours depends on; None if there is no plan, or it is another program's."""
     try:
-        inputs = read_json(plan, "output_dir")
+        inputs = read_json(plan, _ARGUMENT)
     except (OSError, ValueError):
         return None
     return inputs if {"format_version", "layers"} <= inputs.keys() else None
@@ -188,7 +183,7 @@ def _is_complete(path: Path, name: str) -> bool:
     if not path.is_file():
         return False
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened(path, _ARGUMENT) as file:
             return (file.metadata() or {}).get("name") == name and set(file.keys()) == set(_PARTS)
-    except SafetensorError:
+    except ValueError:
         return False
