@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import HeadedFile, checked_fields, opened, resolve_file
+from ..files import HeadedFile, LazyMapping, checked_fields, opened, resolve_file
 from ..linalg import frobenius_norm
 from ..models import BaseSample, natural_order, sampled_positions
 from .low_rank import LowRankFactors
@@ -103,7 +103,7 @@ def save_factors(
     return target
 
 
-class FactorsFile(Mapping[str, LowRankFactors]):
+class FactorsFile(LazyMapping[LowRankFactors]):
     """Read-only, lazy view of a factors file: module name to factors, one layer read at a time.
 
     Opening checks the header and every shape without reading tensors; reading a layer checks its
@@ -134,6 +134,7 @@ class FactorsFile(Mapping[str, LowRankFactors]):
             norms = header.pop("norms")
             norms = checked_fields(norms, dict.fromkeys(norms, (int, float)))
             self._norms = {name: float(norms[name]) for name in sorted(norms, key=natural_order)}
+            self.names = self._norms
             self.metadata = FactorsMetadata(**header)
             stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
             unlisted = {key.rpartition(".")[0] for key in stored} - self._norms.keys()
@@ -181,15 +182,6 @@ class FactorsFile(Mapping[str, LowRankFactors]):
             if defect:
                 raise ValueError(f"layer {name} has {defect}; write the file again")
         return layer
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._norms  # Mapping's own would read the layer
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._norms)
-
-    def __len__(self) -> int:
-        return len(self._norms)
 
     def rank_of(self, name: str) -> int:
         """Triplets held for a layer, without reading it."""

@@ -3,6 +3,7 @@ from .atomic import write_json as write_json
 from .atomic import write_text as write_text
 from .headed_file import HeadedFile as HeadedFile
 from .headed_file import checked_fields as checked_fields
+from .lazy_mapping import LazyMapping as LazyMapping
 from .locate import file_stamps as file_stamps
 from .locate import hub_pickles as hub_pickles
 from .locate import inside as inside

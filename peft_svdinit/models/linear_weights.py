@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..files import FLOAT_DTYPES, WrongKind
+from ..files import FLOAT_DTYPES, LazyMapping, WrongKind
 from .architecture import LinearModule, is_chosen, linear_modules, model_skeleton
 from .checkpoint import Checkpoint, spellings
 from .recognition import Position, sampled_positions
 
 
-class LinearWeights(Mapping[str, Tensor]):
+class LinearWeights(LazyMapping[Tensor]):
     """Read-only, lazy view of the linear layers: module name to weight, float32 (out, in).
 
     The layers are those of the architecture, so that Conv1D weights are turned to (out, in) and
@@ -49,7 +49,7 @@ class LinearWeights(Mapping[str, Tensor]):
         self.skeleton = model_skeleton(architecture or checkpoint.folder, checkpoint.argument)
         self.prefix = getattr(self.skeleton, "base_model_prefix", "")
         self.tied_to = _tied_parameters(self.skeleton)
-        self.modules = {
+        self.names = self.modules = {
             name: module
             for name, module in linear_modules(self.skeleton, target_modules).items()
             if not is_chosen(name, exclude_modules, "exclude_modules")
@@ -146,15 +146,6 @@ class LinearWeights(Mapping[str, Tensor]):
         for start, block in self.blocks(name):
             weight[start : start + len(block)] = block
         return self.oriented(name, weight)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.modules  # Mapping's own would read the layer
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.modules)
-
-    def __len__(self) -> int:
-        return len(self.modules)
 
     def entries(self, name: str, positions: Sequence[Position]) -> Float[Tensor, " n"]:
         """Entries of the (out, in) weight in its stored dtype, without reading the rest."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...files import LazyMapping
 from ...models import Checkpoint, LinearWeights, is_chosen
 from .configurations import changed_settings
 from .other_tensors import OtherTensors, Uncovered, WholeTensors
 
 
-class CheckpointPair(Mapping[str, Tensor]):
+class CheckpointPair(LazyMapping[Tensor]):
     """Read-only, lazy view of tuned − base: module name to delta, float32 (out, in).
 
     A delta is made block by block of rows, so that beside it no tensor of its size is in memory.
@@ -63,6 +64,7 @@ class CheckpointPair(Mapping[str, Tensor]):
         self.base = LinearWeights(
             base_checkpoint, target_modules=target_modules, exclude_modules=exclude_modules
         )
+        self.names = self.base.names
         self.tuned = LinearWeights(
             tuned_checkpoint,
             architecture=base_checkpoint.folder,
@@ -90,15 +92,6 @@ class CheckpointPair(Mapping[str, Tensor]):
         for start, block in self.base.blocks(name):
             delta[start : start + len(block)].sub_(block)
         return self.base.oriented(name, delta)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.base
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.base)
-
-    def __len__(self) -> int:
-        return len(self.base)
 
     @property
     def sliced(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...files import opened, read_json, resolve_file, resolve_folder
+from ...files import LazyMapping, opened, read_json, resolve_file, resolve_folder
 from ...models import CONFIG_NAME, PREFIX, WEIGHTS_NAME, lora_key, natural_order, pattern_value
 from ..low_rank import LowRankFactors
 
@@ -68,7 +68,7 @@ class LoraProduct:
         return self.lora_B.to(wide) * self.scaling, self.lora_A.to(wide)
 
 
-class LoraAdapter(Mapping[str, LoraProduct]):
+class LoraAdapter(LazyMapping[LoraProduct]):
     """Read-only, lazy view of a saved PEFT LoRA adapter: module name to `LoraProduct`.
 
     Args:
@@ -97,7 +97,7 @@ class LoraAdapter(Mapping[str, LoraProduct]):
         self._path = resolve_file(self.folder, WEIGHTS_NAME, argument=argument)
         with opened(self._path, argument) as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
-            self._names = self._checked_names(shapes)
+            self.names = self._checked_names(shapes)
 
     def _read_config(self) -> dict[str, Any]:
         path = resolve_file(self.folder, CONFIG_NAME, argument=self.argument)
@@ -169,15 +169,6 @@ class LoraAdapter(Mapping[str, LoraProduct]):
                 if not torch.isfinite(weight).all():
                     raise ValueError(f"{part} of layer {name} has NaN or infinite entries")
         return LoraProduct(lora_A, lora_B, self.scaling_of(name))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names  # Mapping's own would read the layer
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 SIDECAR_NAME = "svdinit_config.json"

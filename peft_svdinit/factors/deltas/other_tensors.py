@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ...files import LazyMapping
 from ...linalg import frobenius_norm
 from ...models import Checkpoint, LinearWeights, is_chosen
 
@@ -190,7 +191,7 @@ class OtherTensors:
         return WholeTensors(self.tuned.checkpoint, keys, rows)
 
 
-class WholeTensors(Mapping[str, Tensor]):
+class WholeTensors(LazyMapping[Tensor]):
     """Read-only, lazy view of a checkpoint's tensors by parameter name, in their own dtype.
 
     Args:
@@ -205,19 +206,11 @@ class WholeTensors(Mapping[str, Tensor]):
         rows: Mapping[str, tuple[int, ...]],
     ) -> None:
         self._checkpoint, self._keys, self._rows = checkpoint, dict(keys), dict(rows)
+        self.names = self._keys
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._checkpoint.tensor(self._keys[name])
         return tensor[: self._rows[name][0]] if self._rows[name] else tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._keys  # Mapping's own would read the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
     def stored_bytes(self) -> int:
         """Size of all of them together."""
