@@ -361,7 +361,7 @@ def test_the_values_of_another_mask_or_start_are_refused_though_their_number_fit
 
 _COMPILED = """
 import torch
-from peft_svdinit.layers.sparse_factor import SparseFactor
+from peft_svdinit.tuner.layers.sparse_factor import SparseFactor
 
 torch.manual_seed(0)
 mask = torch.rand(12, 6) < 0.3
