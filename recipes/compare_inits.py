@@ -127,9 +127,9 @@ def check_inputs(setting: Setting) -> None:
     base = resolve_model(setting.model.model_name_or_path)
     if Path(base).is_dir():
         Checkpoint(base, argument="model_name_or_path")
-    targets = linear_modules(model_skeleton(base), lora.target_modules)
+    targets = linear_modules(model_skeleton(base, "model_name_or_path"), lora.target_modules)
     if options.teacher_adapter:
-        adapter = LoraAdapter(options.teacher_adapter)
+        adapter = LoraAdapter(options.teacher_adapter, argument="teacher_adapter")
         if set(adapter) != set(targets):
             differing = sorted(set(adapter) ^ set(targets))
             raise ValueError(
@@ -142,7 +142,10 @@ def check_inputs(setting: Setting) -> None:
             )
     if options.teacher_model:
         CheckpointPair(
-            base, resolve_model(options.teacher_model), target_modules=lora.target_modules
+            base,
+            resolve_model(options.teacher_model, "teacher_model"),
+            target_modules=lora.target_modules,
+            arguments=("model_name_or_path", "teacher_model"),
         )
 
 

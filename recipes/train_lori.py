@@ -117,20 +117,20 @@ def check_inputs(
                 f"mask_source must be one of {', '.join(SOURCES)}, or the path of a mask; got "
                 f"{lori.mask_source!r}"
             )
-        mask = load_mask(lori.mask_source)
+        mask = load_mask(lori.mask_source, argument="mask_source")
         if (mask.density, mask.seed) != (lori.lori_density, lori.lori_seed):
             raise ValueError(
                 f"mask_source: {lori.mask_source} is of density {mask.density} for the A of seed "
                 f"{mask.seed}; set lori_density={mask.density} and lori_seed={mask.seed}"
             )
     else:
-        excluded = [load_mask(path) for path in lori.exclude_masks]
+        excluded = [load_mask(path, argument="exclude_masks") for path in lori.exclude_masks]
         check_selection(layers, lori, lori.lori_seed, excluded)
     if lori.given or lori.lori_start:
         path = lori.mask_source if lori.given else None
         check_adapter(model, lori.config(seed=lori.lori_seed, mask=path, start=lori.lori_start))
     if lori.svd_factors:
-        FactorsFile(lori.svd_factors)
+        FactorsFile(lori.svd_factors, argument="svd_factors")
     return layers
 
 

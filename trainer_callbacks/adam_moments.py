@@ -80,7 +80,7 @@ class CarryMomentsCallback(TrainerCallback):
     """
 
     def __init__(self, teacher: str) -> None:
-        self.teacher = LoraAdapter(teacher)
+        self.teacher = LoraAdapter(teacher, argument="carry_moments_from")
         path = Path(teacher, MOMENTS_FILE_NAME)
         if not path.is_file():
             raise FileNotFoundError(

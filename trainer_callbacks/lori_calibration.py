@@ -23,9 +23,7 @@ from peft_svdinit.masks import (
     GradientScores,
     LayerScores,
     LoriMask,
-    check_density,
-    check_floor,
-    check_scope,
+    Selection,
     load_mask,
     load_scores,
     magnitude_scores,
@@ -60,7 +58,7 @@ class LoriCalibrationCallback(TrainerCallback):
     Args:
         output_dir: folder of the files; by default `TrainingArguments.output_dir`.
         density: share of B that the mask keeps; None to write the scores alone.
-        scope, floor: as `peft_svdinit.masks.select` takes them.
+        scope, floor: as `peft_svdinit.masks.Selection` has them.
         score: what ranks the entries.
         steps: end training after so many optimizer steps; by default it runs to its end.
         exclude: masks, or their files or folders, none of whose entries is taken.
@@ -88,10 +86,13 @@ class LoriCalibrationCallback(TrainerCallback):
     ) -> None:
         if isinstance(exclude, (str, os.PathLike)):
             raise TypeError(f"exclude must be a list of masks, got {exclude!r}")
+        self.selection: Selection | None = None
         if density is not None:
-            check_density(density)
-            check_scope(scope, density)
-            check_floor(floor, density)
+            excluded = [
+                each if isinstance(each, LoriMask) else load_mask(each, argument="exclude")
+                for each in exclude
+            ]
+            self.selection = Selection(density, scope, floor, excluded)
         elif scope != "global" or floor or exclude:
             raise ValueError(
                 "scope, floor and exclude say how a mask is chosen, and none is with density=None; "
@@ -102,23 +103,17 @@ class LoriCalibrationCallback(TrainerCallback):
         if steps is not None and steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         self.output_dir = output_dir
-        self.density, self.scope, self.floor = density, scope, floor
         self.score = score
         self.steps = steps
-        self.exclude = [each if isinstance(each, LoriMask) else load_mask(each) for each in exclude]
         self.adapter_name = adapter_name
         self._sums = GradientScores(weighted=score == "magnitude_gradient")
         self._steps_summed = 0
         self._spared = Sparing(type(self).__name__)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: torch.nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model: torch.nn.Module | None = kwargs.get("model")
         self._spared = Sparing(type(self).__name__)
         self._checked_config(model)
         assert model is not None
@@ -130,13 +125,11 @@ class LoriCalibrationCallback(TrainerCallback):
                     f"layer {name}: lora_B is frozen, so that there is nothing to calibrate; load "
                     "the adapter with is_trainable=True, or make it active"
                 )
-        if self.density is not None:
+        if self.selection is not None:
             with gather_params_ctx(list(factors.values())):
                 shapes = {name: (len(part), part.shape[1]) for name, part in factors.items()}
             # What cannot be chosen at the end is better known before training.
-            self._layers(model, random_scores(shapes, 0), 0).mask(
-                self.density, scope=self.scope, floor=self.floor, exclude=self.exclude
-            )
+            self._layers(model, random_scores(shapes, 0), 0).mask(self.selection)
         self._sums = GradientScores(weighted=self._sums.weighted)
         self._steps_summed = state.global_step
         if state.global_step > 0 and self.score != "magnitude":
@@ -145,13 +138,9 @@ class LoriCalibrationCallback(TrainerCallback):
             prepare_folder(self._folder(args), type(self).__name__, self._files)
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: torch.nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model: torch.nn.Module | None = kwargs.get("model")
         if self.score == "magnitude" or model is None:
             return
         if state.global_step == 0:
@@ -167,13 +156,9 @@ class LoriCalibrationCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: torch.nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model: torch.nn.Module | None = kwargs.get("model")
         if self.score != "magnitude" and args.should_save and model is not None:
             folder = _checkpoint(args, state)
             remedy = "Resume from another checkpoint, if need be."
@@ -182,13 +167,9 @@ class LoriCalibrationCallback(TrainerCallback):
                 save_scores(folder, layers)
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: torch.nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model: torch.nn.Module | None = kwargs.get("model")
         assert model is not None
         # On SIGTERM the Trainer's just-in-time checkpoint ends training politely, to be resumed.
         if args.enable_jit_checkpoint and state.global_step < (self.steps or state.max_steps):
@@ -206,17 +187,14 @@ class LoriCalibrationCallback(TrainerCallback):
 
     @property
     def _files(self) -> list[str]:
-        return [SCORES_FILE_NAME, *([] if self.density is None else [MASK_FILE_NAME])]
+        return [SCORES_FILE_NAME, *([] if self.selection is None else [MASK_FILE_NAME])]
 
     def _write(self, folder: Path, layers: LayerScores) -> None:
         save_scores(folder / SCORES_FILE_NAME, layers)
-        if self.density is None:
+        if self.selection is None:
             return
         with self._spared(f"{MASK_FILE_NAME} in {folder}", "Choose it from the scores."):
-            mask = layers.mask(
-                self.density, scope=self.scope, floor=self.floor, exclude=self.exclude
-            )
-            save_mask(folder / MASK_FILE_NAME, mask)
+            save_mask(folder / MASK_FILE_NAME, layers.mask(self.selection))
 
     def _add_gradients(self, model: torch.nn.Module) -> None:
         factors = dense_factors(model, self.adapter_name)
@@ -290,7 +268,7 @@ class LoriCalibrationCallback(TrainerCallback):
             trained = {name: factor.detach().float().cpu() for name, factor in factors.items()}
         start = self._checked_config(model).lori_start
         if start is not None:
-            began = LoraAdapter(start)
+            began = LoraAdapter(start, argument="lori_start")
             # As B holds it, in case that is narrower.
             trained = {
                 name: trained[name] - began[name].lora_B.to(factors[name].dtype).float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class AnalyzeOptions:
     """Analyse a fine-tune, an adapter or factors: energy, error, spectra, spikes, best ranks."""
-
-    _known_as: ClassVar = {"factors": ["svd_factors"]}
 
     output_dir: str = field(metadata={"help": "Folder for the reports and the figures."})
     factors: str | None = field(default=None, metadata={"help": "Factors file, folder or Hub id."})
@@ -117,7 +115,7 @@ def _checkpoints(options: AnalyzeOptions) -> _Subject:
     targets = options.target_modules
     pair = factors.CheckpointPair(
         model_source(str(options.base)),
-        model_source(str(options.tuned)),
+        model_source(str(options.tuned), "tuned"),
         target_modules=targets[0] if targets == ["all-linear"] else targets,
     )
     extraction = factors.factors_of_checkpoints(
@@ -133,48 +131,29 @@ def _factors(options: AnalyzeOptions) -> _Subject:
     if options.factors:
         held = factors.FactorsFile(options.factors)
         metadata = held.metadata
-        shapes = {name: held.shape_of(name) for name in held}
     else:
         extraction = factors.factors_of_adapter(
             factors.LoraAdapter(str(options.adapter)), base=base
         )
         held, metadata = extraction.factors, extraction.metadata
-        shapes = {name: layer.shape for name, layer in held.items()}
     if base is None:
         return _Subject(held, asdict(metadata), None, None)
     weights = models.LinearWeights(
         models.Checkpoint(base, argument="base"), target_modules=list(held)
     )
-    _check_base(weights, held, shapes, str(options.base))
+    if isinstance(held, factors.FactorsFile):
+        weights.check_shapes({name: held.shape_of(name) for name in held})
+        difference = models.first_difference(_base_entries(weights, held))
+        if difference is not None:
+            raise ValueError(
+                f"base: the weights of {difference} in {options.base} are not those that the "
+                "factors were taken from; give the model that they are of"
+            )
 
     def tuned(name: str) -> Tensor:
         return weights[name] + held[name].dense()
 
     return _Subject(held, asdict(metadata), weights, tuned)
-
-
-def _check_base(
-    weights: models.LinearWeights,
-    held: Mapping[str, factors.LowRankFactors],
-    shapes: Mapping[str, tuple[int, int]],
-    base: str,
-) -> None:
-    """Refuse a base that lacks a layer or is not the one that the factors were taken from."""
-    for name, shape in shapes.items():
-        module = weights.modules.get(name)
-        if module is None or (module.out_features, module.in_features) != shape:
-            raise ValueError(
-                f"base: {base} has no linear layer {name} of shape {shape} (out, in): not the "
-                "base model of these deltas?"
-            )
-    if not isinstance(held, factors.FactorsFile):
-        return
-    difference = models.first_difference(_base_entries(weights, held))
-    if difference is not None:
-        raise ValueError(
-            f"base: the weights of {difference} in {base} are not those that the factors were "
-            "taken from; give the model that they are of"
-        )
 
 
 def _base_entries(

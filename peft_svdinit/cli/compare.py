@@ -23,7 +23,7 @@ class CompareOptions:
 def run(options: CompareOptions) -> None:
     refuse_file(options.output_dir, "output_dir")
     paths = analysis.write_comparison(
-        [training.read_run(folder) for folder in options.runs],
+        [training.read_run(folder, "runs") for folder in options.runs],
         {},
         options.output_dir,
         reference=options.reference,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 from .. import adapters, factors, linalg, masks
 from .paths import model_source, refuse_file
@@ -14,8 +14,6 @@ _DEFAULT_RANK = 16
 @dataclass(frozen=True)
 class ExportOptions:
     """Write factors, or a compact LoRI adapter, as a LoRA adapter that stock PEFT loads."""
-
-    _known_as: ClassVar = {"factors": ["svd_factors"]}
 
     output_dir: str = field(metadata={"help": "Folder of the adapter."})
     factors: str | None = field(

@@ -158,7 +158,7 @@ class ExtractOptions:
         """The two checkpoints."""
         return factors.CheckpointPair(
             model_source(str(self.base)),
-            model_source(str(self.tuned)),
+            model_source(str(self.tuned), "tuned"),
             target_modules=_choice(self.target_modules),
             exclude_modules=_choice(self.exclude_modules),
             slice_modules=_choice(self.slice_modules),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from .. import analysis, factors, files, masks, models
 from .paths import refuse_file
@@ -29,12 +29,6 @@ class MaskOptions:
 
     LoRI (arXiv:2504.07448) trains a few entries of B over a frozen random A, which a seed draws.
     """
-
-    _known_as: ClassVar = {
-        "factors": ["svd_factors"],
-        "exclude": ["lori_mask"],
-        "show": ["lori_mask", "adapter"],
-    }
 
     output: str = field(metadata={"help": "Folder of the mask, the report and the figures."})
     source: Source | None = field(
@@ -106,9 +100,15 @@ class MaskOptions:
         self._refuse(f"source {self.source}", others)
         if bool(self.factors) != (self.rank is not None) or (self.factors and self.adapter):
             raise ValueError("give factors and rank together, and no adapter beside them")
-        density = 0.1 if self.density is None else self.density
-        masks.check_density(density)
-        masks.check_scope(self.scope or "global", density)
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        self.selection  # noqa: B018 - refuses what cannot be selected
+
+    @property
+    def selection(self) -> masks.Selection:
+        """How the mask is chosen, but for what it excludes."""
+        given = {name: getattr(self, name) for name in ("density", "scope", "floor")}
+        return masks.Selection(**{k: value for k, value in given.items() if value is not None})
 
     def _choosing(self) -> set[str]:
         """Options in use that say how a mask is made."""
@@ -130,7 +130,9 @@ def run(options: MaskOptions) -> None:
     if options.show:
         _show(options.show, output, options.plots)
         return
-    mask, lora_B = _made(options)
+    exclude = [masks.load_mask(path, argument="exclude") for path in options.exclude]
+    scores, lora_B = _scores(options)
+    mask = scores.mask(replace(options.selection, exclude=exclude))
     statistics = analysis.write_mask_report(mask, output, lora_B=lora_B, plots=options.plots)
     path = masks.save_mask(output, mask)
     print("\n".join(analysis.mask_in_words(mask, statistics)))
@@ -153,37 +155,41 @@ def _refuse_mask_in_use(output: Path, exclude: list[str]) -> None:
             )
 
 
-def _made(options: MaskOptions) -> tuple[masks.LoriMask, dict[str, Tensor] | None]:
-    """The mask, and the B to measure it by."""
-    choice = masks.Choice(
-        density=0.1 if options.density is None else options.density,
-        scope=options.scope or "global",
-        floor=options.floor or 0.0,
-        exclude=tuple(masks.load_mask(path) for path in options.exclude),
-    )
-    adapter = None if options.adapter is None else masks.AdapterShapes(options.adapter)
-    if options.source == "magnitude" and adapter is not None:
-        return masks.magnitude_mask(adapter, choice, options.seed), adapter.lora_B
-    if options.source == "teacher" and options.factors and options.rank is not None:
-        return masks.teacher_mask(options.factors, options.rank, choice, options.seed or 0)
-    if adapter is not None:
-        seed = adapter.recorded_seed() if options.seed is None else options.seed
-        mask = masks.random_mask(
-            adapter.shapes, adapter.in_features, choice, seed or 0, adapter.base
-        )
-        return mask, adapter.lora_B
-    shapes, in_features, base = masks.shapes_of_factors(str(options.factors), options.rank or 0)
-    return masks.random_mask(shapes, in_features, choice, options.seed or 0, base), None
+def _scores(options: MaskOptions) -> tuple[masks.LayerScores, Mapping[str, Tensor] | None]:
+    """What the mask is chosen by, and the B to measure it by."""
+    if options.source == "magnitude":
+        scores = masks.scores_of_adapter(str(options.adapter), options.seed)
+        return scores, scores.scores
+    rank, seed = options.rank or 0, options.seed or 0
+    if options.source == "teacher":
+        scores = masks.scores_of_teacher(str(options.factors), rank, seed)
+        return scores, scores.scores
+    if options.factors:
+        file = factors.FactorsFile(options.factors)
+        sizes = {name: file.shape_of(name) for name in file}
+        shapes = {name: (out, rank) for name, (out, _) in sizes.items()}
+        in_features = {name: inputs for name, (_, inputs) in sizes.items()}
+        base = file.metadata.base_model_name_or_path
+        return masks.LayerScores.random(shapes, in_features, seed, base), None
+    adapter = factors.LoraAdapter(str(options.adapter))
+    if options.seed is None:
+        seed = masks.recorded_seed(adapter) or 0
+    layers = dict(adapter.items())
+    lora_B = {name: layer.lora_B for name, layer in layers.items()}
+    shapes = {name: (B.shape[0], B.shape[1]) for name, B in lora_B.items()}
+    in_features = {name: layer.shape[1] for name, layer in layers.items()}
+    base = adapter.config.get("base_model_name_or_path")
+    return masks.LayerScores.random(shapes, in_features, seed, base), lora_B
 
 
 def _show(paths: list[str], output: Path, plots: bool) -> None:
     shown, adapters = {}, {}
     for label, path in _labels(paths).items():
-        shown[label] = masks.load_mask(path)
+        shown[label] = masks.load_mask(path, argument="show")
         if not Path(path).expanduser().is_file():
             folder = files.resolve_folder(path, argument="show")
             if (folder / models.CONFIG_NAME).is_file():
-                adapters[label] = factors.LoraAdapter(folder)
+                adapters[label] = factors.LoraAdapter(folder, argument="show")
     if len(shown) == 1:
         (label,) = shown
         lora_B = {name: p.lora_B for name, p in adapters[label].items()} if adapters else None

@@ -7,13 +7,13 @@ from pathlib import Path
 from .. import training
 
 
-def model_source(name: str) -> str:
+def model_source(name: str, option: str = "base") -> str:
     """The folder of a model, by path or `builtin:` name; a Hub id is returned unchanged.
 
     Raises:
         ValueError, ModuleNotFoundError, TimeoutError: as `resolve_model`.
     """
-    source = training.resolve_model(name)
+    source = training.resolve_model(name, option)
     return str(Path(source).expanduser()) if source.startswith("~") else source
 
 

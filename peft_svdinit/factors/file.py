@@ -9,20 +9,18 @@ source, method, seed and each delta's exact Frobenius norm. The same factors giv
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import TensorWriter, replacing, resolve_file, target_file
+from ..files import HeadedFile, LazyMapping, checked_fields, opened, resolve_file
 from ..linalg import frobenius_norm
 from ..models import BaseSample, natural_order, sampled_positions
 from .low_rank import LowRankFactors
@@ -30,8 +28,12 @@ from .low_rank import LowRankFactors
 logger = logging.getLogger(__name__)
 
 FACTORS_FILE_NAME = "factors.safetensors"
-FORMAT_VERSION = 1
-_HEADER_KEY = "peft_svdinit.factors"
+_FILE = HeadedFile(
+    "peft_svdinit.factors",
+    FACTORS_FILE_NAME,
+    "factors; make some with `svdinit extract` or `svdinit synthesize`",
+)
+_PARTS = ("U", "S", "Vh")
 _SAMPLE, _FIRST_ROW = "base_entries", "base"
 
 
@@ -70,7 +72,7 @@ def save_factors(
     """
     if not factors:
         raise ValueError("factors is empty: a factors file needs at least one layer")
-    target = target_file(path, FACTORS_FILE_NAME, _HEADER_KEY)
+    target = _FILE.target(path)
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     norms: dict[str, float] = {}
     shapes: dict[str, tuple[int, int]] = {}
@@ -78,8 +80,8 @@ def save_factors(
         defect = _defect(layer)
         if defect:
             raise ValueError(f"factors: layer {name} has {defect}")
-        for part, tensor in _parts(layer):
-            layout[f"{name}.{part}"] = (torch.float32, tuple(tensor.shape))
+        for part in _PARTS:
+            layout[f"{name}.{part}"] = (torch.float32, tuple(getattr(layer, part).shape))
         norms[name], shapes[name] = layer.norm, layer.shape
     samples = {name: sample for name, sample in (base_samples or {}).items() if name in norms}
     for name, sample in samples.items():
@@ -91,25 +93,17 @@ def save_factors(
                 "base_samples(model, factors)"
             )
         layout[f"{name}.{_SAMPLE}"] = (sample.dtype, tuple(sample.shape))
-    header = {"format_version": FORMAT_VERSION, **asdict(metadata), "norms": norms}
-    entry = json.dumps(header, sort_keys=True, allow_nan=False)
-    with (
-        replacing(target) as temporary,
-        TensorWriter(temporary, layout, {_HEADER_KEY: entry}) as writer,
-    ):
+    with _FILE.writer(target, {**asdict(metadata), "norms": norms}, layout) as writer:
         for name in norms:
-            for part, tensor in _parts(factors[name]):
-                writer.write(f"{name}.{part}", tensor.float())
+            layer = factors[name]
+            for part in _PARTS:
+                writer.write(f"{name}.{part}", getattr(layer, part).float())
         for name, sample in samples.items():
             writer.write(f"{name}.{_SAMPLE}", sample)
     return target
 
 
-def _parts(layer: LowRankFactors) -> tuple[tuple[str, Tensor], ...]:
-    return ("U", layer.U), ("S", layer.S), ("Vh", layer.Vh)
-
-
-class FactorsFile(Mapping[str, LowRankFactors]):
+class FactorsFile(LazyMapping[LowRankFactors]):
     """Read-only, lazy view of a factors file: module name to factors, one layer read at a time.
 
     Opening checks the header and every shape without reading tensors; reading a layer checks its
@@ -117,6 +111,7 @@ class FactorsFile(Mapping[str, LowRankFactors]):
 
     Args:
         path_or_id: a `.safetensors` file, a folder or a Hub repository with `factors.safetensors`.
+        argument: by which the user gave it; the messages of errors begin with it.
         revision: branch, tag or commit of the Hub repository.
 
     Raises:
@@ -124,98 +119,69 @@ class FactorsFile(Mapping[str, LowRankFactors]):
         ValueError: if it is a pickle, truncated, not a factors file, or of another format version.
     """
 
-    def __init__(self, path_or_id: str | os.PathLike, *, revision: str | None = None) -> None:
+    def __init__(
+        self,
+        path_or_id: str | os.PathLike,
+        *,
+        argument: str = "factors",
+        revision: str | None = None,
+    ) -> None:
         self.path = resolve_file(
-            path_or_id, FACTORS_FILE_NAME, revision=revision, argument="svd_factors"
+            path_or_id, FACTORS_FILE_NAME, revision=revision, argument=argument
         )
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                header = (file.metadata() or {}).get(_HEADER_KEY)
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{self.path} is not a readable safetensors file ({error}): truncated while "
-                "copying? Fetch or write it again"
-            ) from error
-        if header is None:
-            raise ValueError(
-                f"{self.path} is a safetensors file but not a factors file; make one with "
-                "`svdinit extract` or `svdinit synthesize`"
-            )
-        self.metadata, self._norms = self._parsed(header)
-        unlisted = {key.rpartition(".")[0] for key in shapes} - self._norms.keys()
-        if unlisted:
-            raise ValueError(
-                f"{self.path}: the header has no norm for layer {min(unlisted)}, of which the file "
-                "holds tensors; write the file again"
-            )
-        self._ranks = {name: self._checked_rank(name, shapes) for name in self._norms}
-        self._shapes = {
-            name: (shapes[f"{name}.U"][0], shapes[f"{name}.Vh"][1]) for name in self._norms
-        }
-        self._sampled = {name: shapes.get(f"{name}.{_SAMPLE}") for name in self._norms}
-        self._with_first_row = {name for name in self._norms if f"{name}.{_FIRST_ROW}" in shapes}
-        self._has_warned = False
-        for name, length in self._sampled.items():
-            if length not in (None, (len(sampled_positions(self._shapes[name])),)):
+        self._argument, self._has_warned = argument, False
+        with _FILE.opened(self.path, argument) as (file, header):
+            norms = header.pop("norms")
+            norms = checked_fields(norms, dict.fromkeys(norms, (int, float)))
+            self._norms = {name: float(norms[name]) for name in sorted(norms, key=natural_order)}
+            self.names = self._norms
+            self.metadata = FactorsMetadata(**header)
+            stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            unlisted = {key.rpartition(".")[0] for key in stored} - self._norms.keys()
+            if unlisted:
                 raise ValueError(
-                    f"{self.path}: layer {name} has base entries of shape {length}, which are not "
-                    f"those of a weight of shape {self._shapes[name]}; write the file again"
+                    f"the header has no norm for layer {min(unlisted)}, of which the file holds "
+                    "tensors; write the file again"
                 )
+            self._ranks: dict[str, int] = {}
+            self._shapes: dict[str, tuple[int, int]] = {}
+            for name in self._norms:
+                self._check(name, stored)
+        self._sampled = {name for name in self._norms if f"{name}.{_SAMPLE}" in stored}
+        self._with_first_row = {name for name in self._norms if f"{name}.{_FIRST_ROW}" in stored}
 
-    def _parsed(self, header: str) -> tuple[FactorsMetadata, dict[str, float]]:
+    def _check(self, name: str, stored: Mapping[str, tuple[int, ...]]) -> None:
+        """Note the rank and the shape of a layer, or raise ValueError."""
         try:
-            fields = json.loads(header)
-            version = fields.pop("format_version", None)
-            if version == FORMAT_VERSION:
-                norms = fields.pop("norms")
-                ordered = {name: float(norms[name]) for name in sorted(norms, key=natural_order)}
-                return FactorsMetadata(**fields), ordered
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{self.path} has a damaged factors header ({error}); write the file again"
-            ) from error
-        raise ValueError(
-            f"{self.path} has format version {version}, this peft-svdinit reads {FORMAT_VERSION}: "
-            "upgrade peft-svdinit or write the file again"
-        )
-
-    def _checked_rank(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        try:
-            (_, rank), (length,), (rows, _) = (
-                shapes[f"{name}.{part}"] for part in ("U", "S", "Vh")
-            )
+            (out, rank), (length,), (rows, inputs) = (stored[f"{name}.{part}"] for part in _PARTS)
         except (KeyError, ValueError):
             raise ValueError(
-                f"{self.path}: layer {name} lacks U, S or Vh, or one has the wrong number of "
-                "dimensions; write the file again"
+                f"layer {name} lacks U, S or Vh, or one has the wrong number of dimensions; write "
+                "the file again"
             ) from None
         if not 1 <= rank == length == rows:
             raise ValueError(
-                f"{self.path}: layer {name} has factors of ranks {rank}, {length} and {rows} in "
-                "U, S and Vh, which must agree"
+                f"layer {name} has factors of ranks {rank}, {length} and {rows} in U, S and Vh, "
+                "which must agree"
             )
-        return rank
+        self._ranks[name], self._shapes[name] = rank, (out, inputs)
+        sample = stored.get(f"{name}.{_SAMPLE}")
+        if sample not in (None, (len(sampled_positions((out, inputs))),)):
+            raise ValueError(
+                f"layer {name} has base entries of shape {sample}, which are not those of a weight "
+                f"of shape {(out, inputs)}; write the file again"
+            )
 
     def __getitem__(self, name: str) -> LowRankFactors:
         if name not in self._norms:
             raise KeyError(name)
-        with safe_open(self.path, framework="pt") as file:
-            U, S, Vh = (file.get_tensor(f"{name}.{part}").float() for part in ("U", "S", "Vh"))
-        layer = LowRankFactors(U, S, Vh, self._norms[name])
-        defect = _defect(layer)
-        if defect:
-            raise ValueError(f"{self.path}: layer {name} has {defect}; write the file again")
+        with opened(self.path, self._argument) as file:
+            U, S, Vh = (file.get_tensor(f"{name}.{part}").float() for part in _PARTS)
+            layer = LowRankFactors(U, S, Vh, self._norms[name])
+            defect = _defect(layer)
+            if defect:
+                raise ValueError(f"layer {name} has {defect}; write the file again")
         return layer
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._norms  # Mapping's own would read the layer
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._norms)
-
-    def __len__(self) -> int:
-        return len(self._norms)
 
     def rank_of(self, name: str) -> int:
         """Triplets held for a layer, without reading it."""
@@ -230,7 +196,7 @@ class FactorsFile(Mapping[str, LowRankFactors]):
 
         The first time that they are of the form of before, a warning says what these cannot show.
         """
-        of_first_row = self._sampled[name] is None
+        of_first_row = name not in self._sampled
         if of_first_row and name not in self._with_first_row:
             return None
         if of_first_row and not self._has_warned:
@@ -242,7 +208,7 @@ class FactorsFile(Mapping[str, LowRankFactors]):
                 self.path,
                 self._rewriting_command(),
             )
-        with safe_open(self.path, framework="pt") as file:
+        with opened(self.path, self._argument) as file:
             entries = file.get_tensor(f"{name}.{_FIRST_ROW if of_first_row else _SAMPLE}")
         return BaseSample(entries, of_first_row)
 

@@ -1,9 +1,9 @@
 from .atomic import replacing as replacing
 from .atomic import write_json as write_json
 from .atomic import write_text as write_text
+from .headed_file import HeadedFile as HeadedFile
 from .headed_file import checked_fields as checked_fields
-from .headed_file import opened_headed as opened_headed
-from .headed_file import write_headed as write_headed
+from .lazy_mapping import LazyMapping as LazyMapping
 from .locate import file_stamps as file_stamps
 from .locate import hub_pickles as hub_pickles
 from .locate import inside as inside
@@ -12,7 +12,9 @@ from .locate import read_json as read_json
 from .locate import refuse_pickle as refuse_pickle
 from .locate import resolve_file as resolve_file
 from .locate import resolve_folder as resolve_folder
+from .opening import opened as opened
 from .tensor_file import TensorFile as TensorFile
+from .tensor_writer import FLOAT_DTYPES as FLOAT_DTYPES
 from .tensor_writer import TensorWriter as TensorWriter
-from .tensor_writer import target_file as target_file
+from .tensor_writer import write_tensors as write_tensors
 from .wrong_kind import WrongKind as WrongKind

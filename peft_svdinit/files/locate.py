@@ -58,10 +58,12 @@ def resolve_file(
     if path.is_file():
         return path
     if path.is_dir():
-        inside = path / file_name
-        if not inside.is_file():
-            raise FileNotFoundError(f"{argument}: the folder {path} has no {file_name}")
-        return inside
+        found = path / file_name
+        if found.is_file():
+            return found
+        if found.with_suffix(".bin").is_file():
+            refuse_pickle(found.with_suffix(".bin"), argument)
+        raise FileNotFoundError(f"{argument}: the folder {path} has no {file_name}")
     if is_local(path_or_id):
         raise FileNotFoundError(f"{argument}: there is no file or folder {path}")
     try:
@@ -147,7 +149,7 @@ def read_json(path: Path, argument: str) -> dict[str, Any]:
     return value
 
 
-def inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str, argument: str) -> Path:
     """`folder / name`, refused if `name` (read from somebody's file) leads out of the folder.
 
     Raises:
@@ -156,7 +158,7 @@ def inside(folder: Path, name: str) -> Path:
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name:
         raise ValueError(
-            f"{folder}: refusing the file name {name!r}, which leads out of the folder"
+            f"{argument}: {folder}: refusing the file name {name!r}, which leads out of the folder"
         )
     return folder / name
 

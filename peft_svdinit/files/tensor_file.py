@@ -8,18 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from .locate import refuse_pickle
+from .opening import opened
+from .tensor_writer import FLOAT_DTYPES
 from .wrong_kind import WrongKind
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
 # Pages of the mapped file that were read count as resident until it is closed.
 _BYTES_MAPPED = 1 << 25
 
@@ -29,6 +25,7 @@ class TensorFile:
 
     Args:
         path: the file.
+        argument: by which the user gave it.
 
     Raises:
         FileNotFoundError: if it does not exist.
@@ -36,30 +33,24 @@ class TensorFile:
         TypeError: if a tensor is quantised or no floating-point number.
     """
 
-    def __init__(self, path: Path) -> None:
-        refuse_pickle(path, "adapter")
+    def __init__(self, path: Path, argument: str = "adapter") -> None:
+        refuse_pickle(path, argument)
         if not path.is_file():
-            raise FileNotFoundError(f"adapter: there is no file {path}")
-        self.path = path
+            raise FileNotFoundError(f"{argument}: there is no file {path}")
+        self.path, self.argument = path, argument
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        try:
-            with safe_open(path, framework="pt") as file:
-                self.metadata: dict[str, str] = dict(file.metadata() or {})
-                stored = {key: file.get_slice(key) for key in file.keys()}
-                found = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in stored.items()}
-        except SafetensorError as error:
-            raise ValueError(
-                f"adapter: {path} is not a readable safetensors file ({error}): truncated while "
-                "copying? Fetch it again"
-            ) from error
-        for key, (shape, dtype) in found.items():
-            if dtype not in _DTYPES:
-                raise WrongKind(
-                    f"adapter: {key} in {path} is stored as {dtype}; an adapter must be in "
-                    f"{', '.join(_DTYPES)}: dequantise it first"
-                )
-            self.shapes[key], self.dtypes[key] = shape, _DTYPES[dtype]
+        with opened(path, argument) as file:
+            self.metadata: dict[str, str] = dict(file.metadata() or {})
+            for key in file.keys():
+                stored = file.get_slice(key)
+                dtype = stored.get_dtype()
+                if dtype not in FLOAT_DTYPES:
+                    raise WrongKind(
+                        f"{argument}: {key} in {path} is stored as {dtype}; an adapter must be in "
+                        f"{', '.join(FLOAT_DTYPES)}: dequantise it first"
+                    )
+                self.shapes[key], self.dtypes[key] = tuple(stored.get_shape()), FLOAT_DTYPES[dtype]
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[str], Tensor]]:
@@ -80,7 +71,9 @@ class TensorFile:
                 file, mapped = safe_open(self.path, framework="pt"), 0
             tensor = file.get_tensor(key)
             if not all(math.isfinite(bound) for bound in torch.aminmax(tensor)):
-                raise ValueError(f"adapter: {key} in {self.path} has NaN or infinite entries")
+                raise ValueError(
+                    f"{self.argument}: {key} in {self.path} has NaN or infinite entries"
+                )
             return tensor.float()
 
         yield read

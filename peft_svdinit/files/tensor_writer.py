@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .atomic import replacing
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -34,34 +35,8 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 _ORDER = list(_NAMES)
-
-
-def target_file(path: str | os.PathLike, file_name: str, key: str) -> Path:
-    """Where to write: the `.safetensors` file that is named, or `file_name` in a folder.
-
-    Args:
-        key: entry of the header's metadata that tells files of this kind.
-
-    Raises:
-        ValueError: if the file that is named is there and of another kind: weights, say.
-    """
-    target = Path(path).expanduser()
-    if target.suffix != ".safetensors":
-        return target / file_name
-    if target.is_file() and key not in _metadata(target):
-        raise ValueError(
-            f"{target} is a file of another kind than the one to be written there, and would be "
-            "lost; choose another name, or delete it"
-        )
-    return target
-
-
-def _metadata(path: Path) -> Mapping[str, str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except SafetensorError:
-        return {}
+FLOAT_DTYPES = {name: dtype for dtype, name in _NAMES.items() if dtype.is_floating_point}
+"""The dtypes of weights that are not quantised, as the format names them."""
 
 
 class TensorWriter:
@@ -179,3 +154,24 @@ class TensorWriter:
             self._file.close()
         except OSError:
             pass  # a full disk was reported by the write that failed
+
+
+@contextmanager
+def replacing_tensors(
+    path: str | os.PathLike, layout: Layout, metadata: Mapping[str, str] | None = None
+) -> Iterator[TensorWriter]:
+    """A `TensorWriter` whose file is at `path` in the end, whole, or not at all."""
+    with replacing(path) as temporary, TensorWriter(temporary, layout, metadata) as writer:
+        yield writer
+
+
+def write_tensors(
+    path: str | os.PathLike,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors that are in memory, atomically."""
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with replacing_tensors(path, layout, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)

@@ -1,10 +1,8 @@
-from .from_disk import AdapterShapes as AdapterShapes
-from .from_disk import Choice as Choice
-from .from_disk import magnitude_mask as magnitude_mask
-from .from_disk import random_mask as random_mask
-from .from_disk import shapes_of_factors as shapes_of_factors
-from .from_disk import teacher_mask as teacher_mask
-from .making import mask_from_scores as mask_from_scores
+from .choosing import select as select
+from .from_disk import recorded_seed as recorded_seed
+from .from_disk import scores_of_adapter as scores_of_adapter
+from .from_disk import scores_of_teacher as scores_of_teacher
+from .layer_scores import LayerScores as LayerScores
 from .mask import LoriMask as LoriMask
 from .mask import MaskedLayer as MaskedLayer
 from .mask_file import COMPACT_FILE_NAME as COMPACT_FILE_NAME
@@ -23,10 +21,6 @@ from .scores import magnitude_scores as magnitude_scores
 from .scores import random_scores as random_scores
 from .scores import teacher_scores as teacher_scores
 from .scores_file import SCORES_FILE_NAME as SCORES_FILE_NAME
-from .scores_file import LayerScores as LayerScores
 from .scores_file import load_scores as load_scores
 from .scores_file import save_scores as save_scores
-from .selection import check_density as check_density
-from .selection import check_floor as check_floor
-from .selection import check_scope as check_scope
-from .selection import select as select
+from .selection import Selection as Selection

@@ -21,15 +21,16 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from ..files import checked_fields, opened_headed, resolve_file, target_file, write_headed
+from ..files import HeadedFile, checked_fields
 from ..models import natural_order
 from .mask import LoriMask, MaskedLayer
-from .selection import check_density, check_floor, check_scope
+from .selection import Selection
 
 MASK_FILE_NAME = "lori_mask.safetensors"
 COMPACT_FILE_NAME = "lori_adapter.safetensors"
-_HEADER_KEY = "peft_svdinit.lori"
-_LACKING = "no LoRI mask; make one with `svdinit mask`"
+_KEY, _WHAT = "peft_svdinit.lori", "LoRI mask; make one with `svdinit mask`"
+_MASK = HeadedFile(_KEY, MASK_FILE_NAME, _WHAT)
+_COMPACT = HeadedFile(_KEY, COMPACT_FILE_NAME, _WHAT)
 # Of JSON values; a number such as 1 may be written without a point.
 _KINDS: dict[str, tuple[type, ...]] = {
     "density": (int, float),
@@ -64,7 +65,7 @@ def save_mask(path: str | os.PathLike, mask: LoriMask) -> Path:
     Raises:
         ValueError: if the mask has no layer, keeps nothing in one, or another file is at the path.
     """
-    return _write(target_file(path, MASK_FILE_NAME, _HEADER_KEY), mask, {}, None)
+    return _write(_MASK.target(path), mask, {}, None)
 
 
 def save_compact(path: str | os.PathLike, adapter: CompactAdapter) -> Path:
@@ -73,7 +74,7 @@ def save_compact(path: str | os.PathLike, adapter: CompactAdapter) -> Path:
     Raises:
         ValueError: as `save_mask`, and if values do not fit their mask or are not finite.
     """
-    target = target_file(path, COMPACT_FILE_NAME, _HEADER_KEY)
+    target = _COMPACT.target(path)
     other = adapter.values.keys() ^ adapter.mask.layers.keys()
     if other:
         raise ValueError(f"layer {min(other)} has a mask without values, or values without a mask")
@@ -89,38 +90,48 @@ def save_compact(path: str | os.PathLike, adapter: CompactAdapter) -> Path:
     return _write(target, adapter.mask, adapter.values, adapter.config)
 
 
-def load_mask(path_or_id: str | os.PathLike, *, revision: str | None = None) -> LoriMask:
+def load_mask(
+    path_or_id: str | os.PathLike, *, revision: str | None = None, argument: str = "mask"
+) -> LoriMask:
     """The mask of a file, or of a folder or Hub repository with `lori_mask.safetensors`.
+
+    Args:
+        path_or_id: the file, folder or repository.
+        revision: branch, tag or commit of the Hub repository.
+        argument: by which the user gave it; the messages of errors begin with it.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is a pickle, truncated, no mask, of another format version, keeps nothing
             in a layer, or contradicts itself.
     """
-    path = resolve_file(path_or_id, MASK_FILE_NAME, revision=revision, argument="lori_mask")
-    with opened_headed(path, _HEADER_KEY, _LACKING) as (file, header):
-        return _mask(path, file, header)
+    with _MASK.opened(path_or_id, argument, revision) as (file, header):
+        return _read(file, header)
 
 
-def load_compact(path_or_id: str | os.PathLike, *, revision: str | None = None) -> CompactAdapter:
+def load_compact(
+    path_or_id: str | os.PathLike, *, revision: str | None = None, argument: str = "adapter"
+) -> CompactAdapter:
     """The adapter of a file, or of a folder or Hub repository with `lori_adapter.safetensors`.
+
+    Args:
+        path_or_id, revision, argument: as of `load_mask`.
 
     Raises:
         FileNotFoundError, ValueError: as `load_mask`, and if the file is a mask without values.
     """
-    path = resolve_file(path_or_id, COMPACT_FILE_NAME, revision=revision, argument="adapter")
-    with opened_headed(path, _HEADER_KEY, _LACKING) as (file, header):
+    with _COMPACT.opened(path_or_id, argument, revision) as (file, header):
         if not isinstance(header.get("config"), dict):
-            raise ValueError(f"adapter: {path} is a mask without trained values")
-        mask = _mask(path, file, header)
+            raise ValueError("it is a mask without trained values")
+        mask = _read(file, header)
         values = {name: file.get_tensor(f"{name}.values") for name in mask.layers}
-    for name, layer in mask.layers.items():
-        if values[name].shape != (layer.kept,) or not torch.isfinite(values[name]).all():
-            raise ValueError(
-                f"{path}: layer {name} needs {layer.kept} finite values for its mask; write the "
-                "file again"
-            )
-    return CompactAdapter(mask, values, header["config"])
+        for name, layer in mask.layers.items():
+            if values[name].shape != (layer.kept,) or not torch.isfinite(values[name]).all():
+                raise ValueError(
+                    f"layer {name} needs {layer.kept} finite values for its mask; write the file "
+                    "again"
+                )
+        return CompactAdapter(mask, values, header["config"])
 
 
 def pack(mask: Bool[Tensor, "out rank"]) -> UInt8[Tensor, " bytes"]:
@@ -137,9 +148,7 @@ def unpack(bits: UInt8[Tensor, " bytes"], shape: tuple[int, int]) -> Bool[Tensor
 def _write(
     target: Path, mask: LoriMask, values: Mapping[str, Tensor], config: Mapping[str, Any] | None
 ) -> Path:
-    if not mask.layers:
-        raise ValueError("the mask has no layer")
-    _refuse_empty_layers("the mask", mask.layers)
+    _refuse_empty(mask.layers)
     layers = {
         name: [*layer.mask.shape, layer.in_features, layer.hash_A]
         for name, layer in mask.layers.items()
@@ -152,45 +161,41 @@ def _write(
     header["checksum"] = _checksum(packed)
     tensors = {f"{name}.mask": bits for name, bits in packed.items()}
     tensors |= {f"{name}.values": entries for name, entries in values.items()}
-    write_headed(target, _HEADER_KEY, header, tensors)
+    _MASK.write(target, header, tensors)
     return target
 
 
-def _mask(path: Path, file: Any, header: Mapping[str, Any]) -> LoriMask:
+def _read(file: Any, header: Mapping[str, Any]) -> LoriMask:
     layers: dict[str, MaskedLayer] = {}
     packed: dict[str, Tensor] = {}
     for name in sorted(header["layers"], key=natural_order):
-        rows, rank, in_features, hash_A = _layer_entry(path, name, header["layers"][name])
+        rows, rank, in_features, hash_A = _layer_entry(name, header["layers"][name])
         bits = file.get_tensor(f"{name}.mask")
         if bits.dtype != torch.uint8 or bits.shape != (-(-rows * rank // 8),):
             raise ValueError(
-                f"{path}: the mask of layer {name} is {bits.dtype} of shape {tuple(bits.shape)}, "
-                f"which is not that of {rows} x {rank} bits; write the file again"
+                f"the mask of layer {name} is {bits.dtype} of shape {tuple(bits.shape)}, which is "
+                f"not that of {rows} x {rank} bits; write the file again"
             )
         packed[name] = bits
         layers[name] = MaskedLayer(unpack(bits, (rows, rank)), in_features, hash_A)
-    if not layers:
-        raise ValueError(f"{path} has no layer")
     if header["checksum"] != _checksum(packed):
         raise ValueError(
-            f"{path}: the masks are not those of the header's checksum: damaged while copying? "
-            "Fetch or write it again"
+            "the masks are not those of the header's checksum: damaged while copying? Fetch or "
+            "write it again"
         )
-    _refuse_empty_layers(str(path), layers)
-    fields = checked_fields(path, header, _KINDS)
-    check_density(fields["density"])
-    check_floor(fields["floor"], fields["density"])
-    check_scope(fields["scope"], fields["density"])
+    _refuse_empty(layers)
+    fields = checked_fields(header, _KINDS)
+    Selection(fields["density"], fields["scope"], fields["floor"])
     return LoriMask(layers, **fields)
 
 
-def _layer_entry(path: Path, name: str, entry: Any) -> tuple[int, int, int, str]:
+def _layer_entry(name: str, entry: Any) -> tuple[int, int, int, str]:
     """(out, rank, in, hash of A) of a layer, as the header has it."""
     if isinstance(entry, list) and len(entry) == 4:
         *sizes, hash_A = entry
         if isinstance(hash_A, str) and all(type(size) is int and size > 0 for size in sizes):
             return sizes[0], sizes[1], sizes[2], hash_A
-    raise ValueError(f"{path} has a damaged header: layer {name} is {entry!r}")
+    raise ValueError(f"damaged header: layer {name} is {entry!r}; write the file again")
 
 
 def _checksum(packed: Mapping[str, UInt8[Tensor, " bytes"]]) -> str:
@@ -201,10 +206,12 @@ def _checksum(packed: Mapping[str, UInt8[Tensor, " bytes"]]) -> str:
     return digest.hexdigest()
 
 
-def _refuse_empty_layers(what: str, layers: Mapping[str, MaskedLayer]) -> None:
+def _refuse_empty(layers: Mapping[str, MaskedLayer]) -> None:
+    if not layers:
+        raise ValueError("the mask has no layer")
     for name, layer in layers.items():
         if not layer.kept:
             raise ValueError(
-                f"{what} keeps nothing in layer {name}, which would never be trained: choose again "
-                'with a floor, such as floor=0.01, or scope="matrix"'
+                f"the mask keeps nothing in layer {name}, which would never be trained: choose "
+                'again with a floor, such as floor=0.01, or scope="matrix"'
             )

@@ -24,21 +24,24 @@ class LinearModule:
     transposed: bool
 
 
-def model_skeleton(folder: str | os.PathLike) -> nn.Module:
+def model_skeleton(path_or_id: str | os.PathLike, argument: str = "base") -> nn.Module:
     """The model of a checkpoint folder on the meta device: names and shapes, no memory.
+
+    Args:
+        path_or_id: the folder or Hub repository.
+        argument: by which the user gave it; the messages of errors begin with it.
 
     Raises:
         ValueError: if it has no configuration, or that names no architecture of transformers.
     """
+    place = f"{argument}: {os.fspath(path_or_id)}"
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
     except OSError as error:
-        raise ValueError(
-            f"{os.fspath(folder)} has no config.json that can be read: {error}"
-        ) from error
+        raise ValueError(f"{place} has no config.json that can be read: {error}") from error
     except ValueError as error:
         raise ValueError(
-            f"{os.fspath(folder)}: config.json is of no architecture that transformers "
+            f"{place}: config.json is of no architecture that transformers "
             f"{transformers.__version__} has itself, and code of a checkpoint is never run "
             f"({error})"
         ) from error
@@ -47,7 +50,7 @@ def model_skeleton(folder: str | os.PathLike) -> nn.Module:
     # transformers has more than models by name: functions, too, which must not be called.
     if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
         raise ValueError(
-            f"{os.fspath(folder)}: config.json names no architecture that transformers "
+            f"{place}: config.json names no architecture that transformers "
             f"{transformers.__version__} knows (architectures: {list(names)})"
         )
     with torch.device("meta"):
@@ -91,8 +94,10 @@ def _matches(name: str, target_modules: str | Sequence[str], *, is_head: bool) -
     return is_chosen(name, target_modules)
 
 
-def is_chosen(name: str, choice: str | Sequence[str]) -> bool:
+def is_chosen(name: str, choice: str | Sequence[str], argument: str = "target_modules") -> bool:
     """Whether a module is meant by a regular expression for whole names, or a list of endings.
+
+    `argument` is what the user gave the choice as.
 
     Raises:
         ValueError: if the expression is broken.
@@ -102,7 +107,7 @@ def is_chosen(name: str, choice: str | Sequence[str]) -> bool:
             return re.fullmatch(choice, name) is not None
         except re.error as error:
             raise ValueError(
-                f"{choice!r} is no regular expression ({error}); correct it, or give a list of "
-                "names or name endings"
+                f"{argument}: {choice!r} is no regular expression ({error}); correct it, or give a "
+                "list of names or name endings"
             ) from None
     return any(name == ending or name.endswith(f".{ending}") for ending in choice)

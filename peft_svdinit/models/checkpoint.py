@@ -11,22 +11,15 @@ from typing import NoReturn
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import hub_pickles, inside, read_json, resolve_folder
+from ..files import FLOAT_DTYPES, hub_pickles, inside, opened, read_json, resolve_folder
 from .recognition import Position
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK_ENTRIES = 1 << 19
 _BLOCKS_MAPPED = 16
 _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
-_WEIGHT_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 
 class Checkpoint:
@@ -34,7 +27,7 @@ class Checkpoint:
 
     Args:
         path_or_id: a folder or Hub repository.
-        argument: the name of the caller's argument, for errors.
+        argument: by which the user gave it; the messages of errors begin with it.
         revision: branch, tag or commit of the Hub repository.
 
     Raises:
@@ -52,18 +45,12 @@ class Checkpoint:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         for path in self._shards():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for key in file.keys():
-                        self._file_of[key] = path
-                        tensor = file.get_slice(key)
-                        self.shapes[key] = tuple(tensor.get_shape())
-                        self.dtypes[key] = tensor.get_dtype()
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{argument}: {path} is not a readable safetensors file ({error}): truncated "
-                    "while copying? Fetch it again"
-                ) from error
+            with opened(path, argument) as file:
+                for key in file.keys():
+                    self._file_of[key] = path
+                    tensor = file.get_slice(key)
+                    self.shapes[key] = tuple(tensor.get_shape())
+                    self.dtypes[key] = tensor.get_dtype()
 
     def _shards(self) -> list[Path]:
         if (self.folder / _SINGLE).is_file():  # As in transformers, before an index.
@@ -76,7 +63,9 @@ class Checkpoint:
                     f"{self.argument}: {self.folder / _INDEX} must map tensors to file names in "
                     '"weight_map": truncated while copying? Fetch it again'
                 )
-            paths = [inside(self.folder, name) for name in sorted(set(map_.values()))]
+            paths = [
+                inside(self.folder, name, self.argument) for name in sorted(set(map_.values()))
+            ]
         else:
             if any(self.folder.glob("pytorch_model*.bin")):
                 self._refuse_pickle(self.folder, self.folder)
@@ -102,7 +91,7 @@ class Checkpoint:
 
     def tensor(self, key: str) -> Tensor:
         """One tensor; its file is reopened each time, so that no mapped pages pile up."""
-        with safe_open(self._file_of[key], framework="pt") as file:
+        with opened(self._file_of[key], self.argument) as file:
             return file.get_tensor(key)
 
     def blocks(self, key: str, rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -117,7 +106,7 @@ class Checkpoint:
         step = max(1, BLOCK_ENTRIES // max(1, math.prod(shape[1:])))
         for start in range(0, last, _BLOCKS_MAPPED * step):
             end = min(start + _BLOCKS_MAPPED * step, last)
-            with safe_open(self._file_of[key], framework="pt") as file:
+            with opened(self._file_of[key], self.argument) as file:
                 if not shape:
                     yield 0, file.get_tensor(key)
                     return
@@ -135,8 +124,8 @@ class Checkpoint:
         return sorted(set(self._file_of.values()))
 
     def stored_key(self, key: str, prefix: str) -> str | None:
-        """`key` as this file spells it: unchanged, or without or with the model's prefix."""
-        for candidate in _spellings(key, prefix):
+        """`key` as this file spells it."""
+        for candidate in spellings(key, prefix):
             if candidate in self.shapes:
                 return candidate
         return None
@@ -148,7 +137,7 @@ class Checkpoint:
         megabytes perhaps.
         """
         cols = self.shapes[key][1]
-        dtype = _WEIGHT_DTYPES[self.dtypes[key]]
+        dtype = FLOAT_DTYPES[self.dtypes[key]]
         with open(self._file_of[key], "rb", buffering=0) as file:
             length = int.from_bytes(file.read(8), "little")
             first = 8 + length + json.loads(file.read(length))[key]["data_offsets"][0]
@@ -159,5 +148,6 @@ class Checkpoint:
         return torch.frombuffer(stored, dtype=dtype)
 
 
-def _spellings(key: str, prefix: str) -> tuple[str, str, str]:
+def spellings(key: str, prefix: str) -> tuple[str, str, str]:
+    """How a file may spell a key: unchanged, or without or with the model's prefix."""
     return key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}"

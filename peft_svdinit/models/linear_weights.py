@@ -10,17 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..files import WrongKind
+from ..files import FLOAT_DTYPES, LazyMapping, WrongKind
 from .architecture import LinearModule, is_chosen, linear_modules, model_skeleton
-from .checkpoint import (
-    _WEIGHT_DTYPES,
-    Checkpoint,
-    _spellings,
-)
+from .checkpoint import Checkpoint, spellings
 from .recognition import Position, sampled_positions
 
 
-class LinearWeights(Mapping[str, Tensor]):
+class LinearWeights(LazyMapping[Tensor]):
     """Read-only, lazy view of the linear layers: module name to weight, float32 (out, in).
 
     The layers are those of the architecture, so that Conv1D weights are turned to (out, in) and
@@ -50,19 +46,31 @@ class LinearWeights(Mapping[str, Tensor]):
         longer_modules: str | Sequence[str] = (),
     ) -> None:
         self.checkpoint = checkpoint
-        self.skeleton = model_skeleton(architecture or checkpoint.folder)
+        self.skeleton = model_skeleton(architecture or checkpoint.folder, checkpoint.argument)
         self.prefix = getattr(self.skeleton, "base_model_prefix", "")
         self.tied_to = _tied_parameters(self.skeleton)
-        self.modules = {
+        self.names = self.modules = {
             name: module
             for name, module in linear_modules(self.skeleton, target_modules).items()
-            if not is_chosen(name, exclude_modules)
+            if not is_chosen(name, exclude_modules, "exclude_modules")
         }
         if not self.modules:
             raise ValueError(f"exclude_modules={exclude_modules!r} leaves no linear layer")
         self.keys_of = {name: self._key(name) for name in self.modules}
         for module in self.modules.values():
-            self._check(module, may_be_longer=is_chosen(module.name, longer_modules))
+            self._check(
+                module, may_be_longer=is_chosen(module.name, longer_modules, "slice_modules")
+            )
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise ValueError unless the model has all layers of deltas of these (out, in) shapes."""
+        for name, shape in shapes.items():
+            module = self.modules.get(name)
+            if module is None or (module.out_features, module.in_features) != shape:
+                raise ValueError(
+                    f"{self.checkpoint.argument}: {self.checkpoint.folder} has no linear layer "
+                    f"{name} of shape {shape} (out, in): not the base model of these deltas?"
+                )
 
     def stored_key(self, parameter: str) -> str | None:
         """The checkpoint's key of a parameter, or of the one that it is tied to."""
@@ -83,15 +91,15 @@ class LinearWeights(Mapping[str, Tensor]):
                     f"{argument}: the weight of layer {name} is stored as {packed}: quantised "
                     "checkpoints have no delta; dequantise the model first"
                 )
-        spellings = dict.fromkeys(_spellings(f"{name}.weight", self.prefix))
+        tried = dict.fromkeys(spellings(f"{name}.weight", self.prefix))
         raise ValueError(
             f"{argument}: {self.checkpoint.folder} has no weight for layer {name} (looked for "
-            f"{', '.join(spellings)}): another architecture?"
+            f"{', '.join(tried)}): another architecture?"
         )
 
     def _check(self, module: LinearModule, *, may_be_longer: bool) -> None:
         argument, key = self.checkpoint.argument, self.keys_of[module.name]
-        if self.checkpoint.dtypes[key] not in _WEIGHT_DTYPES:
+        if self.checkpoint.dtypes[key] not in FLOAT_DTYPES:
             raise WrongKind(
                 f"{argument}: the weight of layer {module.name} is stored as "
                 f"{self.checkpoint.dtypes[key]}: quantised checkpoints have no delta; dequantise "
@@ -138,15 +146,6 @@ class LinearWeights(Mapping[str, Tensor]):
         for start, block in self.blocks(name):
             weight[start : start + len(block)] = block
         return self.oriented(name, weight)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.modules  # Mapping's own would read the layer
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.modules)
-
-    def __len__(self) -> int:
-        return len(self.modules)
 
     def entries(self, name: str, positions: Sequence[Position]) -> Float[Tensor, " n"]:
         """Entries of the (out, in) weight in its stored dtype, without reading the rest."""

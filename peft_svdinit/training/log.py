@@ -96,12 +96,15 @@ class TrainingLog:
         self.whole = True
 
 
-def read_training_log(path: str | os.PathLike, *, drop_torn_line: bool = False) -> list[Row]:
+def read_training_log(
+    path: str | os.PathLike, *, drop_torn_line: bool = False, argument: str = "run"
+) -> list[Row]:
     """The rows of a `training_log.csv`, each with all columns of the file.
 
     Args:
         path: the file.
         drop_torn_line: ignore a last line without its newline, as a killed writer leaves it.
+        argument: by which the user gave the run; the messages of errors begin with it.
 
     Returns:
         One dict per row: `step` and `tokens` are ints, all others floats (NaN and infinities
@@ -110,25 +113,25 @@ def read_training_log(path: str | os.PathLike, *, drop_torn_line: bool = False) 
     Raises:
         ValueError: if the file is missing, torn, or not a training log.
     """
-    path = Path(path)
+    path, place = Path(path), f"{argument}: {path}"
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise ValueError(
-            f"{path} does not exist; a run with ComparisonCallback writes it"
+            f"{place} does not exist; a run with ComparisonCallback writes it"
         ) from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a training log: {error}") from error
+        raise ValueError(f"{place} is not a training log: {error}") from error
     if not text.endswith("\n"):
         if not drop_torn_line or "\n" not in text:
             raise ValueError(
-                f"{path} is torn: its last line is incomplete; resume the run or delete it"
+                f"{place} is torn: its last line is incomplete; resume the run or delete it"
             )
         text = text[: text.rindex("\n") + 1]
     try:
         header, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     except csv.Error as error:
-        raise ValueError(f"{path} is not a training log: {error}") from error
+        raise ValueError(f"{place} is not a training log: {error}") from error
     extra = header[len(COLUMNS) :]
     if (
         tuple(header[: len(COLUMNS)]) != COLUMNS
@@ -136,22 +139,22 @@ def read_training_log(path: str | os.PathLike, *, drop_torn_line: bool = False) 
         or not all(column.startswith(EVAL_PREFIX) for column in extra)
     ):
         raise ValueError(
-            f"the header of {path} must be {','.join(COLUMNS)} and then distinct {EVAL_PREFIX}* "
+            f"{place}: the header must be {','.join(COLUMNS)} and then distinct {EVAL_PREFIX}* "
             f"columns, got {','.join(header)}"
         )
     rows: list[Row] = []
     for number, cells in enumerate(lines, start=2):
         if len(cells) != len(header):
             raise ValueError(
-                f"{path}, line {number}: {len(header)} cells expected, {len(cells)} found"
+                f"{place}, line {number}: {len(header)} cells expected, {len(cells)} found"
             )
         row = {
-            name: _parsed(name, cell, path, number)
+            name: _parsed(name, cell, f"{place}, line {number}")
             for name, cell in zip(header, cells, strict=True)
         }
         if row["step"] is None or row["step"] < (rows[-1]["step"] if rows else 0):
             raise ValueError(
-                f"{path}, line {number}: step must be present and not decrease, got {cells[0]!r}"
+                f"{place}, line {number}: step must be present and not decrease, got {cells[0]!r}"
             )
         rows.append(row)
     return rows
@@ -163,10 +166,10 @@ def _csv_line(values: Iterable[Any]) -> str:
     return line.getvalue()
 
 
-def _parsed(name: str, cell: str, path: Path, line: int) -> int | float | None:
+def _parsed(name: str, cell: str, place: str) -> int | float | None:
     if cell == "":
         return None
     try:
         return int(cell) if name in INTEGERS else float(cell)
     except ValueError:
-        raise ValueError(f"{path}, line {line}: {name} must be a number, got {cell!r}") from None
+        raise ValueError(f"{place}: {name} must be a number, got {cell!r}") from None

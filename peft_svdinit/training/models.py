@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from transformers import (
@@ -24,7 +24,6 @@ class ModelOptions:
     """The base model, and how it is loaded."""
 
     _argument_group_name = "model"
-    _known_as: ClassVar = {"model_name_or_path": ["base"]}
 
     model_name_or_path: str = field(
         default="builtin:smollm2-135m",

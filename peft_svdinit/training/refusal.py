@@ -40,7 +40,7 @@ def as_typed(message: str, options: Sequence[Any]) -> str:
     its dataclass says so in `_known_as`, a mapping of the option to these names.
     """
     typed = {name: f"--{option}" for name, option in _names(options).items()}
-    names = "|".join(map(re.escape, typed))
+    names = "|".join(map(re.escape, typed)) or "(?!)"
     compound = "|".join(re.escape(name) for name in typed if "_" in name) or "(?!)"
     outside = r"(?<![\w./('\"-])"
     return re.sub(
@@ -51,14 +51,13 @@ def as_typed(message: str, options: Sequence[Any]) -> str:
 
 
 def _names(options: Sequence[Any]) -> dict[str, str]:
-    """The option that every name in a message means; of two, the one that was given."""
-    meant: dict[str, str] = {}
+    """The option that every name in a message means, of those that were given."""
+    own: dict[str, str] = {}
+    others: dict[str, str] = {}
     for group in options:
-        for option, names in getattr(group, "_known_as", {}).items():
-            if isinstance(group, type) or getattr(group, option):
-                meant |= dict.fromkeys(names, option)
-    for group in options:
-        own = [entry for entry in fields(group) if entry.init]
-        used = [e for e in own if isinstance(group, type) or getattr(group, e.name) is not None]
-        meant |= {entry.name: entry.name for entry in used}
-    return meant
+        known_as = getattr(group, "_known_as", {})
+        for entry in fields(group):
+            if entry.init and (isinstance(group, type) or getattr(group, entry.name) is not None):
+                own[entry.name] = entry.name
+                others |= dict.fromkeys(known_as.get(entry.name, ()), entry.name)
+    return others | own

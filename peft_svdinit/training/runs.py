@@ -6,7 +6,6 @@ ended, so a run that was killed stays recognisable.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import read_json, write_json
 from .log import TRAINING_LOG, Row, read_training_log
 
 FORMAT_VERSION = 1
@@ -59,46 +58,47 @@ class Run:
         return losses[-1] if losses else None
 
 
-def read_run(directory: str | os.PathLike) -> Run:
+def read_run(directory: str | os.PathLike, argument: str = "run") -> Run:
     """Read one run directory.
+
+    Args:
+        directory: of the run.
+        argument: by which the user gave it; the messages of errors begin with it.
 
     Raises:
         ValueError: if a file is missing, torn or malformed, or of an unknown format version.
     """
     directory = Path(directory)
-    return Run(directory, read_run_info(directory), read_training_log(directory / TRAINING_LOG))
+    info = read_run_info(directory, argument)
+    return Run(directory, info, read_training_log(directory / TRAINING_LOG, argument=argument))
 
 
-def read_run_info(directory: str | os.PathLike) -> dict[str, Any]:
+def read_run_info(directory: str | os.PathLike, argument: str = "run") -> dict[str, Any]:
     """The content of `run.json` in `directory`.
 
     Raises:
         ValueError: if it is missing, torn or malformed, or of an unknown format version.
     """
     path = Path(directory) / RUN_INFO
-    try:
-        info = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.is_file():
         raise ValueError(
-            f"{path} does not exist; a run with ComparisonCallback writes it"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path} is torn or not JSON: {error}") from error
-    if not isinstance(info, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(info).__name__}")
+            f"{argument}: {path} does not exist; a run with ComparisonCallback writes it"
+        )
+    info = read_json(path, argument)
+    place = f"{argument}: {path}"
     if info.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path} must have format_version {FORMAT_VERSION}, got "
+            f"{place} must have format_version {FORMAT_VERSION}, got "
             f"{info.get('format_version')!r}; read it with the peft-svdinit that wrote it"
         )
     missing = [key for key in INFO_KEYS if key not in info]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
+        raise ValueError(f"{place} lacks {', '.join(missing)}")
     if info["status"] not in ("running", "completed"):
-        raise ValueError(f"{path}: status must be running or completed, got {info['status']!r}")
+        raise ValueError(f"{place}: status must be running or completed, got {info['status']!r}")
     for key in ("metrics", "extra"):
         if not isinstance(info[key], dict):
-            raise ValueError(f"{path}: {key} must be an object, got {info[key]!r}")
+            raise ValueError(f"{place}: {key} must be an object, got {info[key]!r}")
     return info
 
 

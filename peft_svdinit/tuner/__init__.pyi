@@ -5,6 +5,6 @@ from .calibration import gradients_of as gradients_of
 from .calibration import input_sizes as input_sizes
 from .config.lori import LoriConfig as LoriConfig
 from .config.svd import SvdLoraConfig as SvdLoraConfig
+from .post_hoc import initialize_lora_from_factors as initialize_lora_from_factors
 from .registration import register as register
 from .registration import unregister as unregister
-from .svd_start import initialize_lora_from_factors as initialize_lora_from_factors

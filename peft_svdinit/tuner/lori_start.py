@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from ..factors import LoraAdapter
 from ..files import WrongKind
 from ..masks import (
+    LayerScores,
     LoriMask,
     is_same_projection,
     load_mask,
-    mask_from_scores,
     random_projection,
-    random_scores,
     tensor_hash,
 )
 from .adapter_layers import given_memory, is_linear, lora_layers, module_name, shortened
@@ -39,7 +38,9 @@ class LoriStart:
     def __init__(self, config: LoriConfig) -> None:
         self.config = config
         self._mask = None if config.lori_mask == RANDOM else _opened(config)
-        self._start = None if config.lori_start is None else LoraAdapter(config.lori_start)
+        self._start = None
+        if config.lori_start is not None:
+            self._start = LoraAdapter(config.lori_start, argument="lori_start")
 
     def __call__(self, model: nn.Module, adapter_name: str) -> None:
         """Write A and B of every layer of the adapter, all layers checked first.
@@ -66,7 +67,10 @@ class LoriStart:
         }
         mask = None
         if config.is_sparse:
-            mask = self._mask or _random_mask(config, shapes, layers)
+            in_features = {name: layer.in_features or 0 for name, layer in layers.items()}
+            mask = self._mask or LayerScores.random(
+                shapes, in_features, config.lori_seed, config.base_model_name_or_path
+            ).mask(config.selection)
             _check_layers(mask, shapes, layers)
         for name, layer in layers.items():
             lora_A = random_projection(
@@ -90,7 +94,7 @@ class LoriStart:
 
 
 def _opened(config: LoriConfig) -> LoriMask:
-    mask = load_mask(config.lori_mask)
+    mask = load_mask(config.lori_mask, argument="lori_mask")
     if abs(mask.density - config.lori_density) > 1e-9:
         raise ValueError(
             f"lori_mask {config.lori_mask} has density {mask.density}, lori_density is "
@@ -102,21 +106,6 @@ def _opened(config: LoriConfig) -> LoriMask:
             f"{config.lori_seed}; set lori_seed={mask.seed}"
         )
     return mask
-
-
-def _random_mask(
-    config: LoriConfig, shapes: Mapping[str, tuple[int, int]], layers: Mapping[str, LoraLayer]
-) -> LoriMask:
-    return mask_from_scores(
-        random_scores(shapes, config.lori_seed),
-        {name: layer.in_features or 0 for name, layer in layers.items()},
-        density=config.lori_density,
-        seed=config.lori_seed,
-        scope=config.lori_scope,
-        floor=config.lori_floor,
-        source={"kind": RANDOM, "seed": config.lori_seed},
-        base_model_name_or_path=config.base_model_name_or_path,
-    )
 
 
 def _check_layers(

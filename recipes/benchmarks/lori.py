@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_svdinit import LoriConfig
 from peft_svdinit.adapters import compact_adapter_folder
-from peft_svdinit.masks import random_scores, select
+from peft_svdinit.masks import Selection, random_scores, select
 from peft_svdinit.training import resolve_model
 
 RANK, DENSITY = 32, 0.1
@@ -108,7 +108,7 @@ def make_methods(blocks: int | None) -> dict[str, Method]:
         for name, parameter in dense.named_parameters()
         if parameter.requires_grad
     }
-    masks = select(random_scores(shapes, 0), DENSITY)
+    masks = select(random_scores(shapes, 0), Selection(DENSITY))
     return {
         "lora": Method(adapted(LoraConfig(**options), blocks)),
         "lori": Method(adapted(LoriConfig(**options, lori_density=DENSITY), blocks)),

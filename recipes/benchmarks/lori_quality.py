@@ -34,7 +34,14 @@ from transformers import get_linear_schedule_with_warmup
 from peft_svdinit import LoriConfig
 from peft_svdinit.factors import LoraAdapter
 from peft_svdinit.files import write_json
-from peft_svdinit.masks import LoriMask, load_mask, magnitude_scores, mask_from_scores, save_mask
+from peft_svdinit.masks import (
+    LayerScores,
+    LoriMask,
+    Selection,
+    load_mask,
+    magnitude_scores,
+    save_mask,
+)
 from peft_svdinit.training import (
     DataOptions,
     ModelOptions,
@@ -202,10 +209,8 @@ class Study:
             saved = LoraAdapter(self.adapter(task, "lori_d", seed, rate))
             scores = magnitude_scores({name: layer.lora_B for name, layer in saved.items()})
             sizes = {name: layer.shape[1] for name, layer in saved.items()}
-        mask = mask_from_scores(
-            scores, sizes, density=DENSITY, seed=lori_seed, floor=0.001, source={"kind": method}
-        )
-        return save_mask(path, mask)
+        layers = LayerScores(scores, sizes, lori_seed, {"kind": method})
+        return save_mask(path, layers.mask(Selection(DENSITY, floor=0.001)))
 
     def best_rate(self, task: Task, method: str) -> float:
         """The best learning rate on the first seed, with a worse one on either side."""

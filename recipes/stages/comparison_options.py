@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from peft_svdinit import __version__
 from peft_svdinit.factors import Synthesis
@@ -27,7 +27,6 @@ class ComparisonOptions:
     """The comparison: which teacher, which starts, which seeds, which steps of the pipeline."""
 
     _argument_group_name = "comparison"
-    _known_as: ClassVar = {"teacher_adapter": ["adapter"], "teacher_model": ["tuned"]}
 
     teacher: str = field(
         default="lora",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft_svdinit import LoriConfig
-from peft_svdinit.masks import check_density, check_scope
+from peft_svdinit.masks import Selection
 from stages.quiet_arguments import QuietArguments
 
 CALIBRATED = ("magnitude", "magnitude_gradient")
@@ -76,17 +76,11 @@ class SparseOptions:
             raise ValueError(
                 f"lora_r and lora_alpha must be positive, got {self.lora_r} and {self.lora_alpha}"
             )
-        check_density(self.lori_density)
-        check_scope(self.lori_scope, self.lori_density)
+        self.selection  # noqa: B018 - refuses what cannot be selected
         if self.lori_density == 1:
             raise ValueError(
                 "lori_density=1 trains all of B and needs no mask; use "
                 "LoriConfig(lori_density=1) with your own Trainer"
-            )
-        if self.lori_floor is not None and not 0 <= self.lori_floor <= self.lori_density:
-            raise ValueError(
-                f"lori_floor must be in [0, lori_density={self.lori_density}], got "
-                f"{self.lori_floor}"
             )
         if self.calibration_steps is not None and self.calibration_steps < 1:
             raise ValueError(f"calibration_steps must be at least 1, got {self.calibration_steps}")
@@ -108,10 +102,10 @@ class SparseOptions:
         }
 
     @property
-    def selection(self) -> dict[str, Any]:
+    def selection(self) -> Selection:
         """How a mask is chosen from scores."""
         floor = 0.1 * self.lori_density if self.lori_floor is None else self.lori_floor
-        return {"density": self.lori_density, "scope": self.lori_scope, "floor": floor}
+        return Selection(self.lori_density, self.lori_scope, floor)
 
     def config(self, *, seed: int, mask: str | None = None, start: str | None = None) -> LoriConfig:
         """The sparse adapter of a mask; the dense one that is calibrated without it."""
@@ -130,12 +124,7 @@ class SparseOptions:
 class LoriOptions(SparseOptions):
     """The adapter, where its mask comes from, and the calibration run."""
 
-    _known_as: ClassVar = {
-        **SparseOptions._known_as,
-        "lori_start": ["adapter"],
-        "mask_source": ["lori_mask"],
-        "exclude_masks": ["lori_mask"],
-    }
+    _known_as: ClassVar = {**SparseOptions._known_as, "mask_source": ["lori_mask"]}
 
     lori_seed: int = field(default=0, metadata={"help": "Seed of A, and of a random mask."})
     lori_start: str | None = field(

@@ -22,7 +22,6 @@ from peft_svdinit.masks import (
     LoriMask,
     load_mask,
     random_projection,
-    random_scores,
     save_mask,
     teacher_scores,
 )
@@ -43,8 +42,7 @@ from trainer_callbacks.lori_calibration import LoriCalibrationCallback
 
 def target_layers(model: ModelOptions, sparse: SparseOptions) -> dict[str, LinearModule]:
     """The layers that will be adapted, found without loading weights."""
-    base = resolve_model(model.model_name_or_path)
-    return linear_modules(model_skeleton(base), sparse.target_modules)
+    return linear_modules(_skeleton(model), sparse.target_modules)
 
 
 def check_selection(
@@ -58,7 +56,8 @@ def check_selection(
     Raises:
         ValueError: naming the option.
     """
-    return _random_layers(layers, sparse.lora_r, seed).mask(**sparse.selection, exclude=exclude)
+    selection = replace(sparse.selection, exclude=exclude)
+    return _random_layers(layers, sparse.lora_r, seed).mask(selection)
 
 
 def check_adapter(model: ModelOptions, config: LoriConfig) -> None:
@@ -67,8 +66,11 @@ def check_adapter(model: ModelOptions, config: LoriConfig) -> None:
     Raises:
         ValueError, TypeError, OSError: as the adapter of the training would.
     """
-    skeleton: Any = model_skeleton(resolve_model(model.model_name_or_path))
-    get_peft_model(skeleton, config, low_cpu_mem_usage=True)
+    get_peft_model(_skeleton(model), config, low_cpu_mem_usage=True)
+
+
+def _skeleton(model: ModelOptions) -> Any:
+    return model_skeleton(resolve_model(model.model_name_or_path), "model_name_or_path")
 
 
 def calibration_arguments(
@@ -122,8 +124,8 @@ def choose_mask(
     exclude: Sequence[str],
 ) -> None:
     """Write the mask of the highest scores to `folder`."""
-    excluded = [load_mask(path) for path in exclude]
-    save_mask(folder, scores().mask(**sparse.selection, exclude=excluded))
+    excluded = [load_mask(path, argument="exclude_masks") for path in exclude]
+    save_mask(folder, scores().mask(replace(sparse.selection, exclude=excluded)))
 
 
 def uncalibrated_scores(
@@ -142,7 +144,9 @@ def uncalibrated_scores(
             name: random_projection(name, lori.lora_r, layer.in_features, lori.lori_seed)
             for name, layer in layers.items()
         }
-        scores = teacher_scores(FactorsFile(str(lori.svd_factors)), projections)
+        scores = teacher_scores(
+            FactorsFile(str(lori.svd_factors), argument="svd_factors"), projections
+        )
         return replace(drawn, scores=scores, source={"kind": "teacher"})
     size = arguments.train_batch_size
     part = materials.part(arguments.seed, 0, lori.init_batches * size)
@@ -207,9 +211,5 @@ def remove_checkpoints(arguments: RecipeArguments) -> None:
 
 def _random_layers(layers: Mapping[str, LinearModule], rank: int, seed: int) -> LayerScores:
     shapes = {name: (layer.out_features, rank) for name, layer in layers.items()}
-    return LayerScores(
-        scores=random_scores(shapes, seed),
-        in_features={name: layer.in_features for name, layer in layers.items()},
-        seed=seed,
-        source={"kind": "random", "seed": seed},
-    )
+    in_features = {name: layer.in_features for name, layer in layers.items()}
+    return LayerScores.random(shapes, in_features, seed)

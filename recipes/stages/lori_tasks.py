@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft_svdinit.masks import LayerScores, load_scores
+from peft_svdinit.masks import LayerScores, Selection, load_scores
 from peft_svdinit.training import DataOptions, ModelOptions, RecipeArguments, Task
 from stages.comparison_options import ComparisonOptions, Setting
 from stages.fit import Materials
@@ -91,8 +91,12 @@ def mask_task(
     return Task(
         step="mask",
         name=name,
-        inputs={**(inputs or {}), "selection": sparse.selection},
+        inputs={**(inputs or {}), "selection": _inputs_of(sparse.selection)},
         work=partial(choose_mask, scores=given, sparse=sparse, exclude=exclude),
         after=[*([scores] if calibrated else []), *after],
         root=root,
     )
+
+
+def _inputs_of(selection: Selection) -> dict[str, Any]:
+    return {key: getattr(selection, key) for key in ("density", "scope", "floor")}

@@ -296,17 +296,17 @@ def test_a_full_disk_is_an_error_that_a_second_run_goes_on_from(tmp_path, monkey
     pair = save_pair(tmp_path)
     saved = []
 
-    def full(tensors, path, metadata):
+    def full(path, tensors, metadata):
         saved.append(path)
         if len(saved) == 5:
             raise OSError(28, "No space left on device")
-        write(tensors, path, metadata)
+        write(path, tensors, metadata)
 
     from peft_svdinit.factors.extraction import layer_store
 
-    write = layer_store.save_file
+    write = layer_store.write_tensors
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
-        patched.setattr(layer_store, "save_file", full)
+        patched.setattr(layer_store, "write_tensors", full)
         extract(pair, tmp_path / "out", RankRule(rank=3))
     assert not (tmp_path / "out").exists()
     assert len(list((tmp_path / "out.partial").glob("layer-*"))) == 4

@@ -8,6 +8,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from peft_svdinit.analysis import (
 )
 from peft_svdinit.analysis.masks.chance import Spread, energy_of_noise, random_deviation
 from peft_svdinit.analysis.masks.statistics import mask_statistics
-from peft_svdinit.masks import LoriMask, mask_from_scores, random_scores
+from peft_svdinit.masks import LayerScores, LoriMask, Selection, random_scores
 
 RANK, INPUTS = 6, 9
 OUTPUTS = {"q_proj": 20, "v_proj": 12, "down_proj": 30}
@@ -37,13 +38,10 @@ SHAPES = {
 
 
 def random_mask(seed: int, *, of_A: int = 0, density: float = 0.2) -> LoriMask:
-    return mask_from_scores(
-        random_scores(SHAPES, seed),
-        dict.fromkeys(SHAPES, INPUTS),
-        density=density,
-        seed=of_A,
-        source={"kind": "random"},
+    layers = LayerScores(
+        random_scores(SHAPES, seed), dict.fromkeys(SHAPES, INPUTS), of_A, {"kind": "random"}
     )
+    return layers.mask(Selection(density))
 
 
 def normal_B(seed: int = 0) -> dict[str, Tensor]:
@@ -51,12 +49,10 @@ def normal_B(seed: int = 0) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def magnitude_mask(lora_B: dict[str, Tensor], **options) -> LoriMask:
-    return mask_from_scores(
-        {name: matrix.abs() for name, matrix in lora_B.items()},
-        dict.fromkeys(lora_B, INPUTS),
-        **{"density": 0.2, "seed": 0, "source": {"kind": "magnitude"}, **options},
-    )
+def magnitude_mask(lora_B: dict[str, Tensor], source: Any = None, **options) -> LoriMask:
+    scores = {name: matrix.abs() for name, matrix in lora_B.items()}
+    layers = LayerScores(scores, dict.fromkeys(lora_B, INPUTS), 0, source or {"kind": "magnitude"})
+    return layers.mask(Selection(**{"density": 0.2, **options}))
 
 
 @given(seed=seeds, density=st.sampled_from([0.1, 0.25, 1.0]))
@@ -221,16 +217,8 @@ def test_layers_that_both_masks_prefer_are_told_from_entries_that_both_keep():
     for seed in (1, 2):
         scores = random_scores(SHAPES, seed)
         scores["lm_head"] += 1.0
-        masks.append(
-            mask_from_scores(
-                scores,
-                dict.fromkeys(SHAPES, INPUTS),
-                density=0.3,
-                seed=0,
-                floor=0.1,
-                source={"kind": "random"},
-            )
-        )
+        layers = LayerScores(scores, dict.fromkeys(SHAPES, INPUTS), 0, {"kind": "random"})
+        masks.append(layers.mask(Selection(0.3, floor=0.1)))
     found = compare_masks(dict(zip("ab", masks, strict=True))).overlaps[0, 1]
     assert found.random_in_layers > 2 * found.random_jaccard
     assert found.jaccard == pytest.approx(found.random_in_layers, rel=0.1)
@@ -399,13 +387,7 @@ def test_reports_of_several_masks_hold_every_pair(tmp_path):
 @pytest.mark.parametrize("outputs", [1, 3, 200])
 def test_figures_are_drawn_of_single_wide_and_full_masks(tmp_path, outputs):
     shapes = {"head": (outputs, 70)}
-    mask = mask_from_scores(
-        random_scores(shapes, 0),
-        {"head": 5},
-        density=1.0,
-        seed=0,
-        source={"kind": "random"},
-    )
+    mask = LayerScores.random(shapes, {"head": 5}, 0).mask(Selection(1.0))
     write_mask_report(mask, tmp_path, lora_B={"head": torch.zeros(outputs, 70)})
     assert (tmp_path / "mask.png").stat().st_size > 1000
 

@@ -18,6 +18,7 @@ from peft_svdinit import LoriConfig
 from peft_svdinit.masks import (
     MASK_FILE_NAME,
     SCORES_FILE_NAME,
+    Selection,
     load_mask,
     load_scores,
     save_mask,
@@ -103,7 +104,7 @@ def test_scores_are_those_of_the_definition_and_the_mask_is_chosen_by_them(tmp_p
         torch.testing.assert_close(
             scores.scores[name].double(), expected[name].double(), rtol=1e-5, atol=1e-9
         )
-    chosen = select(scores.scores, 0.25, floor=0.05)
+    chosen = select(scores.scores, Selection(0.25, floor=0.05))
     assert all(torch.equal(mask.masks[name], chosen[name]) for name in chosen)
     assert mask.source == {"kind": score, "steps": STEPS}
     sparse = LoriConfig(**ADAPTER, lori_density=0.25, lori_mask=str(tmp_path))
@@ -163,7 +164,10 @@ def test_without_a_density_only_scores_are_written_from_which_any_mask_follows(t
     trainer(tmp_path / "scores", LoriCalibrationCallback(density=None)).train()
     assert [path.name for path in (tmp_path / "scores").iterdir()] == [SCORES_FILE_NAME]
     trainer(tmp_path / "mask", LoriCalibrationCallback(density=0.5)).train()
-    later, once = load_scores(tmp_path / "scores").mask(0.5), load_mask(tmp_path / "mask")
+    later, once = (
+        load_scores(tmp_path / "scores").mask(Selection(0.5)),
+        load_mask(tmp_path / "mask"),
+    )
     assert all(torch.equal(later.masks[name], once.masks[name]) for name in once.masks)
     assert later.seed == once.seed and later.source == once.source
 

@@ -104,12 +104,12 @@ def refused(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "give either --factors or --adapter or --tuned"),
-        ("--base b", "give either --factors or --adapter or --tuned"),
-        ("--factors f --adapter a", "give either --factors or --adapter or --tuned"),
+        ("", "give either factors or adapter or tuned"),
+        ("--base b", "give either factors or adapter or tuned"),
+        ("--factors f --adapter a", "give either factors or adapter or tuned"),
         ("--tuned t", "tuned needs base"),
         ("--adapter a --intruders true", "intruders needs base"),
-        ("--adapter a --energy 0.9 --error 0.1", "--energy or --error, not both"),
+        ("--adapter a --energy 0.9 --error 0.1", "give energy or error, not both"),
         ("--base b --tuned t --rank 8", "--lora_r=16 must not be above --rank=8"),
     ],
 )

@@ -18,13 +18,11 @@ from support.tiny_models import TARGETS, rewrite_tensors, tiny_model, trained_ad
 from peft_svdinit import FactorsFile, LoriConfig
 from peft_svdinit.cli import main
 from peft_svdinit.masks import (
-    Choice,
+    Selection,
     load_mask,
     random_projection,
     save_mask,
     select,
-    shapes_of_factors,
-    teacher_mask,
     teacher_scores,
     tensor_hash,
 )
@@ -94,7 +92,7 @@ def test_the_largest_entries_of_a_calibrated_adapter_are_masked_drawn_and_descri
     main(["mask", *source, "--density", "0.2", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     mask = load_mask(tmp_path)
-    expected = select({name: lora_B.abs() for name, lora_B in calibrated.items()}, 0.2)
+    expected = select({name: B.abs() for name, B in calibrated.items()}, Selection(0.2))
     assert list(mask.layers) == LAYERS
     assert all(torch.equal(mask.masks[name], expected[name]) for name in LAYERS)
     assert (mask.seed, mask.density, mask.scope) == (SEED, 0.2, "global")
@@ -213,7 +211,7 @@ def test_from_another_lora_only_budgets_carry_over_and_that_is_said(
         for key, tensor in load_file(stock / WEIGHTS).items()
         if "lora_B" in key
     }
-    expected = select(lora_B, 0.1)
+    expected = select(lora_B, Selection(0.1))
     assert all(torch.equal(mask.masks[name], expected[name]) for name in LAYERS)
 
 
@@ -252,7 +250,7 @@ def test_a_teacher_gives_a_mask_without_training(tmp_path, capsys):
     projections = {
         name: random_projection(name, RANK, factors[name].shape[1], 3) for name in factors
     }
-    expected = select(teacher_scores(factors, projections), 0.3, scope="matrix")
+    expected = select(teacher_scores(factors, projections), Selection(0.3, "matrix"))
     assert mask.masks.keys() == expected.keys()
     assert all(torch.equal(mask.masks[name], expected[name]) for name in expected)
     assert mask.source["kind"] == "teacher" and mask.seed == 3
@@ -263,17 +261,19 @@ def test_a_teacher_gives_a_mask_without_training(tmp_path, capsys):
     assert energy["kept"] > 1.5 * energy["random"]
 
 
-def test_shapes_of_factors_are_read_from_the_header(tmp_path, monkeypatch):
+def test_a_random_mask_reads_no_factors_and_a_teachers_reads_each_once(tmp_path, monkeypatch):
     file, read = make_scene(tmp_path).file, []
     layer_of = FactorsFile.__getitem__
     monkeypatch.setattr(
         FactorsFile, "__getitem__", lambda self, name: read.append(name) or layer_of(self, name)
     )
-    shapes, in_features, _ = shapes_of_factors(file, RANK)
-    assert not read
-    assert in_features == {name: FactorsFile(file).shape_of(name)[1] for name in shapes}
-    teacher_mask(file, RANK, Choice(scope="matrix"))
-    assert sorted(read) == sorted(shapes)
+    for source, times in (("random", 0), ("teacher", 1)):
+        command = f"mask --source {source} --factors {file} --rank {RANK} --scope matrix"
+        main([*command.split(), "--plots", "false", "--output", str(tmp_path / source)])
+        mask = load_mask(tmp_path / source)
+        assert sorted(read) == sorted(mask.layers) * times
+        for name, layer in mask.layers.items():
+            assert layer.in_features == FactorsFile(file).shape_of(name)[1]
 
 
 def test_a_random_mask_is_the_one_that_the_configuration_makes(folder, calibrated, tmp_path):
@@ -323,7 +323,7 @@ def test_entries_of_score_zero_are_warned_of(tmp_path, caplog):
         (["--floor", "0.5"], "floor must be in [0, --density=0.1], got 0.5"),
         (["--exclude", "nowhere/at/all"], "there is no file or folder"),
         (["--factors", "f"], "source magnitude does not use factors"),
-        (["--rank", "4"], "give --factors and --rank together"),
+        (["--rank", "4"], "give factors and rank together"),
         (["--source", "gradient"], "run recipes/train_lori.py --mask_source gradient"),
         (["--source", "teacher"], "source teacher needs factors"),
         (["--source", "fisher"], "invalid choice"),

@@ -236,7 +236,7 @@ def test_half_of_a_pair_is_refused(folder, missing, left):
 )
 def test_shapes_that_form_no_product_are_refused_by_the_layer(folder, key, value):
     edit_weights(folder, lambda tensors: tensors.update({key: value}))
-    with pytest.raises(ValueError, match=f"of layer {LAYER} in .* do not form a product"):
+    with pytest.raises(ValueError, match=f"of layer {LAYER} do not form a product"):
         LoraAdapter(folder)
 
 

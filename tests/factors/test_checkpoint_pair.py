@@ -496,7 +496,7 @@ def test_sampling_reads_the_sampled_entries_alone(tmp_path, monkeypatch):
             file.write(torch.tensor([index], dtype=dtype).view(torch.uint8).numpy().tobytes())
         file.truncate(first + size)
     checkpoint = Checkpoint(tmp_path, argument="base")
-    monkeypatch.setattr(checkpoints, "safe_open", None)
+    monkeypatch.setattr(checkpoints, "opened", None)
     before = bytes_read()
     entries = checkpoint.entries("w", sampled_positions(shape))
     assert torch.equal(entries, torch.arange(64).to(dtype))

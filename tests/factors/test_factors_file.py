@@ -21,8 +21,8 @@ from torch import Tensor
 
 from peft_svdinit import FactorsFile, FactorsMetadata, LowRankFactors, save_factors
 from peft_svdinit.factors import FACTORS_FILE_NAME
-from peft_svdinit.factors.file import FORMAT_VERSION
 from peft_svdinit.files import TensorWriter, inside, is_local, resolve_file
+from peft_svdinit.files.headed_file import FORMAT_VERSION
 
 HEADER_KEY = "peft_svdinit.factors"
 METADATA = FactorsMetadata("org/base", "abc", {"kind": "adapter"}, "randomized", 3)
@@ -325,14 +325,14 @@ def test_another_format_version_is_refused_with_both_named(file, version):
 )
 def test_a_damaged_header_is_refused(file, edit):
     rewrite(file, header=edit)
-    with pytest.raises(ValueError, match=f"{file.name} has a damaged factors header"):
+    with pytest.raises(ValueError, match=f"factors: .*{file.name}: damaged header"):
         FactorsFile(file)
 
 
 @pytest.mark.parametrize("header", ["", "{", "[]", "null", "7"])
 def test_a_header_that_is_no_json_object_is_refused(file, header):
     save_file(load_file(file), file, {HEADER_KEY: header})
-    with pytest.raises(ValueError, match=f"{file.name} has a damaged factors header"):
+    with pytest.raises(ValueError, match=f"factors: .*{file.name}: damaged header"):
         FactorsFile(file)
 
 
@@ -342,7 +342,7 @@ def test_a_plain_safetensors_file_is_refused_with_the_command_that_makes_factors
 ):
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.ones(2, 2)}, path, metadata)
-    with pytest.raises(ValueError, match=r"not a factors file; make one with .*svdinit extract"):
+    with pytest.raises(ValueError, match=r"no factors; make some with .*svdinit extract"):
         FactorsFile(path)
 
 
@@ -357,21 +357,21 @@ def test_a_truncated_file_is_refused(file, share):
 def test_a_pickle_is_refused_with_the_command_that_converts_it(tmp_path, name):
     path = tmp_path / name
     torch.save({}, path)
-    with pytest.raises(ValueError, match="svd_factors must be safetensors") as error:
+    with pytest.raises(ValueError, match="factors must be safetensors") as error:
         FactorsFile(path)
     assert "weights_only=True" in str(error.value)
     assert str(path.with_suffix(".safetensors")) in str(error.value)
 
 
 def test_what_is_not_there_is_said_without_asking_a_server(tmp_path):
-    with pytest.raises(FileNotFoundError, match="svd_factors: there is no file or folder"):
+    with pytest.raises(FileNotFoundError, match="factors: there is no file or folder"):
         FactorsFile(tmp_path / "missing.safetensors")
     with pytest.raises(FileNotFoundError, match=f"has no {FACTORS_FILE_NAME}"):
         FactorsFile(tmp_path)
 
 
 def test_a_hub_id_that_cannot_be_reached_is_said_to_be_neither(monkeypatch):
-    with pytest.raises(FileNotFoundError, match="svd_factors: 'nobody/nothing' is neither a path"):
+    with pytest.raises(FileNotFoundError, match="factors: 'nobody/nothing' is neither a path"):
         FactorsFile("nobody/nothing")
 
 
@@ -406,8 +406,8 @@ def test_the_home_directory_is_expanded(file, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "..\\x"])
 def test_names_that_lead_out_of_a_folder_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match="leads out of the folder"):
-        inside(tmp_path, name)
+        inside(tmp_path, name, "base")
 
 
 def test_names_below_a_folder_are_allowed(tmp_path):
-    assert inside(tmp_path, "shards/1.safetensors") == tmp_path / "shards" / "1.safetensors"
+    assert inside(tmp_path, "shards/1.safetensors", "base") == tmp_path / "shards" / "1.safetensors"

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from support.tiny_models import truncate
 
 from peft_svdinit import LowRankFactors
 from peft_svdinit.factors import Factorisation, LayerStore, fill_store
-from peft_svdinit.factors.extraction import layer_store
+from peft_svdinit.files import TensorWriter
 
 NAMES = ["layers.0.q", "layers.1.q", "layers.2.q"]
 
@@ -67,13 +66,13 @@ def test_a_run_that_was_stopped_goes_on_with_the_layers_that_it_lacks(tmp_path):
 def test_a_kill_at_any_moment_leaves_whole_layers_only(tmp_path):
     script = (
         "import os, sys, torch\n"
-        "from peft_svdinit.extraction import LayerStore, Factorisation, fill_store\n"
-        "import peft_svdinit.factors.extraction.layer_store as module\n"
-        "save = module.save_file\n"
-        "def dying(tensors, path, metadata):\n"
-        "    save(tensors, path, metadata)\n"
-        "    if 'layer-00001' in str(path): os._exit(9)\n"
-        "module.save_file = dying\n"
+        "from peft_svdinit.factors import LayerStore, Factorisation, fill_store\n"
+        "import peft_svdinit.files.atomic as module\n"
+        "rename = os.replace\n"
+        "def dying(source, target):\n"
+        "    if 'layer-00001' in str(target): os._exit(9)\n"
+        "    rename(source, target)\n"
+        "module.os.replace = dying\n"
         "names = ['a', 'b', 'c']\n"
         "with LayerStore(sys.argv[1], names, {}) as store:\n"
         "    fill_store(store, {n: torch.randn(9, 7) for n in names}, Factorisation(3))\n"
@@ -108,7 +107,7 @@ def test_a_layer_that_is_damaged_is_made_again(tmp_path):
 
 def test_a_second_process_on_one_output_is_refused(tmp_path):
     script = (
-        "import sys\nfrom peft_svdinit.extraction import LayerStore\n"
+        "import sys\nfrom peft_svdinit.factors import LayerStore\n"
         "LayerStore(sys.argv[1], ['layers.0.q'], {}).__enter__()"
     )
     with store(tmp_path) as held:
@@ -174,13 +173,15 @@ def test_singular_values_do_not_keep_the_file_mapped(tmp_path):
         assert values.untyped_storage().nbytes() == values.nbytes
 
 
-def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
-    def full(tensors, path, metadata):
-        raise SafetensorError("I/O error: No space left on device")
+def test_a_full_disk_leaves_no_layer(tmp_path, monkeypatch):
+    def full(writer, name, tensor):
+        raise OSError("No space left on device")
 
-    monkeypatch.setattr(layer_store, "save_file", full)
-    with store(tmp_path) as filled, pytest.raises(OSError, match="No space left on device"):
-        fill_store(filled, deltas(), Factorisation(3))
+    monkeypatch.setattr(TensorWriter, "write", full)
+    with store(tmp_path) as filled:
+        with pytest.raises(OSError, match="No space left on device"):
+            fill_store(filled, deltas(), Factorisation(3))
+        assert not len(filled) and not list(filled.folder.glob("*layer-*"))
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense"])

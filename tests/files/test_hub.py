@@ -132,8 +132,8 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 from peft import get_peft_model
 from peft_svdinit import SvdLoraConfig
-from peft_svdinit.deltas import CheckpointPair, LoraAdapter
-from peft_svdinit.sources import hub_pickles, resolve_folder
+from peft_svdinit.factors import CheckpointPair, LoraAdapter
+from peft_svdinit.files import hub_pickles, resolve_folder
 
 adapter = LoraAdapter("user/adapter")
 CheckpointPair("user/base", "user/base", target_modules=list(adapter))

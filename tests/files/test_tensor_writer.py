@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from support.strategies import seeds
 from torch import Tensor
 
-from peft_svdinit.files import TensorWriter, replacing, target_file
+from peft_svdinit.files import HeadedFile, TensorWriter, replacing
 
 DTYPES = [
     torch.float64,
@@ -159,18 +159,18 @@ def test_what_the_format_cannot_hold_is_refused_before_a_file_exists(
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"other.kind": "{}"}])
 def test_a_file_of_another_kind_is_no_target(tmp_path, metadata):
-    path = tmp_path / "model.safetensors"
+    path, kind = tmp_path / "model.safetensors", HeadedFile("our.kind", "ours.safetensors", "such")
     save_file({"weight": torch.ones(3)}, path, metadata)
     with pytest.raises(ValueError, match=r"model\.safetensors is a file of another kind"):
-        target_file(path, "factors.safetensors", "our.kind")
+        kind.target(path)
     path.write_text("no safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors is a file of another kind"):
-        target_file(path, "factors.safetensors", "our.kind")
+        kind.target(path)
     save_file({"weight": torch.ones(3)}, path, {"our.kind": "{}"})
-    assert target_file(path, "factors.safetensors", "our.kind") == path
+    assert kind.target(path) == path
     new = tmp_path / "new.safetensors"
-    assert target_file(new, "factors.safetensors", "our.kind") == new
-    assert target_file(tmp_path, "factors.safetensors", "x") == tmp_path / "factors.safetensors"
+    assert kind.target(new) == new
+    assert kind.target(tmp_path) == tmp_path / "ours.safetensors"
 
 
 @pytest.fixture

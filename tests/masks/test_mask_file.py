@@ -19,7 +19,7 @@ from support.strategies import seeds
 from support.tiny_models import truncate
 from torch import Tensor
 
-from peft_svdinit.files import TensorWriter, write_headed
+from peft_svdinit.files import HeadedFile, TensorWriter
 from peft_svdinit.masks import (
     COMPACT_FILE_NAME,
     MASK_FILE_NAME,
@@ -183,7 +183,7 @@ def test_a_flipped_bit_a_swap_and_a_cut_are_noticed(file):
         (lambda h: h.update(floor=0.9), "floor must be in .* got 0.9"),
         (lambda h: h.update(source=None), "damaged header: source is None"),
         (lambda h: h.pop("checksum"), "damaged header .*checksum"),
-        (lambda h: h.update(layers={}), "has no layer"),
+        (lambda h: h.update(layers={}), "not those of the header's checksum"),
         (lambda h: h.update(layers=[1]), "damaged header"),
         (lambda h: h["layers"].update({LAYERS[0]: [-3, -5, 7, "h"]}), "damaged header: layer"),
         (lambda h: h["layers"].update({LAYERS[0]: [3, 5, 7]}), "damaged header: layer"),
@@ -293,9 +293,9 @@ def test_a_mask_is_no_compact_adapter(tmp_path):
 def test_a_file_of_scores_of_no_b_is_one_clear_error(tmp_path, change, shape, message):
     path = tmp_path / "s.safetensors"
     header = {"in_features": {"a": 7}, "seed": 0, "source": {}, "base_model_name_or_path": None}
-    write_headed(path, "peft_svdinit.lori_scores", header, {"a.scores": torch.ones(4, 2)})
+    kind = HeadedFile("peft_svdinit.lori_scores", "scores.safetensors", "scores")
+    kind.write(path, header, {"a.scores": torch.ones(4, 2)})
     assert load_scores(path).in_features == {"a": 7}
-    tensors = {"a.scores": torch.ones(shape)}
-    write_headed(path, "peft_svdinit.lori_scores", {**header, **change}, tensors)
+    kind.write(path, {**header, **change}, {"a.scores": torch.ones(shape)})
     with pytest.raises(ValueError, match=message):
         load_scores(path)

@@ -16,16 +16,17 @@ from peft_svdinit import LowRankFactors
 from peft_svdinit.analysis.masks.statistics import mask_statistics
 from peft_svdinit.masks import (
     GradientScores,
+    LayerScores,
     LoriMask,
+    Selection,
     magnitude_scores,
-    mask_from_scores,
     random_projection,
     random_scores,
     select,
     teacher_scores,
     tensor_hash,
 )
-from peft_svdinit.masks.selection import groups_of
+from peft_svdinit.masks.choosing import groups_of
 from peft_svdinit.models import module_types
 
 NAMES = ["layers.0.attn.q", "layers.0.mlp.up", "layers.2.attn.q", "layers.10.attn.q", "head"]
@@ -107,13 +108,13 @@ def test_the_largest_of_every_group_are_kept_and_ties_go_to_the_first(seed, leve
     expected = by_sorting(scores, density, scope)
     if not all(mask.any() for mask in expected.values()):
         with pytest.raises(ValueError, match="keeps no entry"):
-            select(scores, density, scope=scope)
+            select(scores, Selection(density, scope))
         return
-    found = select(scores, density, scope=scope)
+    found = select(scores, Selection(density, scope))
     assert equal(found, expected)
     names = list(scores)
     random.Random(seed).shuffle(names)
-    assert equal(select({name: scores[name] for name in names}, density, scope=scope), found)
+    assert equal(select({name: scores[name] for name in names}, Selection(density, scope)), found)
 
 
 @given(
@@ -126,15 +127,17 @@ def test_the_largest_of_every_group_are_kept_and_ties_go_to_the_first(seed, leve
 def test_floors_and_exclusions_agree_with_sorting(seed, density, floor, scope, excluding):
     scores = some_scores(seed, levels=7)
     scores["layers.2.attn.q"] /= 100
-    exclude = None
+    exclude, others = None, []
     if excluding:
-        exclude = select(some_scores(seed + 1), 0.25, scope="matrix")
+        others = [mask_of(some_scores(seed + 1), scope="matrix")]
+        exclude = others[0].masks
+    selection = Selection(density, scope, floor, others)
     expected = by_sorting(scores, density, scope, exclude, floor)
     if not all(mask.any() for mask in expected.values()):
         with pytest.raises(ValueError, match="keeps no entry"):
-            select(scores, density, scope=scope, floor=floor, exclude=exclude)
+            select(scores, selection)
         return
-    found = select(scores, density, scope=scope, floor=floor, exclude=exclude)
+    found = select(scores, selection)
     assert equal(found, expected)
     for name, mask in found.items():
         assert mask.sum() >= math.ceil(round(floor * mask.numel(), 9))
@@ -148,7 +151,7 @@ def test_n_of_m_keeps_the_largest_n_of_every_run_of_m(seed, levels, kept, rows):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(rows, 8, generator=generator) + 1
     scores = scores if levels is None else (levels * scores).floor()
-    mask = select({"a": scores}, kept / 4, scope=f"{kept}:4")["a"]
+    mask = select({"a": scores}, Selection(kept / 4, f"{kept}:4"))["a"]
     for row in range(rows):
         for start in (0, 4):
             run = scores[row, start : start + 4].tolist()
@@ -160,7 +163,7 @@ def test_n_of_m_keeps_the_largest_n_of_every_run_of_m(seed, levels, kept, rows):
 @given(seed=seeds, density=st.floats(0.13, 1.0), rank=st.integers(4, 9))
 def test_the_scope_row_keeps_as_many_in_every_row(seed, density, rank):
     scores = torch.rand(6, rank, generator=torch.Generator().manual_seed(seed))
-    mask = select({"a": scores}, density, scope="row")["a"]
+    mask = select({"a": scores}, Selection(density, "row"))["a"]
     count = math.floor(density * rank + 0.5)
     assert mask.sum(1).tolist() == [count] * 6
     for row in range(6):
@@ -175,9 +178,9 @@ def test_counts_are_rounded_halves_up(size):
     scores = {"a": torch.arange(1.0, size + 1)[:, None]}
     if expected is None:
         with pytest.raises(ValueError, match="keeps none of the 1 entries of layer a"):
-            select(scores, 0.1, scope="matrix")
+            select(scores, Selection(0.1, "matrix"))
     else:
-        assert int(select(scores, 0.1)["a"].sum()) == expected
+        assert int(select(scores, Selection(0.1))["a"].sum()) == expected
 
 
 def test_scopes_group_by_type_block_and_matrix():
@@ -193,14 +196,14 @@ def test_types_that_share_a_last_name_have_budgets_of_their_own_as_reports_tell_
     names = [f"h.{i}.{part}" for i in (0, 1) for part in ("attn.c_proj", "mlp.c_proj")]
     assert groups_of(names, "type") == module_types(names)
     scores = {name: torch.rand(10, 2) + 5 * ("mlp" in name) for name in names}
-    masks = select(scores, 0.2, scope="type")
+    masks = select(scores, Selection(0.2, "type"))
     groups = mask_statistics(masks).types
     assert [(group.name, group.kept) for group in groups] == [("attn.c_proj", 8), ("mlp.c_proj", 8)]
 
 
 def test_equal_scores_keep_the_first_layers_in_natural_order():
     scores = {f"layers.{i}.q": torch.ones(2, 2) for i in (10, 9, 2)}
-    masks = select(scores, 5 / 12, floor=0.25)
+    masks = select(scores, Selection(5 / 12, floor=0.25))
     assert {name: mask.flatten().tolist() for name, mask in masks.items()} == {
         "layers.2.q": [True, True, True, False],
         "layers.9.q": [True, False, False, False],
@@ -211,14 +214,14 @@ def test_equal_scores_keep_the_first_layers_in_natural_order():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_scores_of_any_dtype_are_ranked(dtype):
     scores = torch.tensor([[3.0, 1.0], [2.0, 4.0]]).to(dtype)
-    mask = select({"a": scores}, 0.5)["a"]
+    mask = select({"a": scores}, Selection(0.5))["a"]
     assert mask.tolist() == [[True, False], [False, True]]
 
 
 def test_density_one_keeps_everything_in_every_scope():
     scores = some_scores()
     for scope in [*GROUPED, "row", "4:4"]:
-        masks = select(scores, 1.0, scope=scope)
+        masks = select(scores, Selection(1.0, scope))
         assert all(mask.all() for mask in masks.values())
 
 
@@ -228,7 +231,7 @@ def test_millions_of_entries_with_ties_get_the_exact_count():
         f"layers.{i}.q": torch.randint(0, 50, (20_000, 32), generator=generator).half()
         for i in range(4)
     }
-    masks = select(scores, 0.1)
+    masks = select(scores, Selection(0.1))
     assert sum(int(mask.sum()) for mask in masks.values()) == 256_000
     flat = torch.cat([scores[name].flatten() for name in scores])
     kept = torch.cat([masks[name].flatten() for name in scores])
@@ -252,6 +255,7 @@ def test_millions_of_entries_with_ties_get_the_exact_count():
         ({"floor": math.nan}, "floor must be in"),
         ({"density": 0.15, "floor": 0.15, "scope": "matrix"}, "floor=0.15 keeps 1 entries more"),
         ({"density": 0.3, "floor": 0.3, "scope": "row"}, "keeps 11 entries .* asks for 14"),
+        ({"floor": 0.3, "density": 0.2}, r"floor must be in \[0, density=0.2\], got 0.3"),
         ({"scope": "tensor"}, "scope must be one of global, type, layer, matrix, row, or"),
         ({"scope": "5:4"}, "needs 1 <= N <= M"),
         ({"scope": 124}, 'scope must be text, got 124; in YAML write "2:4" with the quotes'),
@@ -262,7 +266,7 @@ def test_millions_of_entries_with_ties_get_the_exact_count():
 )
 def test_a_wrong_choice_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        select(some_scores(), **{"density": 0.5, **options})
+        select(some_scores(), Selection(**{"density": 0.5, **options}))
 
 
 @pytest.mark.parametrize(
@@ -273,49 +277,42 @@ def test_scores_that_rank_nothing_are_refused_by_layer(entry, message):
     scores = some_scores()
     scores["layers.2.attn.q"][1, 1] = entry
     with pytest.raises(ValueError, match=f"layer layers.2.attn.q: scores .*{message}"):
-        select(scores, 0.5)
+        select(scores, Selection(0.5))
 
 
 def test_scores_of_zero_everywhere_are_refused_as_of_a_b_that_was_not_trained():
     with pytest.raises(ValueError, match=r"zero everywhere.*was B trained"):
-        select({name: torch.zeros(3, 4) for name in NAMES}, 0.5)
+        select({name: torch.zeros(3, 4) for name in NAMES}, Selection(0.5))
     with pytest.raises(ValueError, match="scores are empty"):
-        select({}, 0.5)
+        select({}, Selection(0.5))
 
 
 def test_a_layer_that_would_keep_nothing_is_named_with_the_remedy():
     scores = some_scores()
     scores["head"] = torch.zeros(11, 4)
     with pytest.raises(ValueError, match=r"layer head keeps no entry.*floor=0.01"):
-        select(scores, 0.3)
-    assert select(scores, 0.3, floor=0.05)["head"].flatten().tolist() == [True] * 3 + [False] * 41
+        select(scores, Selection(0.3))
+    kept = select(scores, Selection(0.3, floor=0.05))["head"]
+    assert kept.flatten().tolist() == [True] * 3 + [False] * 41
 
 
-def test_exclusions_that_leave_too_little_or_do_not_fit_are_refused():
+def test_exclusions_that_leave_too_little_are_refused():
     scores = some_scores()
     full = {name: torch.ones_like(matrix, dtype=torch.bool) for name, matrix in scores.items()}
     full["head"][0] = False
+    exclude = LoriMask.over(full, dict.fromkeys(full, 6), seed=3, density=1.0)
+    head = LoriMask.over({"head": full["head"]}, {"head": 6}, seed=3, density=1.0)
     with pytest.raises(
         ValueError, match="has 4 entries left beside what is excluded, and needs 70"
     ):
-        select(scores, 0.5, exclude=full)
+        select(scores, Selection(0.5, exclude=[exclude]))
     with pytest.raises(ValueError, match="layer head has rows with 0 entries left"):
-        select({"head": scores["head"]}, 0.5, scope="row", exclude={"head": full["head"]})
-    with pytest.raises(ValueError, match=r"exclude: the mask of layer head is of shape \(1, 4\)"):
-        select(scores, 0.5, exclude={"head": torch.ones(1, 4, dtype=torch.bool)})
-    with pytest.raises(ValueError, match="exclude: there is no layer tail"):
-        select(scores, 0.5, exclude={"tail": full["head"]})
+        select({"head": scores["head"]}, Selection(0.5, "row", exclude=[head]))
 
 
 def mask_of(scores: dict[str, Tensor], *, seed: int = 3, **options) -> LoriMask:
-    return mask_from_scores(
-        scores,
-        dict.fromkeys(scores, 6),
-        density=0.25,
-        seed=seed,
-        source={"kind": "test"},
-        **options,
-    )
+    layers = LayerScores(scores, dict.fromkeys(scores, 6), seed, {"kind": "test"}, "org/base")
+    return layers.mask(Selection(0.25, **options))
 
 
 def test_masks_that_exclude_each_other_are_disjoint_and_the_third_takes_the_rest():
@@ -332,7 +329,7 @@ def test_masks_that_exclude_each_other_are_disjoint_and_the_third_takes_the_rest
 
 
 def test_a_mask_records_the_hash_of_every_a_and_its_origin():
-    mask = mask_of(some_scores(), base_model_name_or_path="org/base")
+    mask = mask_of(some_scores())
     assert list(mask.layers) == sorted(NAMES, key=order)
     for name, layer in mask.layers.items():
         assert layer.hash_A == tensor_hash(random_projection(name, 4, 6, seed=3))
@@ -366,7 +363,7 @@ def test_random_scores_depend_on_seed_and_name_alone():
 
 
 def test_random_masks_spread_over_layers_rows_and_columns_alike():
-    masks = select(random_scores({f"layers.{i}.q": (500, 20) for i in range(4)}, 0), 0.1)
+    masks = select(random_scores({f"layers.{i}.q": (500, 20) for i in range(4)}, 0), Selection(0.1))
     kept = torch.stack([mask.double() for mask in masks.values()])
     # Four standard deviations of a mean of 10,000 and of 2,000 entries that are 1 in 10.
     assert (kept.mean((1, 2)) - 0.1).abs().max() < 4 * 0.003

@@ -18,7 +18,7 @@ from support.recipe_inputs import shared_options
 
 from peft_svdinit import FactorsMetadata, save_factors
 from peft_svdinit.factors import LoraAdapter
-from peft_svdinit.masks import load_compact, load_mask, load_scores, select
+from peft_svdinit.masks import Selection, load_compact, load_mask, load_scores, select
 from peft_svdinit.training import Task, read_run
 from trainer_callbacks import lori_calibration
 from trainer_callbacks.comparison import ComparisonCallback
@@ -101,7 +101,7 @@ def test_the_mask_is_that_of_the_calibrated_magnitudes_over_the_same_A(made):
     folder, _ = made
     calibrated, trained = weights(stage(folder, "calibration")), weights(folder)
     magnitudes = {name: lora_B.abs() for name, (_, lora_B) in calibrated.items()}
-    expected = select(magnitudes, 0.25, floor=0.025)
+    expected = select(magnitudes, Selection(0.25, floor=0.025))
     masks = load_mask(folder).masks
     assert all(torch.equal(masks[name], expected[name]) for name in expected)
     assert all(torch.equal(calibrated[name][0], trained[name][0]) for name in calibrated)

@@ -177,8 +177,11 @@ def test_non_finite_numbers_are_null_in_run_json(tmp_path):
     [
         (lambda d: (d / RUN_INFO).unlink(), r"run\.json does not exist"),
         (lambda d: (d / TRAINING_LOG).unlink(), r"training_log\.csv does not exist"),
-        (lambda d: (d / RUN_INFO).write_bytes((d / RUN_INFO).read_bytes()[:-40]), "torn"),
-        (lambda d: (d / RUN_INFO).write_bytes(b"\xff\x00"), "torn or not JSON"),
+        (
+            lambda d: (d / RUN_INFO).write_bytes((d / RUN_INFO).read_bytes()[:-40]),
+            "not readable JSON",
+        ),
+        (lambda d: (d / RUN_INFO).write_bytes(b"\xff\x00"), "not readable JSON"),
         (lambda d: (d / RUN_INFO).write_text("[]"), "must hold a JSON object, got list"),
         (lambda d: (d / RUN_INFO).write_text("{}"), "format_version 1, got None"),
         (lambda d: (d / RUN_INFO).write_text('{"format_version": 2}'), "format_version 1, got 2"),

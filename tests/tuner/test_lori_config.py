@@ -24,10 +24,11 @@ from peft_svdinit import LoriConfig, SvdLoraConfig
 from peft_svdinit.factors import SIDECAR_NAME
 from peft_svdinit.masks import (
     MASK_FILE_NAME,
+    LayerScores,
     LoriMask,
+    Selection,
     load_mask,
     magnitude_scores,
-    mask_from_scores,
     save_mask,
 )
 from peft_svdinit.tuner.config.alias import config_of_alias
@@ -45,7 +46,7 @@ SEED = 3
         ({"lori_mask": ""}, ValueError, "lori_mask must name a mask file.*empty"),
         ({"lori_scope": "block"}, ValueError, "scope must be one of.*'block'"),
         ({"lori_scope": "3:2"}, ValueError, "1 <= N <= M"),
-        ({"lori_scope": "1:8"}, ValueError, "keeps 0.125.*set density=0.125"),
+        ({"lori_scope": "1:8"}, ValueError, "keeps 0.125.*set lori_density=0.125"),
         ({"lori_floor": -0.1}, ValueError, r"lori_floor must be in \[0, lori_density=0.25\]"),
         ({"lori_floor": 0.3}, ValueError, "lori_floor.*got 0.3"),
         ({"lori_floor": float("nan")}, ValueError, "lori_floor"),
@@ -244,7 +245,7 @@ def test_a_calibration_that_trained_nothing_gives_no_mask():
     model = lori_model(lori_density=1.0)
     scores = magnitude_scores({name: lora_B for name, (_, lora_B) in factors(model).items()})
     with pytest.raises(ValueError, match="zero everywhere"):
-        mask_from_scores(scores, {}, density=0.1, seed=0, source={"kind": "magnitude"})
+        LayerScores(scores, {}, 0, {"kind": "magnitude"}).mask(Selection())
 
 
 def test_one_configuration_does_not_serve_two_masks():
@@ -432,5 +433,5 @@ def test_the_alias_of_a_mask_takes_its_density_and_seed(tmp_path):
 
 def test_a_bad_alias_raises_before_the_model_is_touched(tmp_path):
     alias: Any = f"lori:{tmp_path / 'nonesuch'}"
-    with leaving_the_base_alone(FileNotFoundError, "lori_mask.*nonesuch") as base:
+    with leaving_the_base_alone(FileNotFoundError, "init_lora_weights: .*nonesuch") as base:
         get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=alias))

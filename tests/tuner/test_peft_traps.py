@@ -41,7 +41,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import peft_svdinit
 from peft_svdinit import LowRankFactors, SvdLoraConfig, initialize_lora_from_factors
 from peft_svdinit.factors import FactorsFile
-from peft_svdinit.tuner import magnitudes, svd_start
+from peft_svdinit.tuner import magnitudes, svd_checks, svd_writing
 from peft_svdinit.tuner.model import SvdLoraModel
 
 
@@ -376,7 +376,7 @@ def test_parameters_are_gathered_around_every_read_and_write(scene, monkeypatch)
         gathered.update(map(id, [parameters] if torch.is_tensor(parameters) else parameters))
         yield
 
-    for module in (svd_start, magnitudes):
+    for module in (svd_checks, svd_writing, magnitudes):
         monkeypatch.setattr(module, "gather_params_ctx", gather)
     model = scene.peft_model(use_dora=True)
     expected = {id(weight) for name, weight in model.named_parameters() if "lora_" in name}

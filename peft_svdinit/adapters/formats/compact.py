@@ -50,7 +50,7 @@ def compact_adapter_folder(
             f"adapter: {saved.folder} has no {SIDECAR_NAME} with {MASK_FILE_NAME}: it was not "
             "saved from a sparse LoriConfig, and other adapters have no compact form"
         )
-    mask = load_mask(saved.folder)
+    mask = load_mask(saved.folder, argument="adapter")
     other = set(saved) ^ set(mask.layers)
     if other:
         raise ValueError(f"adapter: layer {min(other)} is in the adapter or in its mask alone")

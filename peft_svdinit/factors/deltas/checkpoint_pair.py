@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...files import LazyMapping
 from ...models import Checkpoint, LinearWeights, is_chosen
 from .configurations import changed_settings
 from .other_tensors import OtherTensors, Uncovered, WholeTensors
 
 
-class CheckpointPair(Mapping[str, Tensor]):
+class CheckpointPair(LazyMapping[Tensor]):
     """Read-only, lazy view of tuned − base: module name to delta, float32 (out, in).
 
     A delta is made block by block of rows, so that beside it no tensor of its size is in memory.
@@ -28,6 +29,7 @@ class CheckpointPair(Mapping[str, Tensor]):
         slice_modules: modules, by their names or endings, of which only the rows that the base has
             are read, for a vocabulary that grew.
         base_revision, tuned_revision: branch, tag or commit on the Hub.
+        arguments: by which the user gave base and tuned; the messages of errors begin with one.
 
     Attributes:
         base, tuned: the linear layers on both sides.
@@ -52,15 +54,17 @@ class CheckpointPair(Mapping[str, Tensor]):
         slice_modules: str | Sequence[str] = (),
         base_revision: str | None = None,
         tuned_revision: str | None = None,
+        arguments: tuple[str, str] = ("base", "tuned"),
     ) -> None:
-        base_checkpoint = Checkpoint(base, argument="base", revision=base_revision)
-        tuned_checkpoint = Checkpoint(tuned, argument="tuned", revision=tuned_revision)
+        base_checkpoint = Checkpoint(base, argument=arguments[0], revision=base_revision)
+        tuned_checkpoint = Checkpoint(tuned, argument=arguments[1], revision=tuned_revision)
         self.changed_settings: dict[str, tuple[Any, Any]] = changed_settings(
-            base_checkpoint.folder, tuned_checkpoint.folder
+            base_checkpoint.folder, tuned_checkpoint.folder, arguments[1]
         )
         self.base = LinearWeights(
             base_checkpoint, target_modules=target_modules, exclude_modules=exclude_modules
         )
+        self.names = self.base.names
         self.tuned = LinearWeights(
             tuned_checkpoint,
             architecture=base_checkpoint.folder,
@@ -88,15 +92,6 @@ class CheckpointPair(Mapping[str, Tensor]):
         for start, block in self.base.blocks(name):
             delta[start : start + len(block)].sub_(block)
         return self.base.oriented(name, delta)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.base
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.base)
-
-    def __len__(self) -> int:
-        return len(self.base)
 
     @property
     def sliced(self) -> bool:

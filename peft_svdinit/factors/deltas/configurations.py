@@ -18,10 +18,14 @@ _IGNORED = re.compile(
 )
 
 
-def changed_settings(base: Path, tuned: Path) -> dict[str, tuple[Any, Any]]:
+def changed_settings(base: Path, tuned: Path, argument: str) -> dict[str, tuple[Any, Any]]:
     """Settings of two model folders that differ, dotted name to (base, tuned).
 
     None if `tuned` has no configuration, as an export of weights alone does not.
+
+    Args:
+        base, tuned: the folders.
+        argument: by which the user gave `tuned`.
 
     Raises:
         ValueError: if they are of different architectures.
@@ -41,7 +45,7 @@ def changed_settings(base: Path, tuned: Path) -> dict[str, tuple[Any, Any]]:
         for name, (old, new) in changed.items():
             if name.rpartition(".")[2] == setting:
                 raise ValueError(
-                    f"tuned: {name} is {new!r} in its config.json, of the base it is {old!r}: "
+                    f"{argument}: {name} is {new!r} in its config.json, of the base it is {old!r}: "
                     "another architecture, whose weights cannot be compared"
                 )
     return changed

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...files import read_json, refuse_pickle, resolve_folder
+from ...files import LazyMapping, opened, read_json, resolve_file, resolve_folder
 from ...models import CONFIG_NAME, PREFIX, WEIGHTS_NAME, lora_key, natural_order, pattern_value
 from ..low_rank import LowRankFactors
 
@@ -69,13 +68,14 @@ class LoraProduct:
         return self.lora_B.to(wide) * self.scaling, self.lora_A.to(wide)
 
 
-class LoraAdapter(Mapping[str, LoraProduct]):
+class LoraAdapter(LazyMapping[LoraProduct]):
     """Read-only, lazy view of a saved PEFT LoRA adapter: module name to `LoraProduct`.
 
     Args:
         path_or_id: a folder or Hub repository with `adapter_config.json` and
             `adapter_model.safetensors`.
         revision: branch, tag or commit of the Hub repository.
+        argument: by which the user gave it; the messages of errors begin with it.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -84,46 +84,41 @@ class LoraAdapter(Mapping[str, LoraProduct]):
             that mutate the base).
     """
 
-    def __init__(self, path_or_id: str | os.PathLike, *, revision: str | None = None) -> None:
-        self.folder = resolve_folder(path_or_id, argument="adapter", revision=revision)
+    def __init__(
+        self,
+        path_or_id: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        argument: str = "adapter",
+    ) -> None:
+        self.argument = argument
+        self.folder = resolve_folder(path_or_id, argument=argument, revision=revision)
         self.config = self._read_config()
-        self._path = self.folder / WEIGHTS_NAME
-        if not self._path.is_file():
-            pickle = self._path.with_suffix(".bin")
-            if pickle.is_file():
-                refuse_pickle(pickle, "adapter")
-            raise FileNotFoundError(f"adapter: the folder {self.folder} has no {WEIGHTS_NAME}")
-        try:
-            with safe_open(self._path, framework="pt") as file:
-                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{self._path} is not a readable safetensors file ({error}): truncated while "
-                "copying? Fetch or write it again"
-            ) from error
-        self._names = self._checked_names(shapes)
+        self._path = resolve_file(self.folder, WEIGHTS_NAME, argument=argument)
+        with opened(self._path, argument) as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+            self.names = self._checked_names(shapes)
 
     def _read_config(self) -> dict[str, Any]:
-        path = self.folder / CONFIG_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"adapter: the folder {self.folder} has no {CONFIG_NAME}")
-        config = read_json(path, "adapter")
+        path = resolve_file(self.folder, CONFIG_NAME, argument=self.argument)
+        config = read_json(path, self.argument)
+        place = f"{self.argument}: {self.folder}"
         if config.get("peft_type") != "LORA":
             raise ValueError(
-                f"adapter: {self.folder} is of type {config.get('peft_type')}, only LORA is "
-                "supported; peft.convert_to_lora turns many other types into it"
+                f"{place} is of type {config.get('peft_type')}, only LORA is supported; "
+                "peft.convert_to_lora turns many other types into it"
             )
         beyond = options_beyond_the_product(config)
         if beyond:
             raise ValueError(
-                f"adapter: {self.folder} uses {', '.join(beyond)}, so that its effect is not "
-                "scaling * B @ A; merge it and extract the delta of the merged checkpoint instead"
+                f"{place} uses {', '.join(beyond)}, so that its effect is not scaling * B @ A; "
+                "merge it and extract the delta of the merged checkpoint instead"
             )
         start = config.get("init_lora_weights", True)
         if isinstance(start, str) and start.lower().startswith(INITS_MOVING_BASE):
             raise ValueError(
-                f"adapter: {self.folder} was initialised with {start!r}, which moves the base "
-                "weights, so B @ A is not its delta; convert it first by saving with "
+                f"{place} was initialised with {start!r}, which moves the base weights, so B @ A "
+                "is not its delta; convert it first by saving with "
                 "path_initial_model_for_weight_conversion"
             )
         return config
@@ -136,24 +131,24 @@ class LoraAdapter(Mapping[str, LoraProduct]):
                 continue
             if not (key.endswith(_SUFFIX_A) and key.startswith(PREFIX)):
                 raise ValueError(
-                    f"adapter: {self._path} holds {key}, which is not one of a pair lora_A, lora_B "
-                    "of a linear layer; only linear layers are supported"
+                    f"it holds {key}, which is not one of a pair lora_A, lora_B of a linear layer; "
+                    "only linear layers are supported"
                 )
             name = key.removeprefix(PREFIX).removesuffix(_SUFFIX_A)
             partner = shapes.get(lora_key(name, "B"))
             if partner is None or len(shape) != 2 or len(partner) != 2 or partner[1] != shape[0]:
                 raise ValueError(
-                    f"adapter: lora_A {shape} and lora_B {partner} of layer {name} in {self._path} "
-                    "do not form a product of two matrices"
+                    f"lora_A {shape} and lora_B {partner} of layer {name} do not form a product of "
+                    "two matrices"
                 )
             if shape[0] != self._rank_of(name):
                 raise ValueError(
-                    f"adapter: lora_A of layer {name} has rank {shape[0]}, but {CONFIG_NAME} says "
+                    f"lora_A of layer {name} has rank {shape[0]}, but {CONFIG_NAME} says "
                     f"{self._rank_of(name)}: not the configuration of these weights?"
                 )
             names.append(name)
         if not names:
-            raise ValueError(f"adapter: {self._path} holds no LoRA layer")
+            raise ValueError("it holds no LoRA layer")
         return sorted(names, key=natural_order)
 
     def _rank_of(self, name: str) -> int:
@@ -166,25 +161,14 @@ class LoraAdapter(Mapping[str, LoraProduct]):
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def __getitem__(self, name: str) -> LoraProduct:
-        with safe_open(self._path, framework="pt") as file:
-            try:
-                lora_A = file.get_tensor(lora_key(name, "A"))
-                lora_B = file.get_tensor(lora_key(name, "B"))
-            except SafetensorError:
-                raise KeyError(name) from None
-        for part, weight in (("lora_A", lora_A), ("lora_B", lora_B)):
-            if not torch.isfinite(weight).all():
-                raise ValueError(f"adapter: {part} of layer {name} has NaN or infinite entries")
+        if name not in self:
+            raise KeyError(name)
+        with opened(self._path, self.argument) as file:
+            lora_A, lora_B = (file.get_tensor(lora_key(name, part)) for part in ("A", "B"))
+            for part, weight in (("lora_A", lora_A), ("lora_B", lora_B)):
+                if not torch.isfinite(weight).all():
+                    raise ValueError(f"{part} of layer {name} has NaN or infinite entries")
         return LoraProduct(lora_A, lora_B, self.scaling_of(name))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names  # Mapping's own would read the layer
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 SIDECAR_NAME = "svdinit_config.json"

