@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+BEFORE = Path(__file__).parent / "data" / "before"
 HEAVY = ("torch", "transformers", "peft")
 
 
@@ -37,6 +39,18 @@ def test_the_package_costs_nothing_until_it_is_used():
     assert loaded_after("import peft_svdinit") == set()
     assert loaded_after("from peft_svdinit.linalg import truncated_svd") == {"torch"}
     assert "peft" not in loaded_after("from peft_svdinit import FactorsFile, weight_factors")
+
+
+def test_work_on_factors_and_masks_needs_no_model_library(tmp_path):
+    verbs = [
+        ["analyze", "--factors", str(BEFORE / "factors"), "--lora_r", "1"],
+        ["export", "--adapter", str(BEFORE / "compact")],
+    ]
+    for argv in verbs:
+        argv += ["--output_dir", str(tmp_path / argv[0])]
+    verbs[0] += ["--plots", "false"]
+    run = f"from peft_svdinit.cli import main\nfor argv in {verbs}: main(argv)"
+    assert loaded_after(run) == {"torch"}
 
 
 TUNER = (

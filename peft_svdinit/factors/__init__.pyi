@@ -7,8 +7,8 @@ from .deltas.lora_adapter import LoraProduct as LoraProduct
 from .deltas.lora_adapter import options_beyond_the_product as options_beyond_the_product
 from .deltas.other_tensors import Uncovered as Uncovered
 from .deltas.synthesis import Synthesis as Synthesis
+from .extraction.extracted import Extraction as Extraction
 from .extraction.factorisation import Factorisation as Factorisation
-from .extraction.in_memory import Extraction as Extraction
 from .extraction.in_memory import checkpoint_samples as checkpoint_samples
 from .extraction.in_memory import factors_of_adapter as factors_of_adapter
 from .extraction.in_memory import factors_of_checkpoints as factors_of_checkpoints

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TypeVar
 
 from torch import Tensor
@@ -16,19 +16,10 @@ from ..deltas.checkpoint_pair import CheckpointPair
 from ..deltas.lora_adapter import LoraAdapter
 from ..deltas.synthesis import Synthesis
 from ..file import FactorsMetadata
-from ..low_rank import LowRankFactors
+from .extracted import Extraction
 from .factorisation import Factorisation
 
 Delta = TypeVar("Delta")
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """Factors of every layer with what the factors file stores beside them."""
-
-    factors: Mapping[str, LowRankFactors]
-    metadata: FactorsMetadata
-    base_samples: dict[str, Tensor]
 
 
 def factors_of_adapter(
