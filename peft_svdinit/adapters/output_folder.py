@@ -9,33 +9,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..factors import SIDECAR_NAME
 from ..files import file_stamps, replacing
-from ..masks import MASK_FILE_NAME
 from ..models import CONFIG_NAME, WEIGHTS_NAME
 
 RESIZE_REPORT = "resize.json"
 MERGE_JSON, MERGE_REPORT = "merge_report.json", "merge_report.md"
 EXTRACTION_JSON, EXTRACTION_REPORT = "extraction.json", "extraction.md"
-# Not a compact adapter, which is not written again and may be the only copy of what was trained.
-_REPLACED = {
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    SIDECAR_NAME,
-    MASK_FILE_NAME,
-    RESIZE_REPORT,
-    MERGE_JSON,
-    MERGE_REPORT,
-    EXTRACTION_JSON,
-    EXTRACTION_REPORT,
-}
+EXPORT_REPORT = "export.json"
+# By one of these a folder is known to be made of something else: no training is lost with it.
+_RECORDS = {RESIZE_REPORT, MERGE_JSON, EXTRACTION_JSON, EXPORT_REPORT}
+_REPLACED = {CONFIG_NAME, WEIGHTS_NAME, MERGE_REPORT, EXTRACTION_REPORT, *_RECORDS}
 # PEFT writes the first into every adapter, the Hub the second.
 _KEPT = {"README.md", ".gitattributes"}
 
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """A folder that is new, empty or an adapter's and no more, and still so when it is replaced.
+    """A folder that is new, empty or what one of the verbs wrote, and still so when it is replaced.
 
     Attributes:
         path: the folder.
@@ -58,7 +48,8 @@ class OutputFolder:
             inputs: folders and files that are read.
 
         Raises:
-            ValueError: if it is an input or holds one, is a file, or holds anything but an adapter.
+            ValueError: if it is an input or holds one, is a file, or holds anything that was not
+                written by the verbs: an adapter that was trained, for one.
         """
         output = Path(path).expanduser()
         target, read = output.resolve(), {path.resolve() for path in inputs}
@@ -100,11 +91,11 @@ def _replaced_files(folder: Path, argument: str) -> dict[str, list[int]]:
     if not folder.is_dir():
         raise ValueError(f"{argument} must be a folder, but {folder} is a file")
     files = file_stamps(folder) or {}
-    known = _KEPT | (_REPLACED if CONFIG_NAME in files else set())
+    known = _KEPT | (_REPLACED if files.keys() & _RECORDS else set())
     others = [path.name for path in folder.iterdir() if path.name not in files.keys() & known]
     if others:
         raise ValueError(
-            f"{argument}: {folder} holds {min(others)}, which is no part of a saved adapter and "
-            "would be deleted; choose a new folder, an empty one or one with an adapter alone"
+            f"{argument}: {folder} holds {min(others)}, which this command did not write and would "
+            "delete; choose a new folder, an empty one or one with an earlier result alone"
         )
     return {name: stamp for name, stamp in files.items() if name not in _KEPT}

@@ -60,9 +60,9 @@ class KeptLayer:
             "rank": self.rank,
             "norm": self.norm,
             "energy": self.energy,
-            "truncation_error": self.relative(self.truncation_error),
-            "rounding_error": self.relative(self.rounding_error),
-            "relative_error": self.relative_error,
+            "truncation_error": finite(self.relative(self.truncation_error)),
+            "rounding_error": finite(self.relative(self.rounding_error)),
+            "relative_error": finite(self.relative_error),
         }
 
 
@@ -71,7 +71,7 @@ Layer = TypeVar("Layer", bound=KeptLayer)
 
 @dataclass(frozen=True)
 class WrittenAdapter(Generic[Layer]):
-    """An adapter, and what it keeps.
+    """An adapter, and what it keeps; `as_dict` is the report.
 
     Attributes:
         output: the folder or file written.
@@ -116,6 +116,21 @@ class WrittenAdapter(Generic[Layer]):
         """The layers of the largest relative error, first."""
         return sorted(self.layers, key=lambda layer: -layer.relative_error)[:most]
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready: the report."""
+        ranks = [layer.rank for layer in self.layers]
+        return {
+            "totals": {
+                "layers": len(self.layers),
+                "rank_min": min(ranks),
+                "rank_mean": sum(ranks) / len(ranks),
+                "rank_max": max(ranks),
+                "parameters": self.parameters,
+                "relative_error": finite(self.relative_error),
+            },
+            "layers": [layer.as_dict() for layer in self.layers],
+        }
+
     def sizes(self) -> str:
         """Layers, ranks and parameters in words."""
         ranks = [layer.rank for layer in self.layers if layer.rank]
@@ -158,7 +173,7 @@ class WrittenAdapter(Generic[Layer]):
 
 @dataclass(frozen=True)
 class CombinedAdapter(WrittenAdapter[Layer]):
-    """An adapter made of others; `as_dict` is the report.
+    """An adapter made of others.
 
     Attributes:
         adapters, weights: of the sum.
@@ -177,27 +192,18 @@ class CombinedAdapter(WrittenAdapter[Layer]):
         return f"{super().sizes()} of {self.parameters_before:,}"
 
     def remarks(self) -> list[str]:
-        some = f"{len(self.only_in_some)} layers are in some of the adapters only; see the report."
+        some = f"{len(self.only_in_some)} layers are in some of the adapters only."
         return [*super().remarks(), *([some] if self.only_in_some else [])]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        ranks = [layer.rank for layer in self.layers]
+        report = super().as_dict()
+        report["totals"]["parameters_before"] = self.parameters_before
         return {
             "adapters": list(self.adapters),
             "weights": list(self.weights),
             "dtypes": dict(self.dtypes),
-            "totals": {
-                "layers": len(self.layers),
-                "rank_min": min(ranks),
-                "rank_mean": sum(ranks) / len(ranks),
-                "rank_max": max(ranks),
-                "parameters_before": self.parameters_before,
-                "parameters": self.parameters,
-                "relative_error": finite(self.relative_error),
-            },
             "only_in_some": dict(self.only_in_some),
-            "layers": [layer.as_dict() for layer in self.layers],
+            **report,
         }
 
 

@@ -65,7 +65,12 @@ def save_mask(path: str | os.PathLike, mask: LoriMask) -> Path:
     Raises:
         ValueError: if the mask has no layer, keeps nothing in one, or another file is at the path.
     """
-    return _write(_MASK.target(path), mask, {}, None)
+    target = _MASK.target(path)
+    if target.is_file():
+        with _MASK.opened(target, "path") as (_, header):
+            if "config" in header:
+                raise ValueError("it is a compact adapter and would be lost; choose another path")
+    return _write(target, mask, {}, None)
 
 
 def save_compact(path: str | os.PathLike, adapter: CompactAdapter) -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..masks import is_same_projection, random_projection
-from .adapter_layers import PREFIX, lora_layers, module_name, weight_keys
+from ..models import PREFIX
+from .adapter_layers import lora_layers, module_name, weight_keys
 from .layers.parts import lora_linears
 from .layers.sparse_factor import SparseFactor
 

@@ -374,7 +374,7 @@ def interrupted(*args, **kwargs):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rank", "4", "--energy", "0.5"], "exactly one of --rank, --energy"),
+        (["--rank", "4", "--energy", "0.5"], "exactly one of rank, energy"),
         (["--max_bytes", "9", "--max_parameters", "9"], "exclude each other"),
         (["--rank", "4", "--max_rank", "8"], "max_rank bounds the ranks"),
         (

@@ -96,8 +96,8 @@ def test_the_command_writes_both_forms(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "give either --factors or --adapter"),
-        (["--factors", "f", "--adapter", "a"], "give either --factors or --adapter"),
+        ([], "give either factors or adapter"),
+        (["--factors", "f", "--adapter", "a"], "give either factors or adapter"),
         (["--factors", "f", "--compact", "true"], "compact needs adapter"),
         (["--adapter", "a", "--lora_r", "4"], "lora_r belongs to factors"),
         (["--adapter", "a", "--split", "balanced"], "split belongs to factors"),

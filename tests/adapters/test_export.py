@@ -538,7 +538,7 @@ def test_the_command_writes_uniform_adapters(tmp_path, base_folder, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--energy", "0.9", "--lora_r", "4"], "--lora_r and --energy exclude each other"),
+        (["--energy", "0.9", "--lora_r", "4"], "--lora_r and energy exclude each other"),
         (["--energy", "1.5"], r"energy must be in (0, 1], got 1.5"),
     ],
 )

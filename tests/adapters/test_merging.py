@@ -481,7 +481,7 @@ def test_sparse_B_over_one_A_show_the_overlap_of_their_masks(tmp_path):
     support = merged.pairs[0].interference.support
     assert support is not None and (support.both, support.either) == (both, either)
     text = (tmp_path / "m" / "merge_report.md").read_text()
-    assert f"{both / either:.1%}" in text and "--method shared" in text
+    assert f"{both / either:.1%}" in text and "method shared" in text
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -75,11 +75,11 @@ def test_adapters_that_share_A_are_told_of_the_smaller_exact_merge(tmp_path, ada
     merge = ["merge", "--adapter", *adapters[:2], "--output", str(tmp_path / "m")]
     main(merge)
     printed = capsys.readouterr().out
-    assert "--method shared is exact at the rank of one adapter" in printed
+    assert "method shared is exact at the rank of one adapter" in printed
     assert "100.0%" in printed  # of the entries of B
     main([*merge, "--method", "shared"])
     printed = capsys.readouterr().out
-    assert "6 layers, rank 4" in printed and "--method shared" not in printed
+    assert "6 layers, rank 4" in printed and "method shared" not in printed
 
 
 def test_adapters_left_out_and_layers_of_some_are_mentioned(tmp_path, adapters, capsys):

@@ -273,6 +273,14 @@ def test_values_that_do_not_fit_their_mask_are_refused(tmp_path):
         load_compact(path)
 
 
+def test_a_mask_does_not_take_the_place_of_a_compact_adapter(tmp_path):
+    path = save_compact(tmp_path / "adapter.safetensors", some_adapter())
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"path: .* is a compact adapter and would be lost"):
+        save_mask(path, some_mask())
+    assert path.read_bytes() == before
+
+
 def test_a_mask_is_no_compact_adapter(tmp_path):
     path = save_mask(tmp_path / "m.safetensors", some_mask())
     with pytest.raises(ValueError, match="is a mask without trained values"):

@@ -612,6 +612,10 @@ def test_a_new_adapter_needs_factors_where_the_saved_one_had_them_in_memory(llam
         with pytest.raises(ValueError, match=names):
             get_peft_model(base, useless)
         assert not has_lora_layers(base)
+    # What from_pretrained advises for other options.
+    changed = dataclasses.replace(config, lora_dropout=0.1)
+    again = PeftModel.from_pretrained(llama.model(), str(tmp_path), config=changed)
+    assert equal_bits(adapter_weights(again), adapter_weights(model))
     given = dataclasses.replace(config, svd_factors=str(llama.file))
     assert equal_bits(adapter_weights(get_peft_model(llama.model(), given)), adapter_weights(model))
 

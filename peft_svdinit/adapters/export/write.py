@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...factors import LoraInit, LowRankFactors, Split, SvdGuided
+from ...files import write_json
 from ...models import PREFIX, WholeModules, loadable_task_type, model_skeleton, whole_modules
 from ..dtypes import Dtype, torch_dtype
-from ..output_folder import OutputFolder
+from ..output_folder import EXPORT_REPORT, OutputFolder
 from ..record import KeptLayer
 from ..rounding import Factors, stored
 from ..stock_lora import LoraShape, lora_config, stock_lora, write_layer
@@ -94,23 +95,26 @@ def export_adapter(
     shapes = {n: LoraShape(rank, plan.shapes[n], narrow) for n, rank in plan.stored.items()}
     initializer = SvdGuided("delta", split)
     layers = []
-    with output.replacing() as temporary, stock_lora(temporary, config, shapes, beside) as writer:
-        # disable=None: no bar where standard error is not a terminal.
-        for name in tqdm(plan.kept, desc="Writing the adapter", unit="layer", disable=None):
-            layer, pair = _kept(name, factors[name], plan, initializer, narrow)
-            layers.append(layer)
-            if name in plan.stored:
-                write_layer(writer, name, pair)
-        for name, source in whole.source_of.items():
-            writer.write(PREFIX + name, given[source])
+    with output.replacing() as temporary:
+        with stock_lora(temporary, config, shapes, beside) as writer:
+            # disable=None: no bar where standard error is not a terminal.
+            for name in tqdm(plan.kept, desc="Writing the adapter", unit="layer", disable=None):
+                layer, pair = _kept(name, factors[name], plan, initializer, narrow)
+                layers.append(layer)
+                if name in plan.stored:
+                    write_layer(writer, name, pair)
+            for name, source in whole.source_of.items():
+                writer.write(PREFIX + name, given[source])
+        exported = ExportedAdapter(
+            output=output.path,
+            layers=tuple(layers),
+            parameters=sum(rank * sum(plan.shapes[name]) for name, rank in plan.stored.items()),
+            rank=config["r"],
+            omitted=plan.omitted,
+        )
+        write_json(temporary / EXPORT_REPORT, exported.as_dict())
     _warn_of_coarse_rounding(layers, dtype)
-    return ExportedAdapter(
-        output=output.path,
-        layers=tuple(layers),
-        parameters=sum(rank * sum(plan.shapes[name]) for name, rank in plan.stored.items()),
-        rank=config["r"],
-        omitted=plan.omitted,
-    )
+    return exported
 
 
 def _kept(

@@ -21,7 +21,7 @@ from ..checking.text import can_compare, compare_on_text
 from ..dtypes import Dtype, torch_dtype
 from ..export.record import ExportedAdapter
 from ..export.write import export_adapter
-from ..output_folder import EXTRACTION_JSON, EXTRACTION_REPORT, OutputFolder
+from ..output_folder import EXPORT_REPORT, EXTRACTION_JSON, EXTRACTION_REPORT, OutputFolder
 from .record import ExtractedAdapter
 from .store import factorisation, factorised, stored_spectra
 
@@ -138,6 +138,7 @@ def extract_adapter(
             verification,
             text,
         )
+        (written / EXPORT_REPORT).unlink()  # What follows says more.
         write_json(written / EXTRACTION_JSON, extracted.as_dict())
         write_text(written / EXTRACTION_REPORT, extracted.as_text())
         unchanged()

@@ -93,7 +93,7 @@ class ExtractedAdapter:
         return "\n\n".join(paragraphs) + "\n"
 
     def _paragraphs(self) -> list[str]:
-        said, zero = self.exported.remarks(), self.exported.zero_layers
+        said, zero = [], self.exported.zero_layers
         if self.verification:
             said.append(
                 "Verified: loaded through stock PEFT, every layer's update was compared with its "

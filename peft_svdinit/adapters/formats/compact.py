@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...factors import SIDECAR_NAME, LoraAdapter, LoraInit
-from ...files import read_json
+from ...files import read_json, write_json
 from ...masks import (
     MASK_FILE_NAME,
     CompactAdapter,
@@ -28,7 +28,7 @@ from ...masks import (
 )
 from ...models import CONFIG_NAME
 from ..dtypes import Dtype, torch_dtype
-from ..output_folder import OutputFolder
+from ..output_folder import EXPORT_REPORT, OutputFolder
 from ..rounding import stored
 from ..stock_lora import LoraShape, stock_lora, write_layer
 
@@ -78,7 +78,7 @@ def write_stock_adapter(
 
     Args:
         compact: as `load_compact` reads it.
-        folder: see `OutputFolder`: one with an adapter is replaced.
+        folder: see `OutputFolder`.
         dtype: of A and B.
 
     Raises:
@@ -101,6 +101,10 @@ def write_stock_adapter(
                 init = LoraInit(_projection(name, layer, compact.mask.seed), lora_B, False)
                 write_layer(writer, name, stored(name, init, narrow)[0])
         _refuse_unless_product(temporary)
+        write_json(
+            temporary / EXPORT_REPORT,
+            {"compact": {"layers": len(layers), "seed": compact.mask.seed}},
+        )
     return output.path
 
 

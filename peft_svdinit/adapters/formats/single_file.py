@@ -145,9 +145,10 @@ def write_single_file(
         if style is kohya.STYLE
         else diffusers.metadata_after(adapter.file.metadata)
     )
-    with replacing(output) as temporary:
+    # Both are there before the first of them is replaced.
+    with replacing(output) as temporary, replacing(report_path(output)) as described:
         save_file(tensors, temporary, metadata={"format": "pt", **metadata})
-    write_json(report_path(output), report)
+        write_json(described, report)
 
 
 def report_path(output: Path) -> Path:

@@ -77,9 +77,7 @@ class Merged(CombinedAdapter[MergedLayer]):
         if self.left_out:
             found.append(f"Left out, for their weight is 0: {', '.join(self.left_out)}.")
         if self.shares_A and self.method.name != "shared":
-            found.append(
-                "The adapters share A: --method shared is exact at the rank of one adapter."
-            )
+            found.append("The adapters share A: method shared is exact at the rank of one adapter.")
         return found
 
     def tables(self) -> list[str]:

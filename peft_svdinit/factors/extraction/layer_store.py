@@ -53,7 +53,7 @@ class LayerStore(LazyMapping[LowRankFactors]):
         self._inputs = json.loads(
             json.dumps({"format_version": _FORMAT_VERSION, "layers": list(names), **inputs})
         )
-        self.names: list[str] = []
+        self.names: dict[str, None] = {}
         self._lock = FileLock(self.folder / _LOCK)
 
     def __enter__(self) -> LayerStore:
@@ -111,7 +111,8 @@ class LayerStore(LazyMapping[LowRankFactors]):
             for path in self.folder.glob("layer-*.safetensors"):
                 path.unlink()
         write_json(plan, self._inputs)
-        self.names = [name for name, path in self._files.items() if _is_complete(path, name)]
+        complete = (name for name, path in self._files.items() if _is_complete(path, name))
+        self.names = dict.fromkeys(complete)
 
     def save(self, name: str, factors: LowRankFactors) -> None:
         """Put the factors of a layer on the disk, whole or not at all.
@@ -123,7 +124,7 @@ class LayerStore(LazyMapping[LowRankFactors]):
         metadata = {"name": name, "norm": factors.norm.hex()}
         write_tensors(self._files[name], tensors, metadata)
         done = {*self.names, name}
-        self.names = [name for name in self._files if name in done]
+        self.names = dict.fromkeys(name for name in self._files if name in done)
 
     def __getitem__(self, name: str) -> LowRankFactors:
         tensors, norm = self._read(name, _PARTS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from peft import LoraConfig
 
@@ -93,7 +93,9 @@ class SvdLoraConfig(StockSavedConfig):
             )
         self.mark()
         self.initializer()
-        self._was_read = False
+        if self.svd_factors == IN_MEMORY:
+            # Whoever loads saved weights sets it, get_peft_model leaves it as it is.
+            self.inference_mode = None  # pyright: ignore[reportAttributeAccessIssue]
 
     def awaits_saved_weights(self) -> bool:
         """Whether the factors were in memory and are gone, and what came of them is being loaded.
@@ -103,7 +105,7 @@ class SvdLoraConfig(StockSavedConfig):
         """
         if self.svd_factors != IN_MEMORY:
             return False
-        if self._was_read and self.inference_mode is not None:
+        if self.inference_mode is not None:
             return True
         raise ValueError(
             f"svd_factors={IN_MEMORY!r}: the adapter of this configuration was started from "
@@ -112,21 +114,6 @@ class SvdLoraConfig(StockSavedConfig):
             "need none: PeftModel.from_pretrained(base, folder, "
             "config=SvdLoraConfig.from_pretrained(folder))"
         )
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> SvdLoraConfig:
-        """As of every configuration of ours.
-
-        With factors that were in memory, it serves to load the adapter's saved weights alone.
-        """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        config._was_read = True
-        if config.svd_factors == IN_MEMORY:
-            # Whoever loads saved weights sets it, get_peft_model leaves it as it is.
-            config.inference_mode = None  # pyright: ignore[reportAttributeAccessIssue]
-        return config
 
     def _check_source(self) -> None:
         source: str = self.svd_source
