@@ -5,9 +5,10 @@ accelerate launch recipes/train_full_teacher.py --output_dir runs/teacher --lear
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from stages.fit import Materials, fit, outcome
+from stages.fit import Materials, check_complete, fit, outcome
 from transformers import PreTrainedModel
 
 from peft_svdinit.training import (
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     run = fit(teacher, materials, arguments)
     if run is not None:
         print(f"{outcome(run)}; model and record in {run.directory}")
+    check_complete(Path(str(arguments.output_dir)))
 
 
 if __name__ == "__main__":

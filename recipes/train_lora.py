@@ -15,6 +15,7 @@ The folder then holds the adapter, which stock PEFT loads, and the run's record
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from peft import (
@@ -24,11 +25,12 @@ from peft import (
     prepare_model_for_kbit_training,
 )
 from stages.data_start import factors_from_data
-from stages.fit import Materials, fit, outcome
+from stages.fit import Materials, check_complete, fit, outcome
 from stages.lora_options import LoraOptions
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
+from peft_svdinit.optim import MOMENTS_FILE_NAME
 from peft_svdinit.training import (
     DataOptions,
     ModelOptions,
@@ -98,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     run = fit(peft_model, materials, arguments, extra=noted, callbacks=callbacks)
     if run is not None:
         print(f"{outcome(run)}; adapter and record in {run.directory}")
+    check_complete(Path(str(arguments.output_dir)), *([MOMENTS_FILE_NAME] * lora.save_moments))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 from accelerate import PartialState
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from stages.fit import Materials, outcome
+from stages.fit import Materials, check_complete, outcome
 from stages.lori_options import SOURCES, LoriArguments, LoriOptions
 from stages.lori_stages import (
     calibration_arguments,
@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         stock = run.directory / SAFETENSORS_WEIGHTS_NAME
         print(f"{outcome(run)}; {share(mask)}")
         print(f"{_size(stock)} of stock adapter, {_size(compact)} compact, in {run.directory}")
+    check_complete(Path(str(arguments.output_dir)))
 
 
 def check_inputs(

@@ -161,13 +161,40 @@ def test_linalg_imports_torch_and_nothing_else_from_outside():
     assert outside - sys.stdlib_module_names <= {"torch", "jaxtyping", "lazy_loader"}
 
 
+def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements that importing a module runs: those outside of functions."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield child
+            yield from run_at_import(child)
+
+
 @pytest.mark.parametrize("room", WITHOUT_PEFT)
 def test_rooms_below_the_tuner_do_not_know_peft(room):
-    for module in files():
+    for module, path in files().items():
         if room_of(module) == room:
-            statements = [node for node in tree(files()[module]).body]
-            top = {name for node in statements for name, _ in targets(module, node)}
+            top = {name for node in run_at_import(tree(path)) for name, _ in targets(module, node)}
             assert not any(name.partition(".")[0] == "peft" for name in top), module
+
+
+def test_a_lazy_face_imports_nothing_itself():
+    allowed = {"peft_svdinit.tuner": {"lazy_loader", "peft", "registration"}}
+    allowed["peft_svdinit"] = {"lazy_loader", "wrapt", "importlib", "types"}
+    for module in files():
+        if is_code(module):
+            continue
+        read = {
+            node.names[0].name if isinstance(node, ast.Import) else str(node.module)
+            for node in ast.walk(tree(files()[module].with_suffix(".py")))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+        }
+        assert read <= allowed.get(module, {"lazy_loader"}), module
+
+
+def test_no_module_enters_its_own_room_by_the_door():
+    for module in files():
+        room = f"peft_svdinit.{room_of(module)}"
+        assert module == room or room not in imported_modules(module), module
 
 
 def test_no_modules_import_each_other_in_a_circle():

@@ -19,6 +19,7 @@ from peft_svdinit.training import (
     LOSS_CURVE,
     RUN_INFO,
     TRAINING_LOG,
+    Row,
     TrainingLog,
     describe_environment,
     peak_memory_mb,
@@ -93,7 +94,7 @@ class ComparisonCallback(TrainerCallback, ExportableState):
         self.name = name
         self.plot = plot
         self.peak_memory_mb: float | None = None
-        self._clock = StepClock()
+        self._seconds, self._clock = 0.0, StepClock()
         self._spared = Sparing(type(self).__name__)
         self._log: TrainingLog | None = None
         self._info: dict[str, Any] = {}
@@ -102,11 +103,13 @@ class ComparisonCallback(TrainerCallback, ExportableState):
     @property
     def seconds(self) -> float:
         """Time that the steps took so far."""
-        return self._clock.read()
+        with self._spared(*_MEASURED):
+            self._seconds = self._clock.read()
+        return self._seconds
 
     @seconds.setter
     def seconds(self, value: float) -> None:
-        self._clock = StepClock(value)
+        self._seconds, self._clock = value, StepClock(value)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the time and memory since the last row, which the log lacks."""
@@ -197,7 +200,9 @@ class ComparisonCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self._log is None or self._before_first_step or logs is None:
             return
-        row = row_of({**logs, "step": state.global_step})
+        row: Row | None = None
+        with self._spared("row of what was logged", "The metrics are in the Trainer's own log."):
+            row = row_of({**logs, "step": state.global_step})
         if row is None:
             return
         # The Trainer has waited for the device to know what it logs.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from argparse import ArgumentTypeError
+from argparse import SUPPRESS, ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, Literal, TypeVar, Union
@@ -13,8 +13,8 @@ from ..training import OptionParser, as_typed
 
 Options = TypeVar("Options")
 _WORDS = {
-    **dict.fromkeys(("true", "yes", "on", "1"), True),
-    **dict.fromkeys(("false", "no", "off", "0"), False),
+    **dict.fromkeys(("true", "yes", "t", "y", "1"), True),
+    **dict.fromkeys(("false", "no", "f", "n", "0"), False),
 }
 
 
@@ -28,19 +28,26 @@ def parsed(options_class: type[Options], argv: Sequence[str], *, prog: str) -> O
         SystemExit: with code 2 after one `error:` line for wrong options, those that the class
             refuses included; with code 0 after `--help`.
     """
-    parser = OptionParser(prog=prog, description=(options_class.__doc__ or "").strip())
     hints = typing.get_type_hints(options_class)
+    parser = OptionParser(prog=prog, description=(options_class.__doc__ or "").strip())
+    parser.hints = hints
     own: tuple[Field[Any], ...] = fields(options_class)  # pyright: ignore[reportArgumentType]
     for field in own:
-        names = [f"--{field.name}", *field.metadata.get("aliases", ())]
+        names = [*_spellings(field.name), *field.metadata.get("aliases", ())]
         parser.add_argument(*names, **_argument(field, hints[field.name]))
         if field.default is True:
-            parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false")
+            opposite = _spellings(f"no_{field.name}")
+            parser.add_argument(*opposite, dest=field.name, action="store_false", help=SUPPRESS)
     namespace = parser.parsed(list(argv))
     try:
         return options_class(**{field.name: getattr(namespace, field.name) for field in own})
     except ValueError as error:
         parser.error(as_typed(str(error), [options_class]))
+
+
+def _spellings(name: str) -> list[str]:
+    """`--max_rank` and `--max-rank`, as HfArgumentParser takes them."""
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def _argument(field: Field[Any], hint: Any) -> dict[str, Any]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,12 +27,17 @@ class OptionParser(argparse.ArgumentParser):
     """`argparse` with `--config FILE`, errors of one line, and no abbreviated options.
 
     What a file says becomes arguments before those of the command line: one parser reads both, and
-    the last one wins.
+    the last one wins. What no command line can say (null, an empty list, a mapping) is taken where
+    the option's type has it.
+
+    Attributes:
+        hints: types of the options by name.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Abbreviated options would hide typing errors, and change meaning when an option is added.
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.hints: Mapping[str, Any] = {}
         self._source = ""
         self.add_argument_group("configuration").add_argument(
             "--config",
@@ -50,10 +59,12 @@ class OptionParser(argparse.ArgumentParser):
         """
         self._refuse_unknown(argv)
         files = argparse.ArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False)
+        files.error = self.error
         files.add_argument("--config", type=Path)
         config = files.parse_known_args(argv)[0].config
-        arguments = self._arguments_of(config) if config else []
-        namespace, extra = self.parse_known_args([*arguments, *argv])
+        arguments, values = self._read(config) if config else ([], {})
+        namespace = argparse.Namespace(**values)
+        namespace, extra = self.parse_known_args([*arguments, *argv], namespace)
         if extra:
             self.error(
                 f"unexpected argument {extra[0]!r}; options are written --name value, "
@@ -72,22 +83,25 @@ class OptionParser(argparse.ArgumentParser):
                     f"unknown option {option}{_suggestion(option, self._option_string_actions)}"
                 )
 
-    def _arguments_of(self, path: Path) -> list[str]:
-        """What the file says, as arguments; each is parsed once alone, to name the file in errors.
+    def _read(self, path: Path) -> tuple[list[str], dict[str, Any]]:
+        """What a file says: as arguments, and what no argument can say as values.
 
-        An option of value null is left to its default, where that is none.
+        Each argument is parsed once alone, so that an error names the file.
         """
         # Of a flag and its opposite, `--no_x`, the flag comes first.
         actions = {action.dest: action for action in reversed(self._actions)}
-        del actions["config"]
         required = [action for action in self._actions if action.required]
         for action in required:
             action.required = False
         arguments: list[str] = []
+        values: dict[str, Any] = {}
         self._source = f"{path}: "
         for name, value in self._content(path).items():
-            if name not in actions:
-                self.error(f"unknown option {name!r}{_suggestion(str(name), actions)}")
+            if name not in self.hints:
+                self.error(f"unknown option {name!r}{_suggestion(str(name), self.hints)}")
+            if _is_beyond_arguments(value, actions[name], self.hints[name]):
+                values[name] = value
+                continue
             try:
                 own = _arguments(actions[name], value)
             except ValueError as error:
@@ -96,8 +110,8 @@ class OptionParser(argparse.ArgumentParser):
             arguments += own
         self._source = ""
         for action in required:
-            action.required = True
-        return arguments
+            action.required = action.dest not in values
+        return arguments, values
 
     def _content(self, path: Path) -> Mapping[Any, Any]:
         if path.suffix not in _READERS:
@@ -115,6 +129,20 @@ class OptionParser(argparse.ArgumentParser):
         return content
 
 
+def _is_beyond_arguments(value: Any, action: argparse.Action, hint: Any) -> bool:
+    """Whether the option's type has this value, and no argument can say it."""
+    takes_many = action.nargs in ("+", "*")
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = {typing.get_origin(k) or k for k in (typing.get_args(hint) if union else (hint,))}
+    if value is None:
+        return type(None) in kinds
+    if isinstance(value, list):
+        return list in kinds and (not value or not takes_many)
+    if isinstance(value, dict):
+        return dict in kinds
+    return takes_many and isinstance(value, str) and str in kinds and list in kinds
+
+
 def _arguments(action: argparse.Action, value: Any) -> list[str]:
     """A value, as YAML or JSON gave it, as a command line has it.
 
@@ -122,44 +150,34 @@ def _arguments(action: argparse.Action, value: Any) -> list[str]:
         ValueError: if it does not fit; the message says what would ("a list").
     """
     option = action.option_strings[0]
-    if value is None:
-        if action.default is not None:
-            raise ValueError("a value")
-        return []
     if action.nargs in ("+", "*"):
         if not isinstance(value, list):
             raise ValueError("a list")
-        # argparse knows no empty list; the default is one, or the option cannot be empty.
-        if not value and action.default:
-            raise ValueError("a list with items")
-        return [option, *(_text(action, item) for item in value)] if value else []
+        return [option, *(_text(action, item) for item in value)]
     return [f"{option}={_text(action, value)}"]
 
 
 def _text(action: argparse.Action, value: Any) -> str:
+    kind = None if action.choices is not None else action.type or str
     if isinstance(value, str):
-        return _whole(value) if action.type is int else value
-    if isinstance(value, bool):
-        # Text such as `no` and `off` is a bool to YAML, and numbers take none.
-        if action.type in (None, str, int, float, Path) and action.choices is None:
-            raise ValueError(_EXPECTED[action.type])
+        return _whole(value) if kind is int else value
+    # Text such as `no` and `1.10` is a bool and a number to YAML.
+    if isinstance(value, bool) and kind not in _EXPECTED:
         return _BOOLS[value]
-    if isinstance(value, (int, float)):
-        if action.type in (None, str, Path) and action.choices is None:
-            raise ValueError(_EXPECTED[action.type])  # 1.10 would become 1.1
-        return _whole(repr(value)) if action.type is int else repr(value)
-    if isinstance(value, dict):
-        return json.dumps(value)
-    raise ValueError("a single value")
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and kind not in _TEXTS:
+        # argparse takes `-1e-05` for an option.
+        plain = format(Decimal(repr(value)), "f") if math.isfinite(value) else repr(value)
+        return _whole(plain) if kind is int else plain
+    raise ValueError(_EXPECTED.get(kind, "a single value"))
 
 
 _EXPECTED: dict[Any, str] = {
-    None: "text in quotes",
     str: "text in quotes",
     Path: "a path in quotes",
     int: "a whole number",
     float: "a number",
 }
+_TEXTS = (str, Path)
 
 
 def _whole(number: str) -> str:

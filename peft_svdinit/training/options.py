@@ -60,12 +60,11 @@ class _RecipeParser(OptionParser, HfArgumentParser):
 
     def __init__(self, classes: Sequence[Any], **kwargs: Any) -> None:
         super().__init__(classes, **kwargs)
-        mixed = {
-            name
-            for option_class in classes
-            for name, hint in typing.get_type_hints(option_class).items()
-            if {bool, str} <= set(typing.get_args(hint))
-        }
+        for option_class in classes:
+            kinds = typing.get_type_hints(option_class)
+            own = {entry.name: kinds[entry.name] for entry in fields(option_class) if entry.init}
+            self.hints = {**self.hints, **own}
+        mixed = {n for n, hint in self.hints.items() if {bool, str} <= set(typing.get_args(hint))}
         for action in self._actions:
             # HfArgumentParser takes only the words for true and false of `bool | str`.
             if action.dest in mixed and action.type is string_to_bool:

@@ -35,29 +35,33 @@ def refusals_in_one_line(options: Sequence[Any], says: str = "error") -> Iterato
 def as_typed(message: str, options: Sequence[Any]) -> str:
     """A message whose arguments are named as options are typed: `--lora_r` for `lora_r`.
 
-    Renamed are the first word of the message, and names with an underscore, or before "=", anywhere
-    in it; any other word may be one of the sentence. Where functions know an option by other names,
-    its dataclass says so in `_known_as`, a mapping of the option to these names.
+    Renamed are the first word of the message where it is the subject ("rank must be", "seed: "),
+    and names with an underscore, or before "=", anywhere; any other word may be one of the
+    sentence. Where functions know an option by other names, its dataclass says so in `_known_as`, a
+    mapping of the option to these names.
     """
     typed = {name: f"--{option}" for name, option in _names(options).items()}
     names = "|".join(map(re.escape, typed)) or "(?!)"
     compound = "|".join(re.escape(name) for name in typed if "_" in name) or "(?!)"
+    subject = rf"^(?:{names})(?=:|=|,| (?:must|needs|and|does|is|belongs|exclude)\b)"
     outside = r"(?<![\w./('\"-])"
-    return re.sub(
-        rf"^(?:{names})\b(?![./-])|{outside}(?:(?:{compound})\b(?![./-])|(?:{names})(?==))",
-        lambda found: typed[found[0]],
-        message,
-    )
+    anywhere = rf"{outside}(?:(?:{compound})\b(?![./-])|(?:{names})(?==))"
+    return re.sub(f"{subject}|{anywhere}", lambda found: typed[found[0]], message)
 
 
 def _names(options: Sequence[Any]) -> dict[str, str]:
-    """The option that every name in a message means, of those that were given."""
-    own: dict[str, str] = {}
+    """The option that every name in a message means; of several, one that was given."""
+    absent: dict[str, str] = {}
     others: dict[str, str] = {}
+    own: dict[str, str] = {}
     for group in options:
         known_as = getattr(group, "_known_as", {})
         for entry in fields(group):
-            if entry.init and (isinstance(group, type) or getattr(group, entry.name) is not None):
-                own[entry.name] = entry.name
-                others |= dict.fromkeys(known_as.get(entry.name, ()), entry.name)
-    return others | own
+            if not entry.init:
+                continue
+            if not isinstance(group, type) and getattr(group, entry.name) is None:
+                absent[entry.name] = entry.name
+                continue
+            own[entry.name] = entry.name
+            others |= dict.fromkeys(known_as.get(entry.name, ()), entry.name)
+    return absent | others | own

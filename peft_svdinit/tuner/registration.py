@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 
 from .model import SvdLoraModel
-
-
-def register_with(peft: ModuleType) -> None:
-    """What the package's import asks for: `register`, once PEFT is imported."""
-    register()
 
 
 def register() -> None:

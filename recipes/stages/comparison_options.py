@@ -61,7 +61,7 @@ class ComparisonOptions:
         metadata={
             "help": "SVD starts to compare: delta, subspace or reference of the teacher, or "
             "source:start, as weight-principal:reference, gradient:delta, activation:subspace "
-            "(recipes/starts.py lists them)."
+            "(recipes/stages/starts.py lists them)."
         },
     )
     peft_inits: list[str] = field(

@@ -213,7 +213,7 @@ def test_an_adapter_that_another_process_saves_meanwhile_is_not_deleted(
     just_before_the_rename(monkeypatch, lambda: trained_adapter(out, seed=2))
     with pytest.raises(
         ValueError,
-        match="was changed while the adapter was made|holds README.md|holds adapter_config",
+        match=r"was changed while the adapter was made|holds README|holds adapter_config",
     ):
         write(out)
     assert nothing_beside(out)

@@ -96,6 +96,15 @@ def test_a_file_value_equal_to_no_default_survives_an_absent_flag(config):
     assert options.verified is False
 
 
+def test_a_file_says_what_no_command_line_can(config):
+    argv = config({"base": "b", "modules": [], "limit": None, "share": -1e-05, "seeds": [-3]})
+    (options,) = parse([*argv, "--limit", "3"])
+    assert (options.modules, options.limit, options.share) == ([], 3, -1e-05)
+    argv = config("output_dir: null\nsave_total_limit: null\noptim_target_modules: [a, b]\n")
+    (training,) = parse(argv, TrainingArguments)
+    assert (training.save_total_limit, training.optim_target_modules) == (None, ["a", "b"])
+
+
 def test_json_and_yaml_files_give_the_same(config):
     values = {"base": "b", "share": 1e-4, "colour": "blue", "folder": "x", "start": "subspace"}
     assert parse(config(json.dumps(values), ".json")) == parse(config(values))
@@ -183,15 +192,16 @@ def test_a_wrong_command_line_is_one_clear_line(argv, expected, refusal):
         ("lora_r: many", "options.yaml: argument --lora_r/--lora-r: invalid int value: 'many'"),
         ("lora_r: 1.5", "argument --lora_r/--lora-r: invalid int value: '1.5'"),
         ("lora_r: true", "lora_r must be a whole number, got True"),
-        ("lora_r:", "lora_r must be a value, got None"),
+        ("lora_r:", "lora_r must be a whole number, got None"),
         ("lora_r: .inf", "argument --lora_r/--lora-r: invalid int value: 'inf'"),
         ("share: half", "argument --share: invalid float value: 'half'"),
-        ("limit: [1]", "limit must be a single value, got [1]"),
+        ("limit: [1]", "limit must be a whole number, got [1]"),
         ("name: 1.10", "name must be text in quotes, got 1.1"),
         ("name: no", "name must be text in quotes, got False"),
         ("verified: perhaps", "argument --verified: Truthy value expected: got perhaps"),
         ("modules: q", "modules must be a list, got 'q'"),
-        ("modules: []", "modules must be a list with items, got []"),
+        ("folder: {a: 1}", "folder must be a path in quotes, got {'a': 1}"),
+        ("name: {a: 1}", "name must be text in quotes, got {'a': 1}"),
         ("modules: [q, 1]", "modules must be text in quotes, got ['q', 1]"),
         ("start: deltas", "argument --start: invalid choice: 'deltas'"),
         ("colour: green", "argument --colour: invalid choice: 'green'"),

@@ -88,7 +88,8 @@ def paired_table(table: PairedTable) -> TextTable:
             "verdict": lambda row: verdict(row.result),
         },
         f"Final eval loss minus that of {table.reference_label} at the same seed; negative favours "
-        f"the method. Paired t-test. {_NOTES[table.name]}",
+        f"the method. Paired two-sided t-test: lower or higher where the interval excludes 0 and "
+        f"p (Holm) is below 0.05. {_NOTES[table.name]}",
         last_is_text=True,
     )
 

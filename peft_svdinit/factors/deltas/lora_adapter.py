@@ -108,6 +108,14 @@ class LoraAdapter(LazyMapping[LoraProduct]):
                 f"{place} is of type {config.get('peft_type')}, only LORA is supported; "
                 "peft.convert_to_lora turns many other types into it"
             )
+        for key in ("r", "lora_alpha"):
+            if not isinstance(config.get(key), int | float):
+                raise ValueError(
+                    f"{self.argument}: {path} has {key} {config.get(key)!r}, no number"
+                )
+        for key in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(config.get(key) or {}, dict):
+                raise ValueError(f"{self.argument}: {path} has {key} {config[key]!r}, no mapping")
         beyond = options_beyond_the_product(config)
         if beyond:
             raise ValueError(
