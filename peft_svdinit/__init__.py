@@ -4,6 +4,7 @@ Importing this package makes PEFT know it, as soon as PEFT is imported; `unregis
 """
 
 import importlib
+import sys
 from types import ModuleType
 
 import lazy_loader
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 @wrapt.when_imported("peft")
 def _register(_peft: ModuleType) -> None:
-    # No more than this room: it registers itself, and PEFT's import may wait for it in one thread
-    # while another waits, inside of it, for PEFT.
-    importlib.import_module(f"{__name__}.tuner")
+    # The room registers itself. One that is being imported waits for PEFT, in another thread
+    # perhaps: PEFT must not wait for it.
+    if f"{__name__}.tuner" not in sys.modules:
+        importlib.import_module(f"{__name__}.tuner")

@@ -71,3 +71,29 @@ TUNER = (
 )
 def test_peft_knows_us_whichever_is_imported_first(script, tuner):
     assert said_by(f"{script}\n{TUNER}") == tuner
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "from peft_svdinit.tuner.config.svd import SvdLoraConfig",
+        "from peft_svdinit import LoriConfig",
+    ],
+)
+def test_threads_that_import_peft_and_us_at_once_do_not_wait_for_each_other(other):
+    script = f"""
+import threading
+import peft_svdinit
+failed, together = [], threading.Barrier(2)
+def run(statement):
+    together.wait()
+    try:
+        exec(statement)
+    except BaseException as error:
+        failed.append(error)
+threads = [threading.Thread(target=run, args=[each]) for each in ("import peft", {other!r})]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert not failed, failed
+"""
+    assert said_by(f"{script}\n{TUNER}") == "SvdLoraModel"
