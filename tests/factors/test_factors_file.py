@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.headed_files import rewrite_headed
 from support.strategies import layer_factors, layer_names
 from support.tiny_models import truncate
 from torch import Tensor
@@ -25,6 +24,7 @@ from peft_svdinit.files import TensorWriter, inside, is_local, resolve_file
 from peft_svdinit.files.headed_file import FORMAT_VERSION
 
 HEADER_KEY = "peft_svdinit.factors"
+rewrite = partial(rewrite_headed, HEADER_KEY)
 METADATA = FactorsMetadata("org/base", "abc", {"kind": "adapter"}, "randomized", 3)
 
 
@@ -42,20 +42,6 @@ def some_factors(rank: int = 2, layers: int = 3) -> dict[str, LowRankFactors]:
 def file(tmp_path: Path) -> Path:
     samples = {"layers.0.q_proj": torch.arange(30.0, dtype=torch.bfloat16)}
     return save_factors(tmp_path / "f.safetensors", some_factors(), METADATA, base_samples=samples)
-
-
-def rewrite(
-    path: Path,
-    tensors: Callable[[dict[str, Tensor]], Any] = lambda tensors: None,
-    header: Callable[[dict[str, Any]], Any] = lambda header: None,
-) -> None:
-    """Edit the tensors and the header's fields of a factors file in place."""
-    content = load_file(path)
-    with safe_open(path, framework="pt") as opened:
-        fields = json.loads(opened.metadata()[HEADER_KEY])
-    tensors(content)
-    header(fields)
-    save_file(content, path, {HEADER_KEY: json.dumps(fields)})
 
 
 def assert_equal(found: LowRankFactors, expected: LowRankFactors) -> None:

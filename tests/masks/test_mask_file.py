@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from support.headed_files import rewrite_headed
 from support.strategies import seeds
 from support.tiny_models import truncate
 from torch import Tensor
@@ -35,6 +33,7 @@ from peft_svdinit.masks import (
 from peft_svdinit.masks.mask_file import pack, unpack
 
 HEADER_KEY = "peft_svdinit.lori"
+rewrite = partial(rewrite_headed, HEADER_KEY)
 LAYERS = ("layers.2.q", "layers.10.q", "layers.10.up")
 
 
@@ -73,20 +72,6 @@ def same(found: LoriMask, expected: LoriMask) -> bool:
         alike &= (other.in_features, other.hash_A) == (layer.in_features, layer.hash_A)
     details = ("density", "seed", "scope", "floor", "source", "base_model_name_or_path")
     return alike and all(getattr(found, key) == getattr(expected, key) for key in details)
-
-
-def rewrite(
-    path: Path,
-    tensors: Callable[[dict[str, Tensor]], Any] = lambda tensors: None,
-    header: Callable[[dict[str, Any]], Any] = lambda header: None,
-) -> None:
-    """Edit the tensors and the header's fields in place."""
-    content = load_file(path)
-    with safe_open(path, framework="pt") as opened:
-        fields = json.loads(opened.metadata()[HEADER_KEY])
-    tensors(content)
-    header(fields)
-    save_file(content, path, {HEADER_KEY: json.dumps(fields)})
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -201,3 +201,20 @@ def has_lora_layers(model: nn.Module) -> bool:
 def names_containing(names: Iterable[str], part: str) -> list[str]:
     """Those of `names` that contain `part`."""
     return [name for name in names if part in name]
+
+
+def reloaded_to_train(
+    scene: Scene, folder: Path, trained: Any, *, low_cpu_mem_usage: bool = False
+) -> Any:
+    """The adapter saved in `folder` by its own config, shown to go on training as `trained`."""
+    loaded = PeftModel.from_pretrained(
+        scene.model(),
+        str(folder),
+        config=SvdLoraConfig.from_pretrained(str(folder)),
+        is_trainable=True,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+    assert equal_bits(adapter_weights(loaded), adapter_weights(trained))
+    assert torch.equal(logits(loaded), logits(trained))
+    assert train(loaded) == train(trained)
+    return loaded

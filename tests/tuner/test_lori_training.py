@@ -23,7 +23,7 @@ from support.lori_fixtures import (
 )
 from support.peft_fixtures import adapter_weights, equal_bits, logits, tiny_base, tokens, train
 from support.quantised import KINDS, quantised
-from support.word_tokenizer import tokenizer
+from support.word_tokenizer import sft_arguments, tokenizer
 from transformers import Trainer, TrainingArguments, set_seed
 
 from peft_svdinit import LoriConfig
@@ -229,16 +229,7 @@ def test_sft_trainer_makes_trains_and_saves_it(tmp_path, by_string):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     texts = [" ".join(f"w{index}" for index in row) for row in tokens(8, 6).tolist()]
-    arguments = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-    )
+    arguments = sft_arguments(trl, tmp_path)
     config: Any = lori_config(lori_density=0.1)
     if by_string:
         options: Any = {"init_lora_weights": "lori", "target_modules": config.target_modules}

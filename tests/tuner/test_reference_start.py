@@ -8,7 +8,6 @@ import pytest
 import torch
 from peft import (
     LoraConfig,
-    PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -23,6 +22,7 @@ from support.peft_fixtures import (
     has_lora_layers,
     logits,
     make_scene,
+    reloaded_to_train,
     tokens,
     train,
     tuned,
@@ -31,7 +31,7 @@ from support.peft_fixtures import (
 from support.tiny_models import ARCHITECTURES, weight_of
 from torch import Tensor, nn
 
-from peft_svdinit import LowRankFactors, SvdLoraConfig, initialize_lora_from_factors
+from peft_svdinit import LowRankFactors, initialize_lora_from_factors
 
 
 @pytest.fixture(scope="module")
@@ -186,16 +186,7 @@ def test_training_goes_on_from_a_saved_adapter_and_its_own_config(
     trained = llama.peft_model(svd_start="reference")
     train(trained)
     trained.save_pretrained(str(tmp_path))
-    loaded = PeftModel.from_pretrained(
-        llama.model(),
-        str(tmp_path),
-        config=SvdLoraConfig.from_pretrained(str(tmp_path)),
-        is_trainable=True,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-    )
-    assert equal_bits(adapter_weights(loaded), adapter_weights(trained))
-    assert torch.equal(logits(loaded), logits(trained))
-    assert train(loaded) == train(trained)
+    reloaded_to_train(llama, tmp_path, trained, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
 def test_gradient_checkpointing_changes_nothing(llama):

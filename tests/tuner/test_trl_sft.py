@@ -15,7 +15,7 @@ from support.peft_fixtures import (
     make_scene,
     tokens,
 )
-from support.word_tokenizer import tokenizer
+from support.word_tokenizer import sft_arguments, tokenizer
 
 from peft_svdinit import SvdLoraConfig
 
@@ -30,17 +30,7 @@ def scene(tmp_path_factory) -> Scene:
 
 def sft_trainer(scene: Scene, folder, peft_config: LoraConfig):
     texts = [" ".join(f"w{index}" for index in row) for row in tokens(8, 6).tolist()]
-    arguments = trl.SFTConfig(
-        output_dir=str(folder),
-        max_steps=2,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
+    arguments = sft_arguments(trl, folder, gradient_checkpointing=False)
     return trl.SFTTrainer(
         model=scene.model(),
         args=arguments,

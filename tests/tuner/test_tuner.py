@@ -30,6 +30,7 @@ from support.peft_fixtures import (
     has_lora_layers,
     logits,
     make_scene,
+    reloaded_to_train,
     teacher_factors,
     tiny_base,
     tokens,
@@ -581,16 +582,7 @@ def test_training_goes_on_where_the_factors_were_in_memory(
     model.save_pretrained(str(tmp_path))
     sidecar = json.loads((tmp_path / "svdinit_config.json").read_text())
     assert sidecar["svd_factors"] == "<factors in memory>"
-    loaded = PeftModel.from_pretrained(
-        llama.model(),
-        str(tmp_path),
-        config=SvdLoraConfig.from_pretrained(str(tmp_path)),
-        is_trainable=True,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-    )
-    assert equal_bits(adapter_weights(loaded), adapter_weights(model))
-    assert torch.equal(logits(loaded), logits(model))
-    assert train(loaded) == train(model)
+    loaded = reloaded_to_train(llama, tmp_path, model, low_cpu_mem_usage=low_cpu_mem_usage)
     # What is loaded is saved as it was, and loads again.
     for name, adapter in (("first", model), ("second", loaded)):
         adapter.save_pretrained(str(tmp_path / name))

@@ -49,7 +49,7 @@ def export_adapter(
     Args:
         factors: by module name; may read from a disk.
         ranks: triplets kept, one number for all layers or one for each, where 0 leaves one out.
-        output_dir: folder of the adapter, see `OutputFolder`: one with an adapter is replaced.
+        output_dir: folder of the adapter, see `OutputFolder`: an earlier result is replaced.
         base_model_name_or_path, base_model_revision: stored in the adapter's config.
         base: folder of the base model; with it target modules are checked, and listed by their last
             name part where that selects the same layers, as servers expect, else by full name.

@@ -78,7 +78,7 @@ def extract_adapter(
 
     Args:
         pair: the checkpoints.
-        output_dir: of adapter and report, see `OutputFolder`: one with an adapter is replaced.
+        output_dir: of adapter and report, see `OutputFolder`: an earlier result is replaced.
         rule: the ranks, with an upper bound.
         form: dtype and so on, and how to verify.
         base_model_name_or_path, base_model_revision: stored in the adapter's config.

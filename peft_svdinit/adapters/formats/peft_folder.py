@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...factors import LoraAdapter
-from ...files import TensorFile, read_json, refuse_pickle
+from ...files import TensorFile, read_json, resolve_file
 from ...models import CONFIG_NAME, PREFIX, WEIGHTS_NAME, pattern_value
 from .key_styles import LYCORIS_PARTS, refuse_unsupported
 from .lora import DOWN, UP
@@ -39,9 +39,7 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
 
 
 def _lycoris(folder: Path, config: Mapping[str, Any]) -> StoredAdapter:
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        refuse_pickle(path.with_suffix(".bin"), "adapter")
+    path = resolve_file(folder, WEIGHTS_NAME, argument="adapter")
     if config.get("modules_to_save"):
         raise ValueError(
             f"adapter: {folder} uses modules_to_save, which factored deltas do not express; merge "

@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ...files import TensorFile, replacing, write_json
+from ...files import TensorFile, replacing, write_json, write_tensors
 from ...models import PREFIX
 from ..rounding import Factors
 from . import diffusers, kohya
@@ -147,7 +146,7 @@ def write_single_file(
     )
     # Both are there before the first of them is replaced.
     with replacing(output) as temporary, replacing(report_path(output)) as described:
-        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        write_tensors(temporary, tensors, {"format": "pt", **metadata})
         write_json(described, report)
 
 

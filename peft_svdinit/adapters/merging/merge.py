@@ -48,7 +48,7 @@ def merge(
 
     Args:
         adapters: PEFT LoRA folders or Hub ids, two at least.
-        output: folder of the merged adapter, see `OutputFolder`: one with an adapter is replaced.
+        output: folder of the merged adapter, see `OutputFolder`: an earlier result is replaced.
         method: by default "cat".
         weights: of the adapters, 1 each by default. An adapter of weight 0 is left out. Negative
             ones subtract; methods that elect signs refuse them, since PEFT elects before it

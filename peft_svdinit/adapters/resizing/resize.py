@@ -44,7 +44,7 @@ def resize(
         adapters: PEFT folders (LoRA, LoHa, LoKr), or files in one of the styles of kohya, LyCORIS
             and diffusers, all of one style.
         output: folder of a PEFT adapter, see `OutputFolder`, or a `.safetensors` file; the style is
-            that of the input. An adapter that is there is replaced.
+            that of the input. An earlier result is replaced, and so is an adapter file.
             diffusers' style has one rank for all layers, as if `rule.uniform`.
         rule: the ranks. Layers only shrink: one with fewer triplets keeps those.
         weights: of the adapters in the sum, any sign; 1 each by default.
