@@ -4,6 +4,7 @@ from .architecture import linear_modules as linear_modules
 from .architecture import model_skeleton as model_skeleton
 from .checkpoint import BLOCK_ENTRIES as BLOCK_ENTRIES
 from .checkpoint import Checkpoint as Checkpoint
+from .conversion import module_names as module_names
 from .linear_weights import LinearWeights as LinearWeights
 from .names import layer_depth as layer_depth
 from .names import layer_seed as layer_seed
@@ -22,6 +23,7 @@ from .recognition import recognition_sample as recognition_sample
 from .recognition import sampled_positions as sampled_positions
 from .saved_whole import WholeModules as WholeModules
 from .saved_whole import whole_modules as whole_modules
+from .stored_parameters import StoredParameters as StoredParameters
 from .task_types import loadable_task_type as loadable_task_type
 from .task_types import task_type_of as task_type_of
 from .weights import base_weight as base_weight

@@ -123,13 +123,6 @@ class Checkpoint:
         """The files that hold the tensors."""
         return sorted(set(self._file_of.values()))
 
-    def stored_key(self, key: str, prefix: str) -> str | None:
-        """`key` as this file spells it."""
-        for candidate in spellings(key, prefix):
-            if candidate in self.shapes:
-                return candidate
-        return None
-
     def entries(self, key: str, positions: Sequence[Position]) -> Float[Tensor, " n"]:
         """A few entries of a matrix of floating numbers, in its dtype.
 
@@ -146,8 +139,3 @@ class Checkpoint:
                 file.seek(first + (row * cols + col) * dtype.itemsize)
                 stored += file.read(dtype.itemsize)
         return torch.frombuffer(stored, dtype=dtype)
-
-
-def spellings(key: str, prefix: str) -> tuple[str, str, str]:
-    """How a file may spell a key: unchanged, or without or with the model's prefix."""
-    return key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -12,19 +11,21 @@ from torch import Tensor, nn
 
 from ..files import FLOAT_DTYPES, LazyMapping, WrongKind
 from .architecture import LinearModule, is_chosen, linear_modules, model_skeleton
-from .checkpoint import Checkpoint, spellings
+from .checkpoint import Checkpoint
+from .names import natural_order
 from .recognition import Position, sampled_positions
+from .stored_parameters import StoredParameters
 
 
 class LinearWeights(LazyMapping[Tensor]):
     """Read-only, lazy view of the linear layers: module name to weight, float32 (out, in).
 
     The layers are those of the architecture, so that Conv1D weights are turned to (out, in) and
-    names agree with the loaded model even where the checkpoint's keys lack its prefix.
+    names agree with the loaded model, whatever the checkpoint calls them.
 
     Args:
         checkpoint: the tensors.
-        architecture: folder whose config.json names the architecture; the checkpoint's own if None.
+        skeleton: the model on the meta device; that of the checkpoint's own config.json if None.
         target_modules, exclude_modules: as in LoraConfig.
         longer_modules: layers, by their names or endings, that may have more rows than the
             architecture says, as an output head does after its vocabulary grew; rows beyond are
@@ -40,15 +41,16 @@ class LinearWeights(LazyMapping[Tensor]):
         self,
         checkpoint: Checkpoint,
         *,
-        architecture: Path | None = None,
+        skeleton: nn.Module | None = None,
         target_modules: str | Sequence[str] = "all-linear",
         exclude_modules: str | Sequence[str] = (),
         longer_modules: str | Sequence[str] = (),
     ) -> None:
         self.checkpoint = checkpoint
-        self.skeleton = model_skeleton(architecture or checkpoint.folder, checkpoint.argument)
-        self.prefix = getattr(self.skeleton, "base_model_prefix", "")
-        self.tied_to = _tied_parameters(self.skeleton)
+        self.skeleton = skeleton or model_skeleton(checkpoint.folder, checkpoint.argument)
+        self.parameters = StoredParameters(checkpoint, self.skeleton)
+        self._tied = _tied_parameters(self.skeleton)
+        self.tied_to = {name: group[0] for name, group in self._tied.items()}
         self.names = self.modules = {
             name: module
             for name, module in linear_modules(self.skeleton, target_modules).items()
@@ -56,7 +58,7 @@ class LinearWeights(LazyMapping[Tensor]):
         }
         if not self.modules:
             raise ValueError(f"exclude_modules={exclude_modules!r} leaves no linear layer")
-        self.keys_of = {name: self._key(name) for name in self.modules}
+        self.stored_as = {name: self._stored_weight(name) for name in self.modules}
         for module in self.modules.values():
             self._check(
                 module, may_be_longer=is_chosen(module.name, longer_modules, "slice_modules")
@@ -72,40 +74,40 @@ class LinearWeights(LazyMapping[Tensor]):
                     f"{name} of shape {shape} (out, in): not the base model of these deltas?"
                 )
 
-    def stored_key(self, parameter: str) -> str | None:
-        """The checkpoint's key of a parameter, or of the one that it is tied to."""
-        for name in (parameter, self.tied_to.get(parameter, parameter)):
-            stored = self.checkpoint.stored_key(name, self.prefix)
-            if stored is not None:
-                return stored
+    def stored(self, parameter: str) -> str | None:
+        """The parameter that the checkpoint holds in its place: itself, or one tied to it."""
+        for name in (parameter, *self._tied.get(parameter, ())):
+            if name in self.parameters.shapes:
+                return name
         return None
 
-    def _key(self, name: str) -> str:
-        stored = self.stored_key(f"{name}.weight")
+    def _stored_weight(self, name: str) -> str:
+        stored = self.stored(f"{name}.weight")
         if stored is not None:
             return stored
         argument = self.checkpoint.argument
         for packed in ("qweight", "weight_packed"):
-            if self.checkpoint.stored_key(f"{name}.{packed}", self.prefix):
+            if f"{name}.{packed}" in self.parameters.unknown:
                 raise WrongKind(
                     f"{argument}: the weight of layer {name} is stored as {packed}: quantised "
                     "checkpoints have no delta; dequantise the model first"
                 )
-        tried = dict.fromkeys(spellings(f"{name}.weight", self.prefix))
+        unknown = sorted(self.parameters.unknown, key=natural_order)
+        beside = f"; it holds {unknown[0]}, which the model does not have" if unknown else ""
         raise ValueError(
-            f"{argument}: {self.checkpoint.folder} has no weight for layer {name} (looked for "
-            f"{', '.join(tried)}): another architecture?"
+            f"{argument}: {self.checkpoint.folder} has no weight for layer {name} of "
+            f"{type(self.skeleton).__name__}{beside}: another architecture?"
         )
 
     def _check(self, module: LinearModule, *, may_be_longer: bool) -> None:
-        argument, key = self.checkpoint.argument, self.keys_of[module.name]
-        if self.checkpoint.dtypes[key] not in FLOAT_DTYPES:
+        argument, weight = self.checkpoint.argument, self.stored_as[module.name]
+        dtype = self.parameters.dtype(weight)
+        if dtype not in FLOAT_DTYPES:
             raise WrongKind(
-                f"{argument}: the weight of layer {module.name} is stored as "
-                f"{self.checkpoint.dtypes[key]}: quantised checkpoints have no delta; dequantise "
-                "the model first"
+                f"{argument}: the weight of layer {module.name} is stored as {dtype}: quantised "
+                "checkpoints have no delta; dequantise the model first"
             )
-        shape = self.checkpoint.shapes[key]
+        shape = self.parameters.shapes[weight]
         expected = (module.out_features, module.in_features)
         oriented = shape[::-1] if module.transposed else shape
         longer = oriented[1:] == expected[1:] and oriented[0] > expected[0]
@@ -118,9 +120,9 @@ class LinearWeights(LazyMapping[Tensor]):
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """The stored weight in blocks of rows of float32, those of Conv1D being its inputs."""
-        module, key = self.modules[name], self.keys_of[name]
+        module = self.modules[name]
         rows = module.in_features if module.transposed else module.out_features
-        for start, block in self.checkpoint.blocks(key, rows):
+        for start, block in self.parameters.blocks(self.stored_as[name], rows):
             wide = block.float()
             # The norm is cheaper to look at than every entry; it may overflow without a defect.
             if not (torch.linalg.vector_norm(wide).isfinite() or torch.isfinite(wide).all()):
@@ -151,7 +153,7 @@ class LinearWeights(LazyMapping[Tensor]):
         """Entries of the (out, in) weight in its stored dtype, without reading the rest."""
         if self.modules[name].transposed:
             positions = [(col, row) for row, col in positions]
-        return self.checkpoint.entries(self.keys_of[name], positions)
+        return self.parameters.entries(self.stored_as[name], positions)
 
     def sample(self, name: str) -> Float[Tensor, " n"]:
         """The entries by which the weight is recognised, see `recognition_sample`."""
@@ -159,9 +161,9 @@ class LinearWeights(LazyMapping[Tensor]):
         return self.entries(name, sampled_positions((module.out_features, module.in_features)))
 
 
-def _tied_parameters(skeleton: nn.Module) -> dict[str, str]:
-    """Every parameter and the first one that it is tied to, mostly itself."""
+def _tied_parameters(skeleton: nn.Module) -> dict[str, list[str]]:
+    """Every parameter and all that are tied to it, itself among them."""
     groups: dict[int, list[str]] = defaultdict(list)
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
         groups[id(parameter)].append(name)
-    return {name: group[0] for group in groups.values() for name in group}
+    return {name: group for group in groups.values() for name in group}

@@ -53,17 +53,24 @@ def factorised(
 
 
 def _refuse_unknown_parts(pair: CheckpointPair) -> None:
-    """Raise ValueError if tensors changed that the loaded model spells in another way.
-
-    An adapter of the linear layers alone would then lack what may be most of the model, as where
-    experts are stored one by one and loaded as one tensor.
-    """
-    unknown = [tensor.key for tensor in pair.uncovered() if not pair.is_parameter(tensor.key)]
+    """Raise ValueError if what changed is beside the linear layers and may be most of the model."""
+    changed = [tensor.key for tensor in pair.uncovered()]
+    kind = type(pair.base.skeleton).__name__
+    unknown = [key for key in changed if not pair.is_parameter(key)]
     if unknown:
         raise ValueError(
             f"tuned: {len(unknown)} changed tensors, {unknown[0]} the first, are no parameters of "
-            f"{type(pair.base.skeleton).__name__} by these names (experts stored one by one?), and "
-            "no adapter of its linear layers covers them; exclude_modules can leave them out"
+            f"{kind} by these names, and no adapter of its linear layers covers them; "
+            "exclude_modules can leave them out"
+        )
+    stacks = [key for key in changed if pair.is_stack(key)]
+    if stacks:
+        module = stacks[0].rpartition(".")[0]
+        raise ValueError(
+            f"tuned: {len(stacks)} changed parameters of {kind}, {stacks[0]} the first, are stacks "
+            "of matrices, one for each expert, and no adapter of its linear layers covers them; "
+            f"leave them out with exclude_modules {module.rpartition('.')[2]} if they should not "
+            "count"
         )
 
 

@@ -67,7 +67,7 @@ class CheckpointPair(LazyMapping[Tensor]):
         self.names = self.base.names
         self.tuned = LinearWeights(
             tuned_checkpoint,
-            architecture=base_checkpoint.folder,
+            skeleton=self.base.skeleton,
             target_modules=target_modules,
             exclude_modules=exclude_modules,
             longer_modules=slice_modules,
@@ -79,7 +79,7 @@ class CheckpointPair(LazyMapping[Tensor]):
         )
 
     def _check_choice(self, argument: str, choice: str | Sequence[str]) -> None:
-        keys = {*self.base.tied_to, *self.base.checkpoint.shapes, *self.tuned.checkpoint.shapes}
+        keys = {*self.base.tied_to, *self.base.parameters.shapes, *self.tuned.parameters.shapes}
         modules = {key.rpartition(".")[0] for key in keys}
         for part in [choice] if isinstance(choice, str) else [[ending] for ending in choice]:
             if not any(is_chosen(module, part) for module in modules):
@@ -98,15 +98,15 @@ class CheckpointPair(LazyMapping[Tensor]):
         """Whether tuned has rows beyond the base's, which are not read."""
         base, tuned = self.base, self.tuned
         return self._others.sliced or any(
-            base.checkpoint.shapes[base.keys_of[name]]
-            != tuned.checkpoint.shapes[tuned.keys_of[name]]
+            base.parameters.shapes[base.stored_as[name]]
+            != tuned.parameters.shapes[tuned.stored_as[name]]
             for name in self
         )
 
     def stored_bytes(self, name: str) -> int:
         """What reading one delta reads from the disk."""
         return sum(
-            side.checkpoint.stored_bytes(side.keys_of[name]) for side in (self.base, self.tuned)
+            side.parameters.stored_bytes(side.stored_as[name]) for side in (self.base, self.tuned)
         )
 
     @cached_property
@@ -125,7 +125,14 @@ class CheckpointPair(LazyMapping[Tensor]):
 
     def is_parameter(self, key: str) -> bool:
         """Whether the architecture knows a tensor by this name."""
-        return key in self.base.tied_to
+        return key not in self.base.parameters.unknown
+
+    def is_stack(self, key: str) -> bool:
+        """Whether a tensor is a stack of matrices, as the fused experts of a layer are."""
+        module = self.base.skeleton.get_submodule(key.rpartition(".")[0])
+        kernel = hasattr(module, "kernel_size")
+        shape = self.base.parameters.shapes[self._others.pairs[key][0]]
+        return not kernel and [size > 1 for size in shape] == [True] * 3
 
     def whole_tensors(self, modules: Sequence[str]) -> WholeTensors:
         """Tuned parameters of modules outside the linear layers, for `modules_to_save`.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...files import LazyMapping
 from ...linalg import frobenius_norm
-from ...models import Checkpoint, LinearWeights, is_chosen
+from ...models import LinearWeights, StoredParameters, is_chosen
 
 # Masks and frequencies that old versions of transformers stored beside the weights.
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"attn\.masked_bias$", r"h\.\d+\.attn\.bias$")
@@ -27,10 +27,10 @@ class Uncovered:
 
 
 class OtherTensors:
-    """The pairs of tensors outside the linear layers of `base` and `tuned`, matched and checked.
+    """The tensors outside the linear layers of `base` and `tuned`, matched by name and checked.
 
     Args:
-        base, tuned: the linear layers; both read as the base's architecture.
+        base, tuned: the linear layers; both read as the same architecture.
         exclude_modules: modules that are not compared.
         slice_modules: modules of which only the rows that the base has are read.
 
@@ -52,39 +52,37 @@ class OtherTensors:
         self.pairs: dict[str, tuple[str, str]] = {}
         self._match_parameters()
         self._match_unknown()
-        for name, keys in self.pairs.items():
-            self._check_shapes(name, *keys)
+        for name, stored in self.pairs.items():
+            self._check_shapes(name, *stored)
 
     def _match_parameters(self) -> None:
         weights = {f"{name}.weight" for name in self.base}
+        buffers = {name for name, _ in self.base.skeleton.named_buffers()}
+        buffers &= self.base.parameters.shapes.keys() & self.tuned.parameters.shapes.keys()
         seen: set[str] = set()
-        for name in self.base.tied_to:
+        for name in [*self.base.tied_to, *sorted(buffers)]:
             if name in weights or self._excluded(name):
                 continue
-            keys = [side.stored_key(name) for side in (self.base, self.tuned)]
-            if keys == [None, None] or keys[1] in seen:
+            stored = [side.stored(name) for side in (self.base, self.tuned)]
+            if stored == [None, None] or stored[1] in seen:
                 continue
-            if None in keys:
-                has, lacks = self.arguments[:: 1 if keys[1] is None else -1]
+            if None in stored:
+                has, lacks = self.arguments[:: 1 if stored[1] is None else -1]
                 raise ValueError(
                     f"{lacks}: it has no tensor {name}, which {has} has: another architecture? "
                     f"exclude_modules can leave {name.rpartition('.')[0]} out"
                 )
-            self.pairs[name] = (str(keys[0]), str(keys[1]))
-            seen.add(str(keys[1]))
+            self.pairs[name] = (str(stored[0]), str(stored[1]))
+            seen.add(str(stored[1]))
 
     def _match_unknown(self) -> None:
-        """Tensors under names that the architecture lacks, as experts stored one by one have."""
-        base, tuned = self.base.checkpoint, self.tuned.checkpoint
-        matched = {*self.tuned.keys_of.values(), *(tuned for _, tuned in self.pairs.values())}
+        """Tensors under names that the architecture lacks."""
         known = {name for name, _ in self.base.skeleton.named_buffers()}
-        for key in tuned.shapes.keys() - matched:
-            spelled = {key, key.removeprefix(f"{self.base.prefix}."), f"{self.base.prefix}.{key}"}
-            if self._excluded(key) or spelled & (known | self.base.tied_to.keys()):
+        for key in sorted(self.tuned.parameters.unknown - known):
+            if self._excluded(key):
                 continue
-            stored = base.stored_key(key, self.base.prefix)
-            if stored is not None:
-                self.pairs[key] = (stored, key)
+            if key in self.base.parameters.unknown:
+                self.pairs[key] = (key, key)
             elif not any(re.search(pattern, key) for pattern in _OLD_BUFFERS):
                 raise ValueError(
                     f"{self.arguments[1]}: it has a tensor {key} that the base's architecture "
@@ -96,8 +94,8 @@ class OtherTensors:
         return is_chosen(name.rpartition(".")[0], self._exclude)
 
     def _check_shapes(self, name: str, base_key: str, tuned_key: str) -> None:
-        before = self.base.checkpoint.shapes[base_key]
-        after = self.tuned.checkpoint.shapes[tuned_key]
+        before = self.base.parameters.shapes[base_key]
+        after = self.tuned.parameters.shapes[tuned_key]
         module = name.rpartition(".")[0]
         longer = after[1:] == before[1:] and after[:1] > before[:1]
         if after != before and not (longer and is_chosen(module, self._slice)):
@@ -111,7 +109,7 @@ class OtherTensors:
     @property
     def sliced(self) -> bool:
         """Whether a tuned tensor has rows beyond the base's."""
-        base, tuned = self.base.checkpoint, self.tuned.checkpoint
+        base, tuned = self.base.parameters, self.tuned.parameters
         return any(base.shapes[one] != tuned.shapes[other] for one, other in self.pairs.values())
 
     def uncovered(self) -> list[Uncovered]:
@@ -122,10 +120,10 @@ class OtherTensors:
         """
         changed = []
         for name, (base_key, tuned_key) in self.pairs.items():
-            rows = self.base.checkpoint.shapes[base_key][:1]
+            rows = self.base.parameters.shapes[base_key][:1]
             blocks = zip(
-                self.base.checkpoint.blocks(base_key),
-                self.tuned.checkpoint.blocks(tuned_key, *rows),
+                self.base.parameters.blocks(base_key),
+                self.tuned.parameters.blocks(tuned_key, *rows),
                 strict=True,
             )
             before = change = 0.0
@@ -151,7 +149,7 @@ class OtherTensors:
         source = self.base.tied_to.get(name, name)
         if source == name or source not in self.pairs:
             return False
-        tuned = self.tuned.checkpoint
+        tuned = self.tuned.parameters
         blocks = zip(tuned.blocks(tuned_key), tuned.blocks(self.pairs[source][1]), strict=True)
         return all(torch.equal(one, other) for (_, one), (_, other) in blocks)
 
@@ -187,31 +185,31 @@ class OtherTensors:
             for name, (_, tuned_key) in self.pairs.items()
             if self.base.tied_to.get(name) in roots
         }
-        rows = {name: self.base.checkpoint.shapes[self.pairs[name][0]][:1] for name in keys}
-        return WholeTensors(self.tuned.checkpoint, keys, rows)
+        rows = {name: self.base.parameters.shapes[self.pairs[name][0]][:1] for name in keys}
+        return WholeTensors(self.tuned.parameters, keys, rows)
 
 
 class WholeTensors(LazyMapping[Tensor]):
     """Read-only, lazy view of a checkpoint's tensors by parameter name, in their own dtype.
 
     Args:
-        keys: name to key in the checkpoint.
+        keys: name to the parameter that is stored in its place.
         rows: name to (rows,), how many of them count; () of a scalar.
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        stored: StoredParameters,
         keys: Mapping[str, str],
         rows: Mapping[str, tuple[int, ...]],
     ) -> None:
-        self._checkpoint, self._keys, self._rows = checkpoint, dict(keys), dict(rows)
+        self._stored, self._keys, self._rows = stored, dict(keys), dict(rows)
         self.names = self._keys
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._checkpoint.tensor(self._keys[name])
+        tensor = self._stored.tensor(self._keys[name])
         return tensor[: self._rows[name][0]] if self._rows[name] else tensor
 
     def stored_bytes(self) -> int:
         """Size of all of them together."""
-        return sum(self._checkpoint.stored_bytes(key) for key in self._keys.values())
+        return sum(self._stored.stored_bytes(key) for key in self._keys.values())

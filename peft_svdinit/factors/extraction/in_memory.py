@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...linalg import Method
-from ...models import Checkpoint, LinearWeights
+from ...models import Checkpoint, LinearWeights, model_skeleton, module_names
 from ..deltas.checkpoint_pair import CheckpointPair
 from ..deltas.lora_adapter import LoraAdapter
 from ..deltas.synthesis import Synthesis
@@ -33,7 +33,8 @@ def factors_of_adapter(
     Args:
         adapter: the saved adapter.
         synthesis: how to extend it to a higher rank.
-        base: folder of its base model, read only to note by which entries to recognise it.
+        base: folder of its base model, read only to note by which entries to recognise it, and
+            what it calls the layers, where the adapter has names of older versions.
 
     Raises:
         ValueError: if the base lacks a layer of the adapter or differs from it in shape.
@@ -44,7 +45,12 @@ def factors_of_adapter(
         factors[name] = synthesis(name, layer) if synthesis else layer
     samples = {}
     if base is not None:
-        weights = LinearWeights(Checkpoint(base, argument="base"), target_modules=list(factors))
+        skeleton = model_skeleton(base)
+        renamed = module_names(skeleton, list(factors))
+        factors = {renamed[name]: layer for name, layer in factors.items()}
+        weights = LinearWeights(
+            Checkpoint(base, argument="base"), skeleton=skeleton, target_modules=list(factors)
+        )
         weights.check_shapes({name: layer.shape for name, layer in factors.items()})
         samples = {name: weights.sample(name) for name in factors}
     source: dict = {"kind": "adapter"}
