@@ -138,9 +138,8 @@ def _factors(options: AnalyzeOptions) -> _Subject:
         held, metadata = extraction.factors, extraction.metadata
     if base is None:
         return _Subject(held, asdict(metadata), None, None)
-    weights = models.LinearWeights(
-        models.Checkpoint(base, argument="base"), target_modules=list(held)
-    )
+    parameters = models.StoredParameters(models.Checkpoint(base, argument="base"))
+    weights = models.LinearWeights(parameters, target_modules=list(held))
     if isinstance(held, factors.FactorsFile):
         weights.check_shapes({name: held.shape_of(name) for name in held})
         difference = models.first_difference(_base_entries(weights, held))

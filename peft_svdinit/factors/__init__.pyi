@@ -7,6 +7,7 @@ from .deltas.lora_adapter import LoraProduct as LoraProduct
 from .deltas.lora_adapter import options_beyond_the_product as options_beyond_the_product
 from .deltas.other_tensors import Uncovered as Uncovered
 from .deltas.synthesis import Synthesis as Synthesis
+from .deltas.whole_tensors import WholeTensors as WholeTensors
 from .extraction.extracted import Extraction as Extraction
 from .extraction.factorisation import Factorisation as Factorisation
 from .extraction.in_memory import checkpoint_samples as checkpoint_samples

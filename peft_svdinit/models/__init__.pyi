@@ -6,6 +6,7 @@ from .checkpoint import BLOCK_ENTRIES as BLOCK_ENTRIES
 from .checkpoint import Checkpoint as Checkpoint
 from .conversion import module_names as module_names
 from .linear_weights import LinearWeights as LinearWeights
+from .names import is_within as is_within
 from .names import layer_depth as layer_depth
 from .names import layer_seed as layer_seed
 from .names import module_types as module_types
@@ -24,6 +25,7 @@ from .recognition import sampled_positions as sampled_positions
 from .saved_whole import WholeModules as WholeModules
 from .saved_whole import whole_modules as whole_modules
 from .stored_parameters import StoredParameters as StoredParameters
+from .task_types import heads_of_task as heads_of_task
 from .task_types import loadable_task_type as loadable_task_type
 from .task_types import task_type_of as task_type_of
 from .weights import base_weight as base_weight

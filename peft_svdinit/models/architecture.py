@@ -6,6 +6,8 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -24,19 +26,46 @@ class LinearModule:
     transposed: bool
 
 
-def model_skeleton(path_or_id: str | os.PathLike, argument: str = "base") -> nn.Module:
+def model_skeleton(
+    path_or_id: str | os.PathLike,
+    argument: str = "base",
+    *,
+    tuned: str | os.PathLike | None = None,
+) -> nn.Module:
     """The model of a checkpoint folder on the meta device: names and shapes, no memory.
 
     Args:
         path_or_id: the folder or Hub repository.
         argument: by which the user gave it; the messages of errors begin with it.
+        tuned: folder of a model fine-tuned from it. Where that is of another class of the same
+            type, a classifier trained from a causal model say, or has other labels, the skeleton
+            is of its class and has its labels.
 
     Raises:
         ValueError: if it has no configuration, or that names no architecture of transformers.
     """
+    config = _configuration(path_or_id, argument)
+    architecture = _architecture(config)
+    if architecture is None:
+        raise ValueError(
+            f"{argument}: {os.fspath(path_or_id)}: config.json names no architecture that "
+            f"transformers {transformers.__version__} knows (architectures: "
+            f"{list(config.architectures or ())})"
+        )
+    if tuned is not None and (Path(tuned) / "config.json").is_file():
+        after = _configuration(tuned, "tuned")
+        if type(after) is type(config):
+            architecture = _architecture(after) or architecture
+            if after.num_labels != config.num_labels:
+                config.num_labels = after.num_labels
+    with torch.device("meta"):
+        return architecture(config)
+
+
+def _configuration(path_or_id: str | os.PathLike, argument: str) -> Any:
     place = f"{argument}: {os.fspath(path_or_id)}"
     try:
-        config = transformers.AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"{place} has no config.json that can be read: {error}") from error
     except ValueError as error:
@@ -45,16 +74,13 @@ def model_skeleton(path_or_id: str | os.PathLike, argument: str = "base") -> nn.
             f"{transformers.__version__} has itself, and code of a checkpoint is never run "
             f"({error})"
         ) from error
+
+
+def _architecture(config: Any) -> type[PreTrainedModel] | None:
     names = config.architectures or ()
-    architecture = getattr(transformers, str(names[0]), None) if names else None
+    found = getattr(transformers, str(names[0]), None) if names else None
     # transformers has more than models by name: functions, too, which must not be called.
-    if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
-        raise ValueError(
-            f"{place}: config.json names no architecture that transformers "
-            f"{transformers.__version__} knows (architectures: {list(names)})"
-        )
-    with torch.device("meta"):
-        return architecture(config)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
 def linear_modules(

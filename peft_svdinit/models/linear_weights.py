@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..files import FLOAT_DTYPES, LazyMapping, WrongKind
-from .architecture import LinearModule, is_chosen, linear_modules, model_skeleton
-from .checkpoint import Checkpoint
-from .names import natural_order
+from .architecture import LinearModule, is_chosen, linear_modules
+from .names import is_within, natural_order
 from .recognition import Position, sampled_positions
 from .stored_parameters import StoredParameters
 
@@ -24,9 +22,9 @@ class LinearWeights(LazyMapping[Tensor]):
     names agree with the loaded model, whatever the checkpoint calls them.
 
     Args:
-        checkpoint: the tensors.
-        skeleton: the model on the meta device; that of the checkpoint's own config.json if None.
+        parameters: the model's parameters.
         target_modules, exclude_modules: as in LoraConfig.
+        whole_modules: full names of modules, with all that they contain, that are no layers.
         longer_modules: layers, by their names or endings, that may have more rows than the
             architecture says, as an output head does after its vocabulary grew; rows beyond are
             not read.
@@ -39,22 +37,19 @@ class LinearWeights(LazyMapping[Tensor]):
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        parameters: StoredParameters,
         *,
-        skeleton: nn.Module | None = None,
         target_modules: str | Sequence[str] = "all-linear",
         exclude_modules: str | Sequence[str] = (),
+        whole_modules: Collection[str] = (),
         longer_modules: str | Sequence[str] = (),
     ) -> None:
-        self.checkpoint = checkpoint
-        self.skeleton = skeleton or model_skeleton(checkpoint.folder, checkpoint.argument)
-        self.parameters = StoredParameters(checkpoint, self.skeleton)
-        self._tied = _tied_parameters(self.skeleton)
-        self.tied_to = {name: group[0] for name, group in self._tied.items()}
+        self.parameters, self.checkpoint = parameters, parameters.checkpoint
         self.names = self.modules = {
             name: module
-            for name, module in linear_modules(self.skeleton, target_modules).items()
+            for name, module in linear_modules(parameters.model, target_modules).items()
             if not is_chosen(name, exclude_modules, "exclude_modules")
+            and not is_within(name, whole_modules)
         }
         if not self.modules:
             raise ValueError(f"exclude_modules={exclude_modules!r} leaves no linear layer")
@@ -74,15 +69,8 @@ class LinearWeights(LazyMapping[Tensor]):
                     f"{name} of shape {shape} (out, in): not the base model of these deltas?"
                 )
 
-    def stored(self, parameter: str) -> str | None:
-        """The parameter that the checkpoint holds in its place: itself, or one tied to it."""
-        for name in (parameter, *self._tied.get(parameter, ())):
-            if name in self.parameters.shapes:
-                return name
-        return None
-
     def _stored_weight(self, name: str) -> str:
-        stored = self.stored(f"{name}.weight")
+        stored = self.parameters.stored(f"{name}.weight")
         if stored is not None:
             return stored
         argument = self.checkpoint.argument
@@ -96,7 +84,7 @@ class LinearWeights(LazyMapping[Tensor]):
         beside = f"; it holds {unknown[0]}, which the model does not have" if unknown else ""
         raise ValueError(
             f"{argument}: {self.checkpoint.folder} has no weight for layer {name} of "
-            f"{type(self.skeleton).__name__}{beside}: another architecture?"
+            f"{type(self.parameters.model).__name__}{beside}: another architecture?"
         )
 
     def _check(self, module: LinearModule, *, may_be_longer: bool) -> None:
@@ -159,11 +147,3 @@ class LinearWeights(LazyMapping[Tensor]):
         """The entries by which the weight is recognised, see `recognition_sample`."""
         module = self.modules[name]
         return self.entries(name, sampled_positions((module.out_features, module.in_features)))
-
-
-def _tied_parameters(skeleton: nn.Module) -> dict[str, list[str]]:
-    """Every parameter and all that are tied to it, itself among them."""
-    groups: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
-        groups[id(parameter)].append(name)
-    return {name: group for group in groups.values() for name in group}

@@ -13,6 +13,11 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
+def is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module or parameter is one of `modules` or in one of them, by full names."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
 def layer_seed(seed: int, name: str) -> int:
     """A seed for one layer, which depends on nothing but `seed` and the layer's name."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .names import is_within
+from .task_types import heads_of_task
+
 
 @dataclass(frozen=True)
 class WholeModules:
@@ -35,7 +38,8 @@ def whole_modules(
 
     A tensor for a parameter that the base model ties to others, as an embedding to the output head,
     is the tensor of all of them: PEFT replaces modules one by one, and would leave the others at
-    the base's value. To untie them, give one for each.
+    the base's value. To untie them, give one for each. Of the heads of the model's task type, which
+    PEFT replaces with all that they contain, give all parameters or none.
 
     Args:
         skeleton: the base model, on the meta device if need be.
@@ -58,7 +62,7 @@ def whole_modules(
         for partner in partners[id(parameters[name])]:
             if partner not in given:
                 source_of.setdefault(partner, name)
-    names = sorted({name.rpartition(".")[0] for name in source_of})
+    names = _modules_of(skeleton, source_of)
     for name in names:
         if name in adapted:
             raise ValueError(f"modules_to_save: {name} has low-rank factors too; leave one out")
@@ -80,3 +84,13 @@ def whole_modules(
                 "module to save; leave that out"
             )
     return WholeModules(names, dict(sorted(source_of.items())))
+
+
+def _modules_of(skeleton: nn.Module, parameters: Collection[str]) -> list[str]:
+    """The modules of these parameters, or the heads that these are in."""
+    heads = heads_of_task(skeleton)
+    modules = {name.rpartition(".")[0] for name in parameters}
+    inside = {module for module in modules if is_within(module, heads)}
+    return sorted(
+        modules - inside | {head for head in heads for m in inside if is_within(m, [head])}
+    )

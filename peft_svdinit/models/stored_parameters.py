@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..files import FLOAT_DTYPES
+from .architecture import model_skeleton
 from .checkpoint import BLOCK_ENTRIES, Checkpoint
 from .conversion import Conversion, stored_layout
 from .recognition import Position
@@ -24,24 +26,26 @@ class StoredParameters:
 
     Args:
         checkpoint: the tensors.
-        model: the model on the meta device.
+        model: the model on the meta device; that of the checkpoint's own config.json if None.
 
     Attributes:
         shapes: of all that is stored, by name.
         unknown: names that the model does not have.
+        tied_to: every parameter of the model, and the first one that it is tied to, mostly itself.
 
     Raises:
         ValueError: if the tensors that one parameter is made of do not fit together.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module) -> None:
-        self.checkpoint, self.model = checkpoint, model
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module | None = None) -> None:
+        self.checkpoint, self.argument = checkpoint, checkpoint.argument
+        self.model = model or model_skeleton(checkpoint.folder, checkpoint.argument)
         stored = {
             key: (shape, FLOAT_DTYPES.get(checkpoint.dtypes[key], torch.uint8))
             for key, shape in checkpoint.shapes.items()
         }
         try:
-            layout = stored_layout(model, stored)
+            layout = stored_layout(self.model, stored)
         except ValueError as error:
             raise ValueError(f"{checkpoint.argument}: {checkpoint.folder}: {error}") from error
         self._keys = layout.renamed | layout.unknown
@@ -49,19 +53,36 @@ class StoredParameters:
         self.unknown = set(layout.unknown)
         self.shapes = {name: checkpoint.shapes[key] for name, key in self._keys.items()}
         self.shapes |= {name: made.shapes[name] for name, made in self._made.items()}
+        self._tied = _tied_parameters(self.model)
+        self.tied_to = {name: group[0] for name, group in self._tied.items()}
+
+    def stored(self, name: str) -> str | None:
+        """The parameter that the checkpoint holds in its place: itself, or one tied to it."""
+        for one in (name, *self._tied.get(name, ())):
+            if one in self.shapes:
+                return one
+        return None
+
+    def stored_once(self) -> dict[str, str]:
+        """Every parameter of the model with the one stored in its place, each of these once."""
+        found: dict[str, str] = {}
+        for name in self.tied_to:
+            stored = self.stored(name)
+            if stored is not None:
+                found.setdefault(stored, name)
+        return {name: stored for stored, name in found.items()}
 
     def dtype(self, name: str) -> str:
         """As safetensors calls it; of several tensors, that of one that is no floating number."""
-        dtypes = {self.checkpoint.dtypes[key] for key in self.keys_of(name)}
+        dtypes = {self.checkpoint.dtypes[key] for key in self._sources(name)}
         return min(dtypes, key=lambda dtype: (dtype in FLOAT_DTYPES, dtype))
 
-    def keys_of(self, name: str) -> list[str]:
-        """The stored tensors that it is made of."""
+    def _sources(self, name: str) -> list[str]:
         return self._made[name].keys if name in self._made else [self._keys[name]]
 
     def stored_bytes(self, name: str) -> int:
         """What reading it reads."""
-        return sum(map(self.checkpoint.stored_bytes, self.keys_of(name)))
+        return sum(map(self.checkpoint.stored_bytes, self._sources(name)))
 
     def tensor(self, name: str) -> Tensor:
         """One parameter."""
@@ -102,3 +123,11 @@ class StoredParameters:
             return self.checkpoint.entries(self._keys[name], positions)
         rows, columns = zip(*positions, strict=True)
         return self.tensor(name)[list(rows), list(columns)]
+
+
+def _tied_parameters(model: nn.Module) -> dict[str, list[str]]:
+    """Every parameter and all that are tied to it, itself among them."""
+    groups: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups[id(parameter)].append(name)
+    return {name: group for group in groups.values() for name in group}

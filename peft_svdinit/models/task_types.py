@@ -40,6 +40,16 @@ def heads_of(model: nn.Module, task_type: str | None) -> list[str]:
     return [name for name, _ in model.named_modules() if ends and name.endswith(ends)]
 
 
+def heads_of_task(model: nn.Module) -> list[str]:
+    """The modules that PEFT stores as a whole in every adapter of the model's own task type."""
+    return heads_of(model, _task_type_of_model(model))
+
+
+def _task_type_of_model(model: nn.Module) -> str | None:
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return task_type_of(type(model).__name__, encodes)
+
+
 def loadable_task_type(
     model: nn.Module, task_type: str | None, replaced: Collection[str]
 ) -> str | None:
@@ -54,8 +64,7 @@ def loadable_task_type(
     """
     automatic = task_type == "auto"
     if automatic:
-        encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        task_type = task_type_of(type(model).__name__, encodes)
+        task_type = _task_type_of_model(model)
     absent = [name for name in heads_of(model, task_type) if name not in replaced]
     if not absent:
         return task_type

@@ -387,7 +387,7 @@ def interrupted(*args, **kwargs):
         (["--target_modules", "(q_proj"], "q_proj"),
         (["--save_as", "factors", "--rank", "4", "--lora_r", "9"], "lora_r=9 must not be above"),
         (["--exclude_modules", ".*"], "leaves no linear layer"),
-        (["--modules_to_save", "q_proj"], "q_proj is no module outside"),
+        (["--modules_to_save", "q_proj"], "q_proj is no module of the tuned model outside"),
         (["--max_bytes", "10"], "max_parameters"),
     ],
 )

@@ -466,6 +466,7 @@ def test_an_adapter_of_a_classifier_is_verified_and_stock_peft_loads_it(tmp_path
     deltas = CheckpointPair(
         tmp_path / "base",
         tmp_path / "tuned",
+        target_modules=["dense", "classifier"] if head == "low rank" else "all-linear",
         exclude_modules=["classifier"] if head == "whole" else (),
     )
     whole = {

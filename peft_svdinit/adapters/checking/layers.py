@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...files import TensorFile
@@ -44,7 +44,7 @@ class Verification:
 
 def verify_adapter(
     folder: str | os.PathLike,
-    base: str | os.PathLike,
+    base: str | os.PathLike | nn.Module,
     deltas: Mapping[str, Tensor],
     expected_errors: Mapping[str, float],
     *,
@@ -61,7 +61,7 @@ def verify_adapter(
 
     Args:
         folder: the adapter.
-        base: folder of the base model, for its architecture.
+        base: folder of the base model, for its architecture, or the model on the meta device.
         deltas: dense deltas (out, in) in float32 by module name, of all layers that fine-tuning
             may have changed; may read from a disk, each once.
         expected_errors: ‖delta − adapter‖_F as promised, by module name, with the rounding

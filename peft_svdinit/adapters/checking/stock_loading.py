@@ -40,8 +40,8 @@ class _Weightless(nn.Parameter):
         return _Weightless(self.data, requires_grad=self.requires_grad)
 
 
-def weightless_model(folder: str | os.PathLike) -> nn.Module:
-    """The model of a checkpoint folder with every parameter zero, in no memory.
+def weightless_model(model: str | os.PathLike | nn.Module) -> nn.Module:
+    """A model with every parameter zero, in no memory: of a checkpoint folder, or one on meta.
 
     Parameters are one number each, expanded to the shape: on the CPU, so that PEFT puts an
     adapter's weights there (to a model on the meta device it loads none). The copies that PEFT
@@ -51,7 +51,8 @@ def weightless_model(folder: str | os.PathLike) -> nn.Module:
     Raises:
         ValueError: as `model_skeleton` raises.
     """
-    model = model_skeleton(folder)
+    if not isinstance(model, nn.Module):
+        model = model_skeleton(model)
     zeros: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -34,7 +34,7 @@ def export_adapter(
     *,
     base_model_name_or_path: str | None = None,
     base_model_revision: str | None = None,
-    base: str | os.PathLike | None = None,
+    base: str | os.PathLike | nn.Module | None = None,
     split: Split = "output",
     dtype: Dtype = "float32",
     uniform: bool = False,
@@ -51,8 +51,9 @@ def export_adapter(
         ranks: triplets kept, one number for all layers or one for each, where 0 leaves one out.
         output_dir: folder of the adapter, see `OutputFolder`: an earlier result is replaced.
         base_model_name_or_path, base_model_revision: stored in the adapter's config.
-        base: folder of the base model; with it target modules are checked, and listed by their last
-            name part where that selects the same layers, as servers expect, else by full name.
+        base: folder of the base model, or the model on the meta device; with it target modules are
+            checked, and listed by their last name part where that selects the same layers, as
+            servers expect, else by full name.
         split: "output" or "balanced", see `SvdGuided`. Of the two, "balanced" loses less of the
             range of half precision: its A and B have entries of one size.
         dtype: of A and B.
@@ -76,7 +77,7 @@ def export_adapter(
     narrow = torch_dtype(dtype)
     output = OutputFolder.checked(output_dir, "output_dir")
     plan = export_plan(factors, ranks, uniform=uniform)
-    skeleton = model_skeleton(base) if base is not None else None
+    skeleton = base if base is None or isinstance(base, nn.Module) else model_skeleton(base)
     given = modules_to_save or {}
     whole = _whole_modules(skeleton, given, plan)
     config = lora_config(

@@ -14,7 +14,7 @@ from ...linalg import default_block, krylov_multiplications, krylov_passes, trun
 from ...models import LinearModule
 from ..dtypes import BYTES
 from ..output_folder import OutputFolder
-from .extract import AdapterForm
+from .extract import AdapterForm, whole_of
 
 _FLOAT32 = 4
 _PROBE, _PROBE_RANK = 1024, 32
@@ -78,7 +78,7 @@ def estimate(
     """Count what `extract_adapter` with these arguments would do; writes nothing."""
     folder = OutputFolder.checked(output_dir, "output_dir").path.resolve()
     modules = list(pair.base.modules.values())
-    whole = pair.whole_tensors(list(form.modules_to_save)) if form.modules_to_save else None
+    whole = whole_of(pair, form)
     factors = sum(_rank(rule, m) * (m.out_features + m.in_features) for m in modules)
     kept = min(factors, rule.max_parameters or factors)
     largest = max(modules, key=lambda m: m.out_features * m.in_features)
@@ -95,7 +95,7 @@ def estimate(
         parameters=sum(m.out_features * m.in_features for m in modules),
         read=read,
         verifying=0 if form.verify == "none" else read + 2 * model,
-        written=BYTES[form.dtype] * kept + (whole.stored_bytes() if whole else 0),
+        written=BYTES[form.dtype] * kept + whole.stored_bytes(),
         working=_FLOAT32 * factors,
         memory=_IMPORTS + (1 + read_ahead) * delta + spaces,
         model=model,

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from ...factors import CheckpointPair, RankRule, Split
+from ...factors import CheckpointPair, RankRule, Split, WholeTensors
 from ...files import write_json, write_text
 from ...models import whole_modules
 from ..checking.layers import Verification, verify_adapter
@@ -95,7 +95,7 @@ def extract_adapter(
     output = OutputFolder.checked(output_dir, "output_dir")
     target = output.path.resolve()
     factorise = factorisation(rule, seed=seed, device=device)
-    whole = _whole(pair, form)
+    whole = whole_of(pair, form)
     readable = _readable(pair, form)
     if pair.changed_settings:
         logger.warning(
@@ -113,14 +113,13 @@ def extract_adapter(
             )
         written = store.result
         shutil.rmtree(written, ignore_errors=True)  # What a killed run left.
-        base = pair.base.checkpoint.folder
         exported = export_adapter(
             store,
             ranks,
             written,
             base_model_name_or_path=base_model_name_or_path,
             base_model_revision=base_model_revision,
-            base=base,
+            base=pair.skeleton(),
             split=form.split,
             dtype=form.dtype,
             uniform=rule.uniform,
@@ -134,6 +133,7 @@ def extract_adapter(
             _settings(pair, rule, form, seed, base_model_name_or_path),
             replace(exported, output=target),
             short,
+            sorted({name.rpartition(".")[0] for name in whole}),
             missed,
             verification,
             text,
@@ -147,12 +147,14 @@ def extract_adapter(
     return extracted
 
 
-def _whole(pair: CheckpointPair, form: AdapterForm) -> Mapping[str, Tensor]:
-    """The tensors that go along whole, checked before any work."""
-    if not form.modules_to_save:
-        return {}
+def whole_of(pair: CheckpointPair, form: AdapterForm) -> WholeTensors:
+    """The tensors that go along whole: the pair's heads, and what the form says.
+
+    Raises:
+        ValueError: if PEFT cannot store them.
+    """
     whole = pair.whole_tensors(list(form.modules_to_save))
-    whole_modules(pair.base.skeleton, list(whole), list(pair))
+    whole_modules(pair.base.parameters.model, list(whole), list(pair))
     return whole
 
 
@@ -183,8 +185,7 @@ def _verified(
 ) -> Verification | None:
     if form.verify == "none":
         return None
-    base = pair.base.checkpoint.folder
-    return verify_adapter(folder, base, pair, exported.errors, modules_to_save=whole)
+    return verify_adapter(folder, pair.skeleton(), pair, exported.errors, modules_to_save=whole)
 
 
 def _readable(pair: CheckpointPair, form: AdapterForm) -> bool:

@@ -23,6 +23,7 @@ class ExtractedAdapter:
         settings: what was asked for, as JSON values.
         exported: ranks, truncation and rounding errors of every layer.
         short: layers whose bound of energy or error needed more than the largest rank.
+        whole: modules that the adapter stores as the tuned model has them.
         uncovered: changed tensors that the adapter does not have.
         verification, text: what was measured on the written adapter, unless that was not asked for.
     """
@@ -31,6 +32,7 @@ class ExtractedAdapter:
     settings: dict[str, Any]
     exported: ExportedAdapter
     short: list[str]
+    whole: list[str]
     uncovered: list[Uncovered]
     verification: Verification | None
     text: TextCheck | None
@@ -55,6 +57,7 @@ class ExtractedAdapter:
             "text_check": asdict(self.text) if self.text else None,
             "zero_layers": exported.zero_layers,
             "short_of_the_bound": self.short,
+            "stored_whole": self.whole,
             "uncovered": {tensor.key: tensor.relative_change for tensor in self.uncovered},
             "layers": {
                 layer.name: {
@@ -116,6 +119,9 @@ class ExtractedAdapter:
                 f"{len(self.short)} layers do **not** reach the bound within the largest rank, "
                 f"`{self.short[0]}` the first."
             )
+        if self.whole:
+            named = ", ".join(f"`{name}`" for name in self.whole)
+            said.append(f"Stored whole, as the tuned model has them: {named}.")
         if self.settings["changed_settings"]:
             named = ", ".join(f"`{name}`" for name in self.settings["changed_settings"])
             said.append(f"The configurations differ in what no adapter can carry: {named}.")

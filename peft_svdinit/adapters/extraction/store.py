@@ -55,7 +55,7 @@ def factorised(
 def _refuse_unknown_parts(pair: CheckpointPair) -> None:
     """Raise ValueError if what changed is beside the linear layers and may be most of the model."""
     changed = [tensor.key for tensor in pair.uncovered()]
-    kind = type(pair.base.skeleton).__name__
+    kind = type(pair.base.parameters.model).__name__
     unknown = [key for key in changed if not pair.is_parameter(key)]
     if unknown:
         raise ValueError(

@@ -9,12 +9,21 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...files import LazyMapping
-from ...models import Checkpoint, LinearWeights, is_chosen
+from ...models import (
+    Checkpoint,
+    LinearWeights,
+    StoredParameters,
+    heads_of_task,
+    is_chosen,
+    layer_depth,
+    model_skeleton,
+)
 from .configurations import changed_settings
-from .other_tensors import OtherTensors, Uncovered, WholeTensors
+from .other_tensors import OtherTensors, Uncovered
+from .whole_tensors import WholeTensors, whole_tensors
 
 
 class CheckpointPair(LazyMapping[Tensor]):
@@ -33,6 +42,9 @@ class CheckpointPair(LazyMapping[Tensor]):
 
     Attributes:
         base, tuned: the linear layers on both sides.
+        heads: full names of modules that an adapter stores whole: those that PEFT stores in every
+            adapter of the tuned model's task type, and of a tuned model of another class than the
+            base's what it brings along. None that are excluded or targeted by name.
         changed_settings: settings of the configuration that differ, name to (base, tuned); no
             adapter can carry them.
 
@@ -61,25 +73,48 @@ class CheckpointPair(LazyMapping[Tensor]):
         self.changed_settings: dict[str, tuple[Any, Any]] = changed_settings(
             base_checkpoint.folder, tuned_checkpoint.folder, arguments[1]
         )
-        self.base = LinearWeights(
-            base_checkpoint, target_modules=target_modules, exclude_modules=exclude_modules
+        self._folders = base_checkpoint.folder, tuned_checkpoint.folder
+        skeleton = self.skeleton()
+        before, after = (
+            StoredParameters(checkpoint, skeleton)
+            for checkpoint in (base_checkpoint, tuned_checkpoint)
         )
+        self.heads = [
+            name
+            for name in [*heads_of_task(skeleton), *_brought_along(before, after)]
+            if not is_chosen(name, exclude_modules, "exclude_modules")
+            and (target_modules == "all-linear" or not is_chosen(name, target_modules))
+        ]
+        choice: dict[str, Any] = {
+            "target_modules": target_modules,
+            "exclude_modules": exclude_modules,
+            "whole_modules": self.heads,
+        }
+        self.base = LinearWeights(before, **choice)
         self.names = self.base.names
-        self.tuned = LinearWeights(
-            tuned_checkpoint,
-            skeleton=self.base.skeleton,
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-            longer_modules=slice_modules,
-        )
+        self.tuned = LinearWeights(after, **choice, longer_modules=slice_modules)
         for argument, choice in (("exclude", exclude_modules), ("slice", slice_modules)):
             self._check_choice(f"{argument}_modules", choice)
         self._others = OtherTensors(
-            self.base, self.tuned, exclude_modules=exclude_modules, slice_modules=slice_modules
+            before,
+            after,
+            layers=self.names,
+            exclude_modules=exclude_modules,
+            slice_modules=slice_modules,
+            heads=self.heads,
         )
 
+    def skeleton(self) -> nn.Module:
+        """The model that an adapter of this pair is for, on the meta device, made anew.
+
+        It is the base's, in the class and with the labels of the tuned one.
+        """
+        base, tuned = self._folders
+        return model_skeleton(base, tuned=tuned)
+
     def _check_choice(self, argument: str, choice: str | Sequence[str]) -> None:
-        keys = {*self.base.tied_to, *self.base.parameters.shapes, *self.tuned.parameters.shapes}
+        before, after = self.base.parameters, self.tuned.parameters
+        keys = {*before.tied_to, *before.shapes, *after.shapes}
         modules = {key.rpartition(".")[0] for key in keys}
         for part in [choice] if isinstance(choice, str) else [[ending] for ending in choice]:
             if not any(is_chosen(module, part) for module in modules):
@@ -129,18 +164,36 @@ class CheckpointPair(LazyMapping[Tensor]):
 
     def is_stack(self, key: str) -> bool:
         """Whether a tensor is a stack of matrices, as the fused experts of a layer are."""
-        module = self.base.skeleton.get_submodule(key.rpartition(".")[0])
-        kernel = hasattr(module, "kernel_size")
-        shape = self.base.parameters.shapes[self._others.pairs[key][0]]
+        tuned = self.tuned.parameters
+        kernel = hasattr(tuned.model.get_submodule(key.rpartition(".")[0]), "kernel_size")
+        shape = tuned.shapes[tuned.stored(key) or key]
         return not kernel and [size > 1 for size in shape] == [True] * 3
 
     def whole_tensors(self, modules: Sequence[str]) -> WholeTensors:
-        """Tuned parameters of modules outside the linear layers, for `modules_to_save`.
+        """Tuned parameters of the heads and of other modules outside the linear layers.
 
         Args:
-            modules: names or endings; "changed" stands for all whose parameters differ.
+            modules: names or endings; "changed" stands for all whose parameters differ, but for
+                biases of the linear layers, which stay uncovered.
 
         Raises:
             ValueError: if a name matches none, or a linear layer.
         """
-        return self._others.whole(modules, self._changed if "changed" in modules else ())
+        changed = {tensor.key.rpartition(".")[0] for tensor in self._changed_if(modules)}
+        return whole_tensors(
+            self.tuned.parameters,
+            [ending for ending in modules if ending != "changed"],
+            layers=self.names,
+            full_names=[*self.heads, *(changed - set(self.names))],
+        )
+
+    def _changed_if(self, modules: Sequence[str]) -> list[Uncovered]:
+        return self._changed if "changed" in modules else []
+
+
+def _brought_along(base: StoredParameters, tuned: StoredParameters) -> list[str]:
+    """Modules that a tuned model of another class than the base's has beyond it, but for layers."""
+    if type(base.model).__name__ in (getattr(base.model.config, "architectures", None) or ()):
+        return []
+    missing = {name.rpartition(".")[0] for name in tuned.stored_once() if base.stored(name) is None}
+    return sorted(module for module in missing if layer_depth(module) is None)

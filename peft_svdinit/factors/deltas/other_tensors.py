@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...files import LazyMapping
 from ...linalg import frobenius_norm
-from ...models import LinearWeights, StoredParameters, is_chosen
+from ...models import StoredParameters, is_chosen, is_within
 
 # Masks and frequencies that old versions of transformers stored beside the weights.
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"attn\.masked_bias$", r"h\.\d+\.attn\.bias$")
@@ -30,9 +29,12 @@ class OtherTensors:
     """The tensors outside the linear layers of `base` and `tuned`, matched by name and checked.
 
     Args:
-        base, tuned: the linear layers; both read as the same architecture.
+        base, tuned: the parameters; both read as the same architecture.
+        layers: names of the linear layers.
         exclude_modules: modules that are not compared.
         slice_modules: modules of which only the rows that the base has are read.
+        heads: full names of modules that a fine-tune may bring along or shape otherwise, with all
+            that they contain.
 
     Raises:
         ValueError: if one side has a tensor that the other lacks, or their shapes differ.
@@ -40,48 +42,56 @@ class OtherTensors:
 
     def __init__(
         self,
-        base: LinearWeights,
-        tuned: LinearWeights,
+        base: StoredParameters,
+        tuned: StoredParameters,
         *,
+        layers: Collection[str],
         exclude_modules: str | Sequence[str],
         slice_modules: str | Sequence[str],
+        heads: Collection[str],
     ) -> None:
-        self.base, self.tuned = base, tuned
+        self.base, self.tuned, self._heads = base, tuned, heads
         self._exclude, self._slice = exclude_modules, slice_modules
-        self.arguments = base.checkpoint.argument, tuned.checkpoint.argument
+        self.arguments = base.argument, tuned.argument
         self.pairs: dict[str, tuple[str, str]] = {}
-        self._match_parameters()
+        self.replaced: list[str] = []
+        self._match_parameters({f"{name}.weight" for name in layers})
         self._match_unknown()
-        for name, stored in self.pairs.items():
+        for name, stored in list(self.pairs.items()):
             self._check_shapes(name, *stored)
 
-    def _match_parameters(self) -> None:
-        weights = {f"{name}.weight" for name in self.base}
-        buffers = {name for name, _ in self.base.skeleton.named_buffers()}
-        buffers &= self.base.parameters.shapes.keys() & self.tuned.parameters.shapes.keys()
+    def _match_parameters(self, weights: Collection[str]) -> None:
         seen: set[str] = set()
-        for name in [*self.base.tied_to, *sorted(buffers)]:
+        for name in [*self.base.tied_to, *self._buffers()]:
             if name in weights or self._excluded(name):
                 continue
             stored = [side.stored(name) for side in (self.base, self.tuned)]
             if stored == [None, None] or stored[1] in seen:
                 continue
-            if None in stored:
+            if stored[1] is not None and is_within(name, self._heads) and stored[0] is None:
+                self.replaced.append(name)
+            elif None in stored:
                 has, lacks = self.arguments[:: 1 if stored[1] is None else -1]
                 raise ValueError(
                     f"{lacks}: it has no tensor {name}, which {has} has: another architecture? "
                     f"exclude_modules can leave {name.rpartition('.')[0]} out"
                 )
-            self.pairs[name] = (str(stored[0]), str(stored[1]))
+            else:
+                self.pairs[name] = (str(stored[0]), str(stored[1]))
             seen.add(str(stored[1]))
+
+    def _buffers(self) -> list[str]:
+        """Buffers that both checkpoints hold, running means for one."""
+        known = {name for name, _ in self.base.model.named_buffers()}
+        return sorted(known & self.base.shapes.keys() & self.tuned.shapes.keys())
 
     def _match_unknown(self) -> None:
         """Tensors under names that the architecture lacks."""
-        known = {name for name, _ in self.base.skeleton.named_buffers()}
-        for key in sorted(self.tuned.parameters.unknown - known):
+        known = {name for name, _ in self.base.model.named_buffers()}
+        for key in sorted(self.tuned.unknown - known):
             if self._excluded(key):
                 continue
-            if key in self.base.parameters.unknown:
+            if key in self.base.unknown:
                 self.pairs[key] = (key, key)
             elif not any(re.search(pattern, key) for pattern in _OLD_BUFFERS):
                 raise ValueError(
@@ -94,8 +104,11 @@ class OtherTensors:
         return is_chosen(name.rpartition(".")[0], self._exclude)
 
     def _check_shapes(self, name: str, base_key: str, tuned_key: str) -> None:
-        before = self.base.parameters.shapes[base_key]
-        after = self.tuned.parameters.shapes[tuned_key]
+        before, after = self.base.shapes[base_key], self.tuned.shapes[tuned_key]
+        if after != before and is_within(name, self._heads):
+            del self.pairs[name]
+            self.replaced.append(name)
+            return
         module = name.rpartition(".")[0]
         longer = after[1:] == before[1:] and after[:1] > before[:1]
         if after != before and not (longer and is_chosen(module, self._slice)):
@@ -109,22 +122,20 @@ class OtherTensors:
     @property
     def sliced(self) -> bool:
         """Whether a tuned tensor has rows beyond the base's."""
-        base, tuned = self.base.parameters, self.tuned.parameters
-        return any(base.shapes[one] != tuned.shapes[other] for one, other in self.pairs.values())
+        shapes = self.base.shapes, self.tuned.shapes
+        return any(shapes[0][one] != shapes[1][other] for one, other in self.pairs.values())
 
     def uncovered(self) -> list[Uncovered]:
-        """The tensors that differ, largest relative change first.
+        """The tensors that differ, largest relative change first; those the base lacks count so.
 
         Raises:
             ValueError: if one has NaN or infinite entries.
         """
-        changed = []
+        changed = [Uncovered(name, 1.0) for name in self.replaced]
         for name, (base_key, tuned_key) in self.pairs.items():
-            rows = self.base.parameters.shapes[base_key][:1]
+            rows = self.base.shapes[base_key][:1]
             blocks = zip(
-                self.base.parameters.blocks(base_key),
-                self.tuned.parameters.blocks(tuned_key, *rows),
-                strict=True,
+                self.base.blocks(base_key), self.tuned.blocks(tuned_key, *rows), strict=True
             )
             before = change = 0.0
             for (_, old), (_, new) in blocks:
@@ -149,67 +160,6 @@ class OtherTensors:
         source = self.base.tied_to.get(name, name)
         if source == name or source not in self.pairs:
             return False
-        tuned = self.tuned.parameters
-        blocks = zip(tuned.blocks(tuned_key), tuned.blocks(self.pairs[source][1]), strict=True)
+        tuned_source = self.pairs[source][1]
+        blocks = zip(self.tuned.blocks(tuned_key), self.tuned.blocks(tuned_source), strict=True)
         return all(torch.equal(one, other) for (_, one), (_, other) in blocks)
-
-    def whole(self, modules: Sequence[str], changed: Sequence[Uncovered]) -> WholeTensors:
-        """Tuned parameters of modules, for `modules_to_save`.
-
-        Args:
-            modules: names or endings; "changed" stands for all modules in `changed` but the linear
-                layers, whose biases stay uncovered.
-
-        Raises:
-            ValueError: if a name matches none, or a linear layer.
-        """
-        parameters = {name.rpartition(".")[0] for name in self.pairs if name in self.base.tied_to}
-        chosen = {t.key.rpartition(".")[0] for t in changed} if "changed" in modules else set()
-        chosen -= set(self.base.modules)
-        for ending in modules:
-            found = {module for module in parameters if is_chosen(module, [ending])}
-            if ending != "changed" and (not found or found & set(self.base.modules)):
-                raise ValueError(
-                    f"modules_to_save: {ending} is no module outside the linear layers that the "
-                    "two checkpoints share"
-                )
-            chosen |= found
-        roots = {
-            self.base.tied_to[name]
-            for name in self.pairs
-            if name in self.base.tied_to and name.rpartition(".")[0] in chosen
-        }
-        # All that is tied to one that is chosen: PEFT would leave the others at the base's value.
-        keys = {
-            name: tuned_key
-            for name, (_, tuned_key) in self.pairs.items()
-            if self.base.tied_to.get(name) in roots
-        }
-        rows = {name: self.base.parameters.shapes[self.pairs[name][0]][:1] for name in keys}
-        return WholeTensors(self.tuned.parameters, keys, rows)
-
-
-class WholeTensors(LazyMapping[Tensor]):
-    """Read-only, lazy view of a checkpoint's tensors by parameter name, in their own dtype.
-
-    Args:
-        keys: name to the parameter that is stored in its place.
-        rows: name to (rows,), how many of them count; () of a scalar.
-    """
-
-    def __init__(
-        self,
-        stored: StoredParameters,
-        keys: Mapping[str, str],
-        rows: Mapping[str, tuple[int, ...]],
-    ) -> None:
-        self._stored, self._keys, self._rows = stored, dict(keys), dict(rows)
-        self.names = self._keys
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._stored.tensor(self._keys[name])
-        return tensor[: self._rows[name][0]] if self._rows[name] else tensor
-
-    def stored_bytes(self) -> int:
-        """Size of all of them together."""
-        return sum(self._stored.stored_bytes(key) for key in self._keys.values())

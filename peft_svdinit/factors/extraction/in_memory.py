@@ -11,7 +11,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...linalg import Method
-from ...models import Checkpoint, LinearWeights, model_skeleton, module_names
+from ...models import (
+    Checkpoint,
+    LinearWeights,
+    StoredParameters,
+    model_skeleton,
+    module_names,
+)
 from ..deltas.checkpoint_pair import CheckpointPair
 from ..deltas.lora_adapter import LoraAdapter
 from ..deltas.synthesis import Synthesis
@@ -48,9 +54,8 @@ def factors_of_adapter(
         skeleton = model_skeleton(base)
         renamed = module_names(skeleton, list(factors))
         factors = {renamed[name]: layer for name, layer in factors.items()}
-        weights = LinearWeights(
-            Checkpoint(base, argument="base"), skeleton=skeleton, target_modules=list(factors)
-        )
+        parameters = StoredParameters(Checkpoint(base, argument="base"), skeleton)
+        weights = LinearWeights(parameters, target_modules=list(factors))
         weights.check_shapes({name: layer.shape for name, layer in factors.items()})
         samples = {name: weights.sample(name) for name in factors}
     source: dict = {"kind": "adapter"}
