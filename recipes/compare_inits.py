@@ -229,3 +229,4 @@ def _hush() -> None:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # Its threads must not outlive the interpreter.

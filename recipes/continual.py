@@ -89,3 +89,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # Its threads must not outlive the interpreter.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from stages.fit import Materials, check_complete, fit, outcome
 from transformers import PreTrainedModel
 
@@ -52,3 +53,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # Its threads must not outlive the interpreter.

@@ -237,3 +237,4 @@ def _size(path: Path) -> str:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # Its threads must not outlive the interpreter.

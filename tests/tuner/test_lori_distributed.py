@@ -34,7 +34,7 @@ def run_training(script: str, *arguments: str, processes: int = 2) -> str:
     launcher = TORCHRUN if processes > 1 else []
     command = [sys.executable, *launcher, str(ROOT / "tests" / "support" / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
     return done.stderr
 
 

@@ -85,14 +85,14 @@ class CheckpointPair(LazyMapping[Tensor]):
             if not is_chosen(name, exclude_modules, "exclude_modules")
             and (target_modules == "all-linear" or not is_chosen(name, target_modules))
         ]
-        choice: dict[str, Any] = {
+        options: dict[str, Any] = {
             "target_modules": target_modules,
             "exclude_modules": exclude_modules,
             "whole_modules": self.heads,
         }
-        self.base = LinearWeights(before, **choice)
+        self.base = LinearWeights(before, **options)
         self.names = self.base.names
-        self.tuned = LinearWeights(after, **choice, longer_modules=slice_modules)
+        self.tuned = LinearWeights(after, **options, longer_modules=slice_modules)
         for argument, choice in (("exclude", exclude_modules), ("slice", slice_modules)):
             self._check_choice(f"{argument}_modules", choice)
         self._others = OtherTensors(
