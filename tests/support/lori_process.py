@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -79,3 +80,4 @@ if __name__ == "__main__":
     resuming = "--resume" in given
     given = [argument for argument in given if argument != "--resume"]
     main(Path(given[0]), int(given[1]), given[2] if len(given) > 2 else None, resuming)
+    PartialState().destroy_process_group()
