@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from .one_model import Respelled
 
 _WORST = 5
 
@@ -180,6 +182,7 @@ class CombinedAdapter(WrittenAdapter[Layer]):
         parameters_before: stored values of these.
         dtypes: number of layers by dtype.
         only_in_some: layer names to the adapters that have them, where not all do.
+        respelled: adapters that spell the model's names in another way, with a layer of theirs.
     """
 
     adapters: tuple[str, ...]
@@ -187,13 +190,24 @@ class CombinedAdapter(WrittenAdapter[Layer]):
     parameters_before: int
     dtypes: dict[str, int]
     only_in_some: dict[str, list[str]]
+    respelled: dict[str, Respelled]
 
     def sizes(self) -> str:
         return f"{super().sizes()} of {self.parameters_before:,}"
 
     def remarks(self) -> list[str]:
-        some = f"{len(self.only_in_some)} layers are in some of the adapters only."
-        return [*super().remarks(), *([some] if self.only_in_some else [])]
+        found = super().remarks()
+        if self.only_in_some:
+            found.append(f"{len(self.only_in_some)} layers are in some of the adapters only.")
+        alone = [name for name, owners in self.only_in_some.items() if len(owners) == 1]
+        if len(alone) == len(self.layers):
+            found.append("No layer is in two of the adapters: are they for the same model?")
+        found += [
+            f"{path} spells the model's names in another way, {names.own} for {names.given}; they "
+            "are taken for one model, and the names of the first adapter are written."
+            for path, names in self.respelled.items()
+        ]
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         report = super().as_dict()
@@ -203,6 +217,7 @@ class CombinedAdapter(WrittenAdapter[Layer]):
             "weights": list(self.weights),
             "dtypes": dict(self.dtypes),
             "only_in_some": dict(self.only_in_some),
+            "respelled": {path: asdict(names) for path, names in self.respelled.items()},
             **report,
         }
 

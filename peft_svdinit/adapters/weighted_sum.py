@@ -16,7 +16,9 @@ from ..factors import LoraProduct
 from ..models import natural_order
 from .formats.forms import LayerDelta
 from .formats.opening import open_adapter
-from .formats.stored import StoredAdapter, StoredLayer
+from .formats.peft_folder import refuse_unselected
+from .formats.stored import StoredLayer
+from .one_model import of_one_model
 
 Delta = TypeVar("Delta", bound=LayerDelta)
 
@@ -47,14 +49,18 @@ class WeightedSum:
             )
         if not all(map(math.isfinite, self.weights)):
             raise ValueError(f"weights must be finite, got {list(self.weights)}")
-        self.adapters: list[StoredAdapter] = [open_adapter(path) for path in paths]
+        opened = [open_adapter(path) for path in paths]
         self.paths = [os.fspath(path) for path in paths]
-        styles = dict.fromkeys(adapter.style for adapter in self.adapters)
+        styles = dict.fromkeys(adapter.style for adapter in opened)
         if len(styles) > 1:
             kinds = [style.name + style.down if style else "PEFT" for style in styles]
             raise ValueError(
                 f"adapters must be of one key style to become one, got {' and '.join(kinds)}"
             )
+        for path, adapter in zip(self.paths, opened, strict=True):
+            if adapter.style is None:
+                refuse_unselected(path, adapter)
+        self.adapters, self.respelled = of_one_model(self.paths, opened)
         union = {name for adapter in self.adapters for name in adapter.layers}
         self.names = sorted(union, key=natural_order)
         for name in self.names:

@@ -17,12 +17,22 @@ def lora_key(name: str, part: Literal["A", "B"]) -> str:
     return f"{PREFIX}{name}.lora_{part}.weight"
 
 
-def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+def pattern_value(
+    patterns: Mapping[str, Any] | None, name: str, default: Any, *, spelled: str | None = None
+) -> Any:
     """The value of a module in a `rank_pattern` or `alpha_pattern`: that of the first key to match.
 
     A key matches the end of the name, from a dot on, as a regular expression.
+
+    Args:
+        patterns: by such keys.
+        name: of the module.
+        default: where none matches.
+        spelled: the name with what wrappers add. It is tried first: only a wrapper that came after
+            PEFT is in no key that matched.
     """
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
+    for tried in (spelled, name):
+        for key, value in (patterns or {}).items() if tried else ():
+            if re.match(rf"(.*\.)?({key})$", tried):
+                return value
     return default

@@ -9,7 +9,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
-from ..models import PREFIX
+from ..models import PREFIX, unwrapped
 from .layers.parts import lora_linears
 
 
@@ -23,7 +23,8 @@ def lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Lora
 
 
 def module_name(name: str) -> str:
-    return name.removeprefix(PREFIX)
+    """A module's name in the base model, whether that was wrapped or compiled or not."""
+    return unwrapped(name.removeprefix(PREFIX))
 
 
 def is_linear(layer: LoraLayer, adapter_name: str) -> bool:

@@ -538,6 +538,11 @@ def test_adapters_that_cannot_be_merged_are_refused(tmp_path):
             tensors[f"base_model.model.model.layers.0.self_attn.q_proj.{side}.weight"] = value
 
     rewrite_tensors(tmp_path / "gpt2" / WEIGHTS, rename)
+    unselected = r"gpt2 stores layer .*q_proj, which .* does not select \(target_modules\)"
+    assert_refused([paths[0], tmp_path / "gpt2"], unselected)
+    config = json.loads((tmp_path / "gpt2" / "adapter_config.json").read_text())
+    config["target_modules"] = ["c_attn", "q_proj"]
+    (tmp_path / "gpt2" / "adapter_config.json").write_text(json.dumps(config))
     assert_refused([paths[0], tmp_path / "gpt2"], r"q_proj has another shape in each adapter")
     truncate(paths[2] / WEIGHTS)
     assert_refused(paths, "not a readable safetensors file")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...factors import SIDECAR_NAME, LoraAdapter, LoraInit
-from ...files import read_json, write_json
+from ...files import write_json
 from ...masks import (
     MASK_FILE_NAME,
     CompactAdapter,
@@ -26,7 +26,6 @@ from ...masks import (
     save_compact,
     tensor_hash,
 )
-from ...models import CONFIG_NAME
 from ..dtypes import Dtype, torch_dtype
 from ..output_folder import EXPORT_REPORT, OutputFolder
 from ..rounding import stored
@@ -68,7 +67,7 @@ def compact_adapter_folder(
                 f"mask of {tuple(layer.mask.shape)}"
             )
         dense[name] = product.lora_B
-    return _write(path, mask, dense, read_json(saved.folder / CONFIG_NAME, "adapter"), narrow)
+    return _write(path, mask, dense, dict(saved.config), narrow)
 
 
 def write_stock_adapter(

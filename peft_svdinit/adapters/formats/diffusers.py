@@ -28,8 +28,12 @@ STYLES = tuple(
 _CONFIGS = "lora_adapter_metadata"
 
 
-def scaling_of(layer: str, dim: int, metadata: Mapping[str, str], path: Path) -> float:
+def scaling_of(
+    layer: str, spelled: str, dim: int, metadata: Mapping[str, str], path: Path
+) -> float:
     """Scaling of a layer without an alpha of its own: its component's configuration says, or 1.
+
+    `spelled` is the layer with what wrappers add.
 
     Raises:
         ValueError: if the configuration cannot be read, is of another rank, or uses DoRA.
@@ -52,7 +56,11 @@ def scaling_of(layer: str, dim: int, metadata: Mapping[str, str], path: Path) ->
         return 1.0
     if config.get("use_dora"):
         raise ValueError(f"adapter: {path} uses DoRA in {component}, which B @ A does not express")
-    rank, alpha = (_of_layer(config, name, *keys) for keys in _RANK_AND_ALPHA)
+    module = spelled.partition(f"{component}.")[2]
+    rank, alpha = (
+        pattern_value(config.get(pattern), name, config.get(key), spelled=module)
+        for key, pattern in _RANK_AND_ALPHA
+    )
     if rank != dim:
         raise ValueError(
             f"adapter: layer {layer} in {path} has rank {dim}, but its header says {rank}"
@@ -61,10 +69,6 @@ def scaling_of(layer: str, dim: int, metadata: Mapping[str, str], path: Path) ->
 
 
 _RANK_AND_ALPHA = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
-
-
-def _of_layer(config: Mapping[str, Any], name: str, key: str, pattern_key: str) -> Any:
-    return pattern_value(config.get(pattern_key), name, config.get(key))
 
 
 def metadata_after(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ...factors import LoraAdapter
 from ...files import TensorFile, read_json, resolve_file
-from ...models import CONFIG_NAME, PREFIX, WEIGHTS_NAME, pattern_value
+from ...models import (
+    CONFIG_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    pattern_value,
+    spelled_in_peft,
+    unwrapped_config,
+    unwrapped_keys,
+)
 from .key_styles import LYCORIS_PARTS, refuse_unsupported
 from .lora import DOWN, UP
 from .stored import StoredAdapter, StoredLayer, algorithm_of
@@ -21,7 +30,7 @@ _LORA_ONLY = ("fan_in_fan_out", "lora_dropout")
 
 
 def read_peft_folder(folder: Path) -> StoredAdapter:
-    """Open a saved PEFT adapter of type LORA, LOHA or LOKR.
+    """Open a saved PEFT adapter of type LORA, LOHA or LOKR; names are without torch's wrappers.
 
     The scaling is alpha / r, with the patterns of both, and with rslora where a LoRA uses it.
 
@@ -35,7 +44,8 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
         return _lycoris(folder, config)
     lora = LoraAdapter(folder)  # Which refuses all but pairs of factors.
     file = TensorFile(folder / WEIGHTS_NAME)
-    return _adapter(file, lora.config, {name: lora.scaling_of(name) for name in lora})
+    scalings = {name: lora.scaling_of(name) for name in lora}
+    return _adapter(file, unwrapped_keys(file.shapes), lora.config, scalings)
 
 
 def _lycoris(folder: Path, config: Mapping[str, Any]) -> StoredAdapter:
@@ -46,18 +56,24 @@ def _lycoris(folder: Path, config: Mapping[str, Any]) -> StoredAdapter:
             "it and extract the delta of the merged checkpoint instead"
         )
     file = TensorFile(path)
-    refuse_unsupported(file.shapes, path)
+    stored = unwrapped_keys(file.shapes, f"adapter: {path}")
+    refuse_unsupported(stored, path)
     scalings, ranks = {}, {}
-    for key in file.shapes:
+    for key, at in stored.items():
         name, _, part = key.removeprefix(PREFIX).rpartition(".")
         if not key.startswith(PREFIX) or part not in LYCORIS_PARTS:
             raise ValueError(f"adapter: {path} holds {key}, which is no part of a LoHa or LoKr")
-        ranks[name] = pattern_value(config.get("rank_pattern"), name, config["r"])
-        alpha = pattern_value(config.get("alpha_pattern"), name, config["alpha"])
+        spelled = spelled_in_peft(at).rpartition(".")[0]
+        ranks[name], alpha = (
+            pattern_value(config.get(option), name, config[usual], spelled=spelled)
+            for option, usual in (("rank_pattern", "r"), ("alpha_pattern", "alpha"))
+        )
         scalings[name] = alpha / ranks[name]
     if not scalings:
         raise ValueError(f"adapter: {path} holds no layer")
-    adapter = _adapter(file, config, scalings)
+    if any(key != at for key, at in stored.items()):
+        config = unwrapped_config(config, scalings, {})
+    adapter = _adapter(file, stored, config, scalings)
     for name, layer in adapter.layers.items():
         if layer.header.kernel:
             raise ValueError(
@@ -73,15 +89,38 @@ def _lycoris(folder: Path, config: Mapping[str, Any]) -> StoredAdapter:
 
 
 def _adapter(
-    file: TensorFile, config: Mapping[str, Any], scalings: Mapping[str, float]
+    file: TensorFile,
+    stored: Mapping[str, str],
+    config: Mapping[str, Any],
+    scalings: Mapping[str, float],
 ) -> StoredAdapter:
     layers = {}
     for name, scaling in scalings.items():
         keys = {part: f"{PREFIX}{name}{end}" for end, part in _PART_OF.items()}
-        keys = {part: key for part, key in keys.items() if key in file.shapes}
+        keys = {part: stored[key] for part, key in keys.items() if key in stored}
         algorithm, header = algorithm_of(name, keys, file)
         layers[name] = StoredLayer(algorithm, header, keys, scaling)
     return StoredAdapter(file, None, layers, config)
+
+
+def refuse_unselected(path: str, adapter: StoredAdapter) -> None:
+    """Raise ValueError if a layer is none that the adapter's configuration selects.
+
+    PEFT passes over the tensors of such a layer as it loads the adapter.
+    """
+    # Only here: importing it takes seconds, and files need none of it.
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    selection = SimpleNamespace(**{key: adapter.config.get(key) for key in _SELECTION})
+    if selection.target_modules in (None, "all-linear"):
+        return  # Which depends on the model.
+    for name in adapter.layers:
+        if not check_target_module_exists(selection, name):
+            raise ValueError(
+                f"adapter: {path} stores layer {name}, which {CONFIG_NAME} does not select "
+                f"({', '.join(key for key in _SELECTION if adapter.config.get(key))}), so that "
+                "PEFT does not load it; correct the configuration, or delete the layer's tensors"
+            )
 
 
 def carried_over(adapters: Sequence[StoredAdapter], names: Collection[str]) -> dict[str, Any]:

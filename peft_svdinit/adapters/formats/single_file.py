@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ...files import TensorFile, replacing, write_json, write_tensors
-from ...models import PREFIX
+from ...models import PREFIX, unwrapped_keys
 from ..rounding import Factors
 from . import diffusers, kohya
 from .key_styles import ALPHA, LYCORIS_PARTS, KeyStyle, refuse_unsupported
@@ -20,7 +20,7 @@ _STYLES = (kohya.STYLE, *diffusers.STYLES)
 
 
 def read_single_file(path: Path) -> StoredAdapter:
-    """Open an adapter file; the style is recognised from its keys.
+    """Open an adapter file; the style is recognised from its keys, without torch's wrappers.
 
     The scaling of a layer is its alpha over its rank. Without an alpha, kohya's means alpha = rank,
     and diffusers' the configuration in the header, or else alpha = rank.
@@ -28,19 +28,21 @@ def read_single_file(path: Path) -> StoredAdapter:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is a pickle, truncated, empty, of an unknown or of several styles, if it
-            uses DoRA or a Tucker decomposition, or if the tensors of a layer do not fit together.
+            uses DoRA or a Tucker decomposition, if two layers are one but for wrappers, or if the
+            tensors of a layer do not fit together.
     """
     file = TensorFile(path)
-    refuse_unsupported(file.shapes, path)
-    style = _recognised(file)
+    stored = unwrapped_keys(file.shapes, f"adapter: {path}")
+    refuse_unsupported(stored, path)
+    style = _recognised(path, list(stored))
     groups: dict[str, dict[str, str]] = {}
     unread = []
-    for key in file.shapes:
+    for key, at in stored.items():
         split = style.split(key)
         if split is None:
             unread.append(key)
         else:
-            groups.setdefault(split[0], {})[split[1]] = key
+            groups.setdefault(split[0], {})[split[1]] = at
     if unread:
         raise ValueError(
             f"adapter: {path} has keys in the style of {style.name}, and others that cannot be "
@@ -51,13 +53,12 @@ def read_single_file(path: Path) -> StoredAdapter:
     return StoredAdapter(file, style, layers)
 
 
-def _recognised(file: TensorFile) -> KeyStyle:
-    keys = list(file.shapes)
+def _recognised(path: Path, keys: list[str]) -> KeyStyle:
     if not keys:
-        raise ValueError(f"adapter: {file.path} holds no tensor")
+        raise ValueError(f"adapter: {path} holds no tensor")
     if any(key.startswith(PREFIX) for key in keys):
         raise ValueError(
-            f"adapter: {file.path} holds the weights of a PEFT adapter, whose configuration says "
+            f"adapter: {path} holds the weights of a PEFT adapter, whose configuration says "
             "how they are scaled; give the folder that holds both"
         )
     found = [style for style in _STYLES if any(key.endswith(style.down) for key in keys)]
@@ -65,12 +66,12 @@ def _recognised(file: TensorFile) -> KeyStyle:
         found.append(kohya.STYLE)
     if not found:
         raise ValueError(
-            f"adapter: {file.path} has no layer in the key styles of PEFT, kohya, LyCORIS or "
+            f"adapter: {path} has no layer in the key styles of PEFT, kohya, LyCORIS or "
             f"diffusers; its keys: {_some(keys)}"
         )
     if len(found) > 1:
         raise ValueError(
-            f"adapter: {file.path} mixes key styles, with layers that end in "
+            f"adapter: {path} mixes key styles, with layers that end in "
             f"{' and in '.join(style.down for style in found)}: {_some(keys)}; split it first"
         )
     return found[0]
@@ -97,7 +98,8 @@ def _layer(
     elif style is kohya.STYLE:
         scaling = 1.0
     else:
-        scaling = diffusers.scaling_of(name, header.dim, file.metadata, file.path)
+        at, _ = style.split(next(iter(factors.values()))) or (name, "")
+        scaling = diffusers.scaling_of(name, at, header.dim, file.metadata, file.path)
     return StoredLayer(algorithm, header, factors, scaling)
 
 

@@ -95,6 +95,7 @@ def merge(
         weights=chosen.weights,
         dtypes=dtypes_of(tensors),
         only_in_some=chosen.only_in_some(),
+        respelled=chosen.respelled,
         norms=total,
         left_out=left_out,
         method=method,

@@ -91,6 +91,7 @@ def resize(
         weights=merge.weights,
         dtypes=dtypes_of(tensors),
         only_in_some=merge.only_in_some(),
+        respelled=merge.respelled,
         rule=rule,
     )
     if folder is not None:

@@ -6,14 +6,24 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ...files import LazyMapping, opened, read_json, resolve_file, resolve_folder
-from ...models import CONFIG_NAME, PREFIX, WEIGHTS_NAME, lora_key, natural_order, pattern_value
+from ...models import (
+    CONFIG_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    lora_key,
+    natural_order,
+    pattern_value,
+    spelled_in_peft,
+    unwrapped_config,
+    unwrapped_keys,
+)
 from ..low_rank import LowRankFactors
 
 _SUFFIX_A, _SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
@@ -71,17 +81,22 @@ class LoraProduct:
 class LoraAdapter(LazyMapping[LoraProduct]):
     """Read-only, lazy view of a saved PEFT LoRA adapter: module name to `LoraProduct`.
 
+    Names are without what torch's wrappers add, such as `_orig_mod` of torch.compile.
+
     Args:
         path_or_id: a folder or Hub repository with `adapter_config.json` and
             `adapter_model.safetensors`.
         revision: branch, tag or commit of the Hub repository.
         argument: by which the user gave it; the messages of errors begin with it.
 
+    Attributes:
+        config: `adapter_config.json`, which means the layers by names without wrappers.
+
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: if the adapter is no LoRA, stores a pickle, is truncated, or has parts that
             B @ A does not express (DoRA, biases, embeddings, fully trained modules, initialisations
-            that mutate the base).
+            that mutate the base), or two layers that are one but for wrappers.
     """
 
     def __init__(
@@ -96,8 +111,11 @@ class LoraAdapter(LazyMapping[LoraProduct]):
         self.config = self._read_config()
         self._path = resolve_file(self.folder, WEIGHTS_NAME, argument=argument)
         with opened(self._path, argument) as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+            self._stored = unwrapped_keys(file.keys())
+            shapes = {key: file.get_slice(at).get_shape() for key, at in self._stored.items()}
             self.names = self._checked_names(shapes)
+        if any(key != at for key, at in self._stored.items()):
+            self.config = self._config_without_wrappers()
 
     def _read_config(self) -> dict[str, Any]:
         path = resolve_file(self.folder, CONFIG_NAME, argument=self.argument)
@@ -159,12 +177,28 @@ class LoraAdapter(LazyMapping[LoraProduct]):
             raise ValueError("it holds no LoRA layer")
         return sorted(names, key=natural_order)
 
+    def _config_without_wrappers(self) -> dict[str, Any]:
+        patterns = {}
+        for option, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+            values = {name: self._of_layer(option, usual, name) for name in self.names}
+            patterns[option] = {n: v for n, v in values.items() if v != self.config[usual]}
+        return unwrapped_config(self.config, self.names, patterns)
+
+    def _of_layer(self, option: str, usual: str, name: str) -> Any:
+        spelled, _, _ = spelled_in_peft(self.stored_key(name, "A")).partition(".lora_A")
+        config = self.config
+        return pattern_value(config.get(option), name, config[usual], spelled=spelled)
+
     def _rank_of(self, name: str) -> int:
-        return pattern_value(self.config.get("rank_pattern"), name, self.config["r"])
+        return self._of_layer("rank_pattern", "r", name)
+
+    def stored_key(self, name: str, part: Literal["A", "B"]) -> str:
+        """The key of `lora_A` or `lora_B` of a layer in the file, with what wrappers add."""
+        return self._stored[lora_key(name, part)]
 
     def scaling_of(self, name: str) -> float:
         """The factor before B @ A: alpha over the rank, or over its root with rslora."""
-        alpha = pattern_value(self.config.get("alpha_pattern"), name, self.config["lora_alpha"])
+        alpha = self._of_layer("alpha_pattern", "lora_alpha", name)
         rank = self._rank_of(name)
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
@@ -172,7 +206,7 @@ class LoraAdapter(LazyMapping[LoraProduct]):
         if name not in self:
             raise KeyError(name)
         with opened(self._path, self.argument) as file:
-            lora_A, lora_B = (file.get_tensor(lora_key(name, part)) for part in ("A", "B"))
+            lora_A, lora_B = (file.get_tensor(self.stored_key(name, part)) for part in ("A", "B"))
             for part, weight in (("lora_A", lora_A), ("lora_B", lora_B)):
                 if not torch.isfinite(weight).all():
                     raise ValueError(f"{part} of layer {name} has NaN or infinite entries")
