@@ -9,15 +9,18 @@ from dataclasses import dataclass, replace
 
 from .formats.stored import StoredAdapter
 
-# A model alone, with a head, or as the text model of a larger one: the order depends on the version
-# of transformers.
-_HEADS = {"base_model", "model", "language_model"}
-_THROUGH_PEFT = (
-    "load both into the base with PEFT's load_adapter, which knows its older names, and save them "
-    "again"
+# Words before the names of a model's parts. From transformers 4.52 on, models of text and pictures
+# have others: this is what PEFT turns an adapter's older names into when it loads them.
+_HEADS = {"model", "language_model"}
+_NEWER = {
+    "language_model.model.": "model.language_model.",
+    "model.": "model.language_model.",
+    "": "model.",
+    "language_model.": "",
+}
+_REMEDY = (
+    "load both into the base with PEFT's load_adapter, which knows older names, and save them again"
 )
-
-Heads = Mapping[str, set[str]]  # By the part of the model, see `_heads`.
 
 
 @dataclass(frozen=True)
@@ -31,95 +34,121 @@ class Respelled:
 def of_one_model(
     paths: Sequence[str], adapters: Sequence[StoredAdapter]
 ) -> tuple[list[StoredAdapter], dict[str, Respelled]]:
-    """The adapters with each layer by one name, that of the first, and a layer of those respelled.
+    """The adapters with each layer by one name, and by path a layer of each that was respelled.
 
-    Names that differ in leading `model` and `language_model` alone are of one layer, as long as
-    every name of an adapter can be told in the spelling of the others. Adapters may share no layer
-    if they are of one part of a model, such as its list of blocks, or if they are files for other
-    models of one pipeline, such as UNet and text encoder.
+    Where adapters differ in older and newer names of one part of a model, the newer ones are given.
+    Adapters may share no layer if they are of one part, such as its list of blocks, or files for
+    other models of one pipeline, such as UNet and text encoder.
 
     Raises:
-        ValueError: if an adapter shares neither with the others, or its spelling is ambiguous.
+        ValueError: if the adapters have no part in common, or spell it in ways of which none is the
+            newer one of the other.
     """
-    agreed: dict[int, StoredAdapter] = {0: adapters[0]}
-    respelled: dict[str, Respelled] = {}
-    waiting = dict(list(enumerate(adapters))[1:])
-    while waiting:
-        names = [name for adapter in agreed.values() for name in adapter.layers]
-        index = next((i for i, a in waiting.items() if _meet(a, adapters[0], names)), None)
-        if index is None:
-            raise ValueError(_nothing_shared(paths, adapters, next(iter(waiting))))
-        adapter = waiting.pop(index)
-        new_names = _in_the_spelling_of(names, adapter.layers, paths[index])
-        layers = {new_names[name]: layer for name, layer in adapter.layers.items()}
-        agreed[index] = replace(adapter, layers=layers)
-        for own, given in new_names.items():
-            if own != given:
-                respelled.setdefault(paths[index], Respelled(own, given))
-    return [agreed[index] for index in range(len(adapters))], respelled
+    _refuse_strangers(paths, adapters)
+    heads = [_heads(adapter.layers) for adapter in adapters]
+    conflicts: dict[str, str] = {}
+    for part in dict.fromkeys(part for found in heads for part in found):
+        spelled = [found[part] for found in heads if part in found]
+        if any(one != spelled[0] for one in spelled):
+            conflicts[part] = _newest(part, set().union(*spelled), paths, heads)
+    same_model, respelled = [], {}
+    for path, adapter, found in zip(paths, adapters, heads, strict=True):
+        names = _given(path, adapter.layers, found, conflicts)
+        layers = {names[name]: layer for name, layer in adapter.layers.items()}
+        same_model.append(replace(adapter, layers=layers))
+        changed = [Respelled(own, given) for own, given in names.items() if own != given]
+        if changed:
+            respelled[path] = changed[0]
+    return same_model, respelled
 
 
-def _meet(adapter: StoredAdapter, first: StoredAdapter, names: Sequence[str]) -> bool:
-    parts, others = _heads(adapter.layers).keys(), _heads(names).keys()
-    apart = not {*map(_component, adapter.layers)} & {*map(_component, names)}
-    return bool(parts & others) or (first.style is not None and apart)
+def _newest(
+    part: str, spelled: set[str], paths: Sequence[str], heads: Sequence[Mapping[str, set[str]]]
+) -> str:
+    """The head of a part that is newer than the other one."""
+    single = all(len(found[part]) == 1 for found in heads if part in found)
+    for head in spelled & _NEWER.keys():
+        if single and spelled == {head, _NEWER[head]}:
+            return _NEWER[head]
+    owners = [(f"{min(h[part])}{part}", p) for h, p in zip(heads, paths, strict=True) if part in h]
+    (one, path), (two, other) = min(owners), max(owners)
+    raise ValueError(
+        f"adapters: {path} has {one} and {other} has {two}: are they for the same model? If they "
+        f"are, {_REMEDY}"
+    )
 
 
-def _in_the_spelling_of(names: Iterable[str], own: Iterable[str], path: str) -> dict[str, str]:
-    """Each of `own` as `names` spell it."""
-    wanted, found = _heads(names), _heads(own)
-    images: dict[str, set[tuple[str, ...]]] = defaultdict(set)
-    for part in wanted.keys() & found.keys():
-        for head in found[part]:
-            images[head].add((head,) if found[part] == wanted[part] else tuple(wanted[part]))
-    same = all(image == {(head,)} for head, image in images.items())
-    new_names = {}
-    for name in own:
+def _given(
+    path: str,
+    names: Iterable[str],
+    heads: Mapping[str, set[str]],
+    conflicts: Mapping[str, str],
+) -> dict[str, str]:
+    """The names of an adapter's layers in the newer spelling, if the adapter has an older one."""
+    newer = {head: conflicts[part] for part in heads.keys() & conflicts for head in heads[part]}
+    if all(head == given for head, given in newer.items()):
+        return {name: name for name in names}
+    found = {}
+    for name in names:
         head, rest = _split(name)
-        image = {(head,)} if same else images.get(head, set())
-        if len(image) != 1 or len(*image) != 1:
+        given = conflicts.get(_part(rest), newer.get(head))
+        if given is None:
             raise ValueError(
-                f"adapters: {path} spells the layers of the others in another way, and that of "
-                f"{name} among theirs cannot be told; {_THROUGH_PEFT}"
+                f"adapters: {path} spells the layers of the others in an older way, and the newer "
+                f"name of {name} cannot be told from theirs; {_REMEDY}"
             )
-        new_names[name] = next(iter(image))[0] + rest
-    if len({*new_names.values()}) < len(new_names):
-        raise ValueError(
-            f"adapters: {path} has layers that are one in the spelling of the others, "
-            f"{min(new_names)} among them; {_THROUGH_PEFT}"
-        )
-    return new_names
+        found[name] = given + rest
+    return found
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Leading words that depend on how the model is wrapped into others, and what follows."""
+    """What is before the name of a part, and the rest."""
     words = name.split(".")
     count = next((i for i, word in enumerate(words[:-1]) if word not in _HEADS), len(words) - 1)
     return "".join(f"{word}." for word in words[:count]), ".".join(words[count:])
 
 
-def _heads(names: Iterable[str]) -> Heads:
-    """Leading words by the part of the model: what comes before a first number, or the layer."""
+def _part(rest: str) -> str:
+    """What a list of blocks is called; a layer in no list is a part of its own."""
+    numbered = re.match(r"(.+?)[._]\d+(?:[._]|$)", rest)
+    return numbered[1] if numbered else rest
+
+
+def _heads(names: Iterable[str]) -> dict[str, set[str]]:
+    """What comes before each part."""
     heads: dict[str, set[str]] = defaultdict(set)
-    for name in names:
-        head, rest = _split(name)
-        numbered = re.match(r"(.+?)[._]\d+(?:[._]|$)", rest)
-        heads[numbered[1] if numbered else rest].add(head)
-    return heads
+    for head, rest in map(_split, names):
+        heads[_part(rest)].add(head)
+    return dict(heads)
+
+
+def _refuse_strangers(paths: Sequence[str], adapters: Sequence[StoredAdapter]) -> None:
+    """Raise ValueError unless every adapter meets the others."""
+    known, waiting = list(adapters[0].layers), dict(enumerate(adapters))
+    while waiting:
+        index = next((i for i, a in waiting.items() if _meet(a, known)), None)
+        if index is None:
+            other = next(iter(waiting))
+            one, two = (next(iter(adapters[i].layers)) for i in (0, other))
+            remedy = "merge them where both are loaded, by PEFT's add_weighted_adapter"
+            if adapters[0].style is not None:
+                remedy = "resize each alone: programs load several files side by side"
+            raise ValueError(
+                f"adapters: {paths[0]} and {paths[other]} share no layer, nor any part of a model "
+                f"({one}; {two}): are they for the same model? If they are, {remedy}"
+            )
+        known += waiting.pop(index).layers
+
+
+def _meet(adapter: StoredAdapter, names: Sequence[str]) -> bool:
+    """Whether an adapter has a part of the others, or is a file for another model of a pipeline."""
+    if _heads(adapter.layers).keys() & _heads(names).keys():
+        return True
+    apart = not {*map(_component, adapter.layers)} & {*map(_component, names)}
+    return adapter.style is not None and apart
 
 
 def _component(name: str) -> str:
     """The model within a pipeline: `unet`, `text_encoder`, in kohya's files `lora_unet`."""
     first, dot, _ = name.partition(".")
     return first if dot else "_".join(first.split("_")[:2])
-
-
-def _nothing_shared(paths: Sequence[str], adapters: Sequence[StoredAdapter], other: int) -> str:
-    one, two = (next(iter(adapters[index].layers)) for index in (0, other))
-    remedy = f"If they are, {_THROUGH_PEFT}, or merge them there by add_weighted_adapter"
-    if adapters[0].style is not None:
-        remedy = "If they are, resize each alone: programs load several files side by side"
-    return (
-        f"adapters: {paths[0]} and {paths[other]} share no layer, nor any part of a model ({one}; "
-        f"{two}): are they for the same model? {remedy}"
-    )

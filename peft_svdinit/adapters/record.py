@@ -203,8 +203,8 @@ class CombinedAdapter(WrittenAdapter[Layer]):
         if len(alone) == len(self.layers):
             found.append("No layer is in two of the adapters: are they for the same model?")
         found += [
-            f"{path} spells the model's names in another way, {names.own} for {names.given}; they "
-            "are taken for one model, and the names of the first adapter are written."
+            f"{path} spells the model's layers in an older way, {names.own} for {names.given}; the "
+            "newer names are written."
             for path, names in self.respelled.items()
         ]
         return found

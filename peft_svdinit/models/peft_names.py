@@ -28,11 +28,11 @@ def pattern_value(
         patterns: by such keys.
         name: of the module.
         default: where none matches.
-        spelled: the name with what wrappers add. It is tried first: only a wrapper that came after
-            PEFT is in no key that matched.
+        spelled: the name with what wrappers add, tried before the one without: patterns were
+            matched with a wrapper that was there before PEFT, and not with one that came after.
     """
-    for tried in (spelled, name):
-        for key, value in (patterns or {}).items() if tried else ():
+    for tried in (name,) if spelled is None else (spelled, name):
+        for key, value in (patterns or {}).items():
             if re.match(rf"(.*\.)?({key})$", tried):
                 return value
     return default

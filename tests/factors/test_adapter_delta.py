@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from peft_svdinit.factors import LoraAdapter
+from peft_svdinit.models import lora_key
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

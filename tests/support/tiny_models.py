@@ -125,6 +125,17 @@ def rewrite_tensors(path: Path, edit: Callable[[dict[str, Tensor]], None]) -> No
     save_file(tensors, path, {"format": "pt"})
 
 
+def respell(path: Path, spell: Callable[[str], str | None]) -> None:
+    """Give the tensors of a safetensors file other names; those without one go."""
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        renamed = {spell(key): tensor for key, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update({key: tensor for key, tensor in renamed.items() if key is not None})
+
+    rewrite_tensors(path, edit)
+
+
 def truncate(path: Path, share: float = 0.6) -> None:
     """Cut a file off, as a copy that was interrupted."""
     content = path.read_bytes()
