@@ -28,6 +28,7 @@ from stages.comparison_options import ComparisonOptions, Setting, examples_per_s
 from stages.comparison_plan import Plan, make_plan
 from stages.fit import Materials
 from stages.lora_options import LoraOptions
+from stages.processes import leave_process_group
 from stages.quiet_arguments import QuietArguments
 
 from peft_svdinit.analysis import write_comparison
@@ -229,4 +230,4 @@ def _hush() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # Its threads must not outlive the interpreter.
+    leave_process_group()

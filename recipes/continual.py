@@ -33,6 +33,7 @@ from stages.continual_plan import Plan
 from stages.fit import Materials
 from stages.lori_options import SparseOptions
 from stages.lori_stages import check_selection, target_layers
+from stages.processes import leave_process_group
 
 from peft_svdinit.analysis import write_continual
 from peft_svdinit.training import ModelOptions, parse_options, refusals_in_one_line, run_tasks
@@ -89,4 +90,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # Its threads must not outlive the interpreter.
+    leave_process_group()

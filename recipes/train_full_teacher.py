@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from stages.fit import Materials, check_complete, fit, outcome
+from stages.processes import leave_process_group
 from transformers import PreTrainedModel
 
 from peft_svdinit.training import (
@@ -53,4 +53,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # Its threads must not outlive the interpreter.
+    leave_process_group()

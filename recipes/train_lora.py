@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from peft import (
     PeftModel,
     get_peft_model,
@@ -28,6 +27,7 @@ from peft import (
 from stages.data_start import factors_from_data
 from stages.fit import Materials, check_complete, fit, outcome
 from stages.lora_options import LoraOptions
+from stages.processes import leave_process_group
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
@@ -106,4 +106,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # Its threads must not outlive the interpreter.
+    leave_process_group()

@@ -31,6 +31,7 @@ from stages.lori_stages import (
     uncalibrated_scores,
 )
 from stages.lori_tasks import calibration_task, mask_task, run_inputs
+from stages.processes import leave_process_group
 
 from peft_svdinit import FactorsFile
 from peft_svdinit.adapters import compact_adapter_folder
@@ -237,4 +238,4 @@ def _size(path: Path) -> str:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # Its threads must not outlive the interpreter.
+    leave_process_group()

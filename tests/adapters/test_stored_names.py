@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from support.small_configs import class_of_family, parameters, small_config
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 
+from peft_svdinit import SvdLoraConfig
 from peft_svdinit.adapters import AdapterForm, extract_adapter
-from peft_svdinit.factors import CheckpointPair, RankRule
-from peft_svdinit.models import linear_modules
+from peft_svdinit.cli import main
+from peft_svdinit.factors import CheckpointPair, FactorsFile, LoraAdapter, RankRule
+from peft_svdinit.models import linear_modules, lora_key
 
 FAMILIES = [family for family in _build_checkpoint_conversion_mapping() if family != "legacy"]
 MOST_PARAMETERS = 7_000_000
@@ -66,3 +70,82 @@ def test_the_adapter_reproduces_the_tuned_model(family, tmp_path, caplog):
         base_model_name_or_path=str(tmp_path / "base"),
     )
     assert largest_difference(architecture, tmp_path, tmp_path / "adapter") < 1e-4
+
+
+def saved_pair(folder: Path, family: str) -> set[str]:
+    architecture: Any = class_of_family(family)
+    torch.manual_seed(0)
+    return tuned_pair(folder, architecture(small_config(architecture)))
+
+
+def test_an_adapter_of_older_names_gives_factors_by_the_names_of_its_base(tmp_path):
+    layers = saved_pair(tmp_path, "llava")
+    older = {
+        name.replace("model.language_model.", "language_model.model.")
+        .replace("model.vision_tower.", "vision_tower.")
+        .replace("model.multi_modal_projector.", "multi_modal_projector."): name
+        for name in layers
+    }
+    assert older.keys() != layers
+    tensors = {}
+    model: Any = class_of_family("llava")
+    skeleton = model(small_config(model))
+    for name, module in older.items():
+        rows, columns = skeleton.get_submodule(module).weight.shape
+        tensors[lora_key(name, "A")] = torch.randn(2, columns)
+        tensors[lora_key(name, "B")] = torch.randn(rows, 2)
+    (tmp_path / "older").mkdir()
+    save_file(tensors, tmp_path / "older/adapter_model.safetensors")
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=list(older))
+    config.save_pretrained(str(tmp_path / "older"))
+    options = ["--adapter", str(tmp_path / "older"), "--base", str(tmp_path / "base")]
+    options += ["--lora_r", "2", "--plots", "false", "--output_dir", str(tmp_path / "factors")]
+    main(["extract", *options])
+    assert set(FactorsFile(tmp_path / "factors")) == layers
+    adapted: Any = get_peft_model(
+        model.from_pretrained(tmp_path / "base"),
+        SvdLoraConfig(
+            r=2,
+            lora_alpha=2,
+            target_modules=list(layers),
+            svd_factors=str(tmp_path / "factors"),
+        ),
+    )
+    assert {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")} == {
+        f"base_model.model.{name}" for name in layers
+    }
+
+
+def test_the_analysis_of_a_pair_has_the_layers_of_the_model(tmp_path):
+    layers = saved_pair(tmp_path, "gemma3")
+    options = ["--base", str(tmp_path / "base"), "--tuned", str(tmp_path / "tuned"), "--rank", "4"]
+    options += ["--lora_r", "2", "--plots", "false", "--output_dir", str(tmp_path / "analysis")]
+    main(["analyze", *options])
+    (report,) = (tmp_path / "analysis").glob("*.json")
+    text = report.read_text()
+    assert all(layer in text for layer in layers)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen3_vl_moe", "granitemoe"])
+def test_changed_experts_are_refused_before_any_work_unless_left_out(family, tmp_path, capsys):
+    architecture: Any = class_of_family(family)
+    torch.manual_seed(0)
+    model = architecture(small_config(architecture))
+    layers = tuned_pair(tmp_path, model)
+    name = next(
+        key for key, one in model.named_parameters() if one.dim() == 3 and "layers.0" in key
+    )
+    with torch.no_grad():
+        model.get_parameter(name).add_(0.1)
+    model.save_pretrained(tmp_path / "tuned")
+    options = ["--base", str(tmp_path / "base"), "--tuned", str(tmp_path / "tuned"), "--rank", "2"]
+    options += ["--output_dir", str(tmp_path / "adapter"), "--verify", "none"]
+    with pytest.raises(SystemExit):
+        main(["extract", *options])
+    error = capsys.readouterr().err
+    assert f"{name} the first, are stacks of matrices" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+    said = re.search(r"exclude_modules (\S+) if", error)
+    assert said is not None
+    main(["extract", *options, "--exclude_modules", said[1]])
+    assert set(LoraAdapter(tmp_path / "adapter")) == layers

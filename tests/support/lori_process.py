@@ -7,6 +7,7 @@ of a DeepSpeed configuration. Each process leaves `report-<rank>.json`, the firs
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -80,4 +81,5 @@ if __name__ == "__main__":
     resuming = "--resume" in given
     given = [argument for argument in given if argument != "--resume"]
     main(Path(given[0]), int(given[1]), given[2] if len(given) > 2 else None, resuming)
+    gc.collect()
     PartialState().destroy_process_group()
