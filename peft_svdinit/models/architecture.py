@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -97,7 +97,7 @@ def linear_modules(
     head = getattr(model, "get_output_embeddings", lambda: None)()
     found: dict[str, LinearModule] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and _maps_rows(module):
             shape, transposed = tuple(module.weight.shape), False
         elif isinstance(module, Conv1D):
             shape, transposed = tuple(module.weight.shape)[::-1], True
@@ -112,6 +112,18 @@ def linear_modules(
             "model.named_modules()"
         )
     return found
+
+
+def _maps_rows(module: nn.Linear) -> bool:
+    """Whether it does what nn.Linear does: a router may be one by class, and give something else."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    try:
+        with torch.no_grad():
+            found: Any = module(module.weight.new_zeros(1, 1, module.in_features))
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        return False
+    return isinstance(found, Tensor) and found.shape == (1, 1, module.out_features)
 
 
 def _matches(name: str, target_modules: str | Sequence[str], *, is_head: bool) -> bool:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import transformers
+from support.small_configs import class_of_family, small_config
 from support.tiny_models import tiny_model
+from torch import nn
 
 from peft_svdinit.models import is_chosen, linear_modules, model_skeleton
 
@@ -52,3 +56,16 @@ def test_a_broken_expression_is_named_with_what_is_wrong(broken):
         is_chosen("layers.0.q_proj", broken)
     message = str(raised.value)
     assert repr(broken) in message and "position" in message and "list of names" in message
+
+
+@pytest.mark.parametrize(
+    ("family", "layer", "counts"),
+    [("phimoe", "router", False), ("falcon", "query_key_value", True)],
+)
+def test_a_class_derived_from_linear_counts_if_it_does_what_linear_does(family, layer, counts):
+    architecture: Any = class_of_family(family)
+    with torch.device("meta"):
+        model = architecture(small_config(architecture))
+    named = [name for name, one in model.named_modules() if name.endswith(f".{layer}")]
+    assert named and all(isinstance(model.get_submodule(name), nn.Linear) for name in named)
+    assert all((name in linear_modules(model)) == counts for name in named)

@@ -57,10 +57,10 @@ def class_of_family(family: str) -> type[PreTrainedModel] | None:
     return None
 
 
-def small_config(architecture: type[PreTrainedModel]) -> Any:
-    """Its default configuration with every size cut down."""
+def small_config(architecture: type[PreTrainedModel], **options: Any) -> Any:
+    """Its default configuration with every size cut down, and `options` as they are."""
     config: Any = architecture.config_class
-    return config(**_shrunk(config().to_dict()))
+    return config(**{**_shrunk(config().to_dict()), **options})
 
 
 def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:

@@ -58,13 +58,13 @@ def compare_on_text(
     max_tokens: int = 384,
     seed: int = 0,
     device: str | torch.device = "cpu",
-) -> TextCheck:
+) -> TextCheck | None:
     """Run base, base + adapter (through stock PEFT) and tuned on the same tokens.
 
     One model is in memory at a time, in the dtype that it is stored in, and of the first two their
     log-probabilities: at most 2 * max_tokens * vocabulary numbers in float32. An adapter that is no
     nearer to the tuned model than the base is reported by a warning: one that cuts off too much
-    may be so.
+    may be so. None, and a warning, if the base does not run on token ids alone.
 
     Args:
         base, tuned: folders or Hub ids of causal language models.
@@ -88,7 +88,16 @@ def compare_on_text(
         raise ValueError(reason)
     model = _loaded(folder, device)
     samples, kind = _samples(folder, model.config, texts, max_tokens, seed)
-    before = _log_probabilities(model, samples)
+    try:
+        before = _log_probabilities(model, samples)
+    except Exception as error:  # Whatever the code of some architecture raises.
+        logger.warning(
+            "The models are not run on text: base: %s does not run on token ids alone: %s: %s",
+            folder,
+            type(error).__name__,
+            error,
+        )
+        return None
     model = load_stock_adapter(model, adapter)
     adapted = _log_probabilities(model, samples)
     del model
@@ -227,6 +236,6 @@ def _log_probabilities(model: Any, samples: Sequence[Tensor]) -> list[Tensor]:
     device = next(model.parameters()).device
     found = []
     for sample in samples:
-        logits = model(input_ids=sample[None].to(device)).logits[0, :-1]
+        logits = model(input_ids=sample[None].to(device), use_cache=False).logits[0, :-1]
         found.append(torch.log_softmax(logits.float(), dim=-1).cpu())
     return found

@@ -97,6 +97,7 @@ def stored_spectra(store: LayerStore, pair: CheckpointPair) -> dict[str, Spectru
         module = pair.base.modules[name]
         spectra[name] = Spectrum(S, norm, (module.out_features, module.in_features))
     if not any(layer.norm for layer in spectra.values()):
+        store.remove()  # Reading it all again would find nothing else.
         raise ValueError("tuned: its linear layers all equal the base's; there is no delta")
     return spectra
 
