@@ -22,6 +22,68 @@ from peft_svdinit.models import linear_modules, lora_key
 
 FAMILIES = [family for family in _build_checkpoint_conversion_mapping() if family != "legacy"]
 MOST_PARAMETERS = 7_000_000
+NO_CLASS = "a part of other models, and no model of transformers by itself"
+TIMM = "needs timm"
+LARGE = "more than 7 million parameters at its smallest"
+TIED = "sizes that depend on each other, which do not shrink alone"
+NOT_BUILT = {
+    "BeitForSemanticSegmentation": TIED,
+    "ConditionalDetrForSegmentation": TIMM,
+    "ConditionalDetrModel": TIMM,
+    "DetrForSegmentation": TIMM,
+    "DetrModel": TIMM,
+    "Dots3NoteForConditionalGeneration": TIED,
+    "Dots3NoteModel": TIED,
+    "Emu3Model": TIED,
+    "MaskFormerDetrDecoder": NO_CLASS,
+    "MimiDecoderModel": TIED,
+    "MimiEncoderModel": LARGE,
+    "MimiModel": TIED,
+    "MtpModel": NO_CLASS,
+    "PPChart2TableModel": NO_CLASS,
+    "Sapiens2ForImageMatting": TIED,
+    "Sapiens2ForNormalEstimation": TIED,
+    "Sapiens2ForPointmapEstimation": TIED,
+    "Sapiens2ForPoseEstimation": TIED,
+    "Sapiens2ForSemanticSegmentation": TIED,
+    "UnlimitedOcrSamVisionEncoder": NO_CLASS,
+    "UnlimitedOcrVisionEncoder": NO_CLASS,
+    "VibeVoiceAsrModel": LARGE,
+    "colqwen2": NO_CLASS,
+    "d_fine": TIED,
+    "deepseek_ocr2": TIED,
+    "deformable_detr": TIMM,
+    "dinov3_convnext": LARGE,
+    "dots1": "its code fails on the meta device",
+    "dots3_note_audio_encoder": NO_CLASS,
+    "dots3_note_vision_encoder": NO_CLASS,
+    "emu3": TIED,
+    "ernie4_5_vl_moe": TIED,
+    "esm": TIED,
+    "gemma3n_text": TIED,
+    "gradium_phonon_tts": TIED,
+    "hunyuan_v1_moe": TIED,
+    "hunyuan_vl": TIED,
+    "jev": NO_CLASS,
+    "lfm2_moe": TIED,
+    "lw_detr": TIED,
+    "maskformer": LARGE,
+    "mlcd_vision": NO_CLASS,
+    "pp_doclayout_v2": NO_CLASS,
+    "pp_doclayout_v3": LARGE,
+    "pp_doclayout_v4": LARGE,
+    "qwen3_omni_moe": NO_CLASS,
+    "qwen3_omni_moe_text": NO_CLASS,
+    "rt_detr": LARGE,
+    "rt_detr_v2": LARGE,
+    "step3p5_vision": NO_CLASS,
+    "t5gemma2_encoder": TIED,
+    "timm_wrapper": TIMM,
+    "tipsv2_dpt": NO_CLASS,
+    "vibevoice_asr": LARGE,
+    "xCLIPTextModel": NO_CLASS,
+    "xCLIPVisionModel": NO_CLASS,
+}
 
 
 def tuned_pair(folder: Path, model: Any) -> set[str]:

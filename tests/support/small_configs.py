@@ -16,8 +16,8 @@ _MOST = [
     (r".*intermediate_size.*|.*ffn_dim.*|ffn_hidden_size|d_ff|n_inner|.*mlp_dim", 48),
     (r".*feedforward.*|.*mlp_hidden.*", 48),
     (r"num_.*layers|n_layers?|num_blocks|depth|.*_layers|.*_depth|num_hidden_groups", 2),
-    (r".*key_value_heads.*|.*num_kv_heads.*", 2),
-    (r".*heads|n_head|.*num_heads.*", 4),
+    (r".*heads|n_head|.*num_heads.*|.*key_value_heads.*|.*num_kv_heads.*", 4),
+    (r"mamba_d_head", 16),
     (r".*head_dim|d_kv|kv_channels|attention_head_size", 8),
     (r".*vocab_size.*", 96),
     (r"max_source_positions|n_positions|max_target_positions|seq_length|.*max_position.*", 64),
@@ -34,8 +34,16 @@ _BY_LAYER = set(
     "layer_types out_features out_indices per_layer_config mlp_layer_types no_rope_layers "
     "stage_names transformers_version layers_block_type hybrid_override_pattern moe_layer_freq "
     "full_attn_idxs attn_type_list _out_features _out_indices layer_type_list attn_layer_indices "
-    "layer_types_list indexer_types".split()
+    "layer_types_list indexer_types activation_sparsity_pattern kv_source_layers "
+    "num_attention_heads_per_layer".split()
 )
+# Lists that go by other sizes.
+_LISTS = {
+    "intermediate_size": 48,
+    "mrope_section": [2, 1, 1],
+    "vision_feature_layer": [1, 0],
+    "vit_layers": [1, 0],
+}
 
 
 def class_of_family(family: str) -> type[PreTrainedModel] | None:
@@ -57,24 +65,25 @@ def class_of_family(family: str) -> type[PreTrainedModel] | None:
     return None
 
 
-def small_config(architecture: type[PreTrainedModel], **options: Any) -> Any:
-    """Its default configuration with every size cut down, and `options` as they are."""
+def small_config(architecture: type[PreTrainedModel]) -> Any:
+    """Its default configuration with every size cut down."""
     config: Any = architecture.config_class
-    return config(**{**_shrunk(config().to_dict()), **options})
+    return config(**_cut("", config().to_dict()))
 
 
-def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: _cut(name, value) for name, value in settings.items() if name not in _BY_LAYER}
+def _without_layers(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in _BY_LAYER}
 
 
 def _cut(name: str, value: Any) -> Any:
-    if isinstance(value, dict) and "model_type" in value:
-        return _shrunk(value)
-    if isinstance(value, list) and name == "intermediate_size":
-        return 48
+    if isinstance(value, dict):
+        kept = value if "model_type" not in value else _without_layers(value)
+        return {key: _cut(key, one) for key, one in kept.items()}
+    if isinstance(value, list):
+        return _LISTS.get(name, value)
     if isinstance(value, bool) or not isinstance(value, int):
         return value
-    return next((min(value, most) for name_, most in _MOST if re.fullmatch(name_, name)), value)
+    return next((min(value, most) for name_, most in _MOST if re.fullmatch(name_, str(name))), value)
 
 
 def parameters(architecture: type[PreTrainedModel], config: Any) -> int:
