@@ -27,15 +27,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .grids import HALVES, fits, rounded, unit_of
+
 MOST_ENTRIES = 64
 # Odd, and near 64 divided by the golden ratio, so that the positions form a Fibonacci-like lattice:
 # no two share a 64th of the rows or of the columns, and neighbours in rows are far in columns.
 _STRIDE = 39
 _FIRST_ROW_ENTRIES = 8
 _FINEST_FIRST = (torch.float32, torch.float16, torch.bfloat16)
-# Bits of the fraction and the smallest positive number.
-_HALVES = {torch.float16: (10, 2.0**-24), torch.bfloat16: (7, 2.0**-133)}
-_LARGEST_HALF = torch.finfo(torch.float16).max
 # An unedited base is refused with a probability below exp(-20.7) = 1e-9, for a layer and for all.
 _LARGEST_SURPRISE = math.log(1e9)
 
@@ -133,11 +132,11 @@ class Differences:
 def differences(found: Float[Tensor, " n"], sample: Float[Tensor, " n"]) -> Differences:
     """Compare the entries of two weights, which may have been cast in between."""
     one, other = found.double().cpu(), sample.double().cpu()
-    involved = [dtype for dtype in _FINEST_FIRST if _fits(one, dtype) or _fits(other, dtype)]
+    involved = [dtype for dtype in _FINEST_FIRST if fits(one, dtype) or fits(other, dtype)]
     for dtype in involved:
-        one, other = _rounded(one, dtype), _rounded(other, dtype)
+        one, other = rounded(one, dtype), rounded(other, dtype)
     differ = one != other
-    if not all(dtype in involved for dtype in _HALVES):
+    if not all(dtype in involved for dtype in HALVES):
         return Differences(apart=int(differ.sum()))
     unit, chance = _rounded_twice(one.abs(), other.abs())
     one_unit = ((one - other).abs() <= unit) & (chance > 0)
@@ -166,21 +165,6 @@ def first_difference(layers: Iterable[tuple[str, Tensor, BaseSample]]) -> str | 
     return None if total.are_of_rounding else "all layers together"
 
 
-def _fits(values: Float[Tensor, " n"], dtype: torch.dtype) -> bool:
-    """Whether every value is one of `dtype`."""
-    # float16's largest becomes 65536 in bfloat16, and what is larger infinite in float16.
-    ends = (values.abs() == 65536) | values.isinf()
-    rounded = _rounded(values, dtype)
-    return torch.equal(rounded, torch.where(ends, rounded, values))
-
-
-def _rounded(values: Float[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, " n"]:
-    """To the nearest value of `dtype`, the ends of float16's range taken for infinity."""
-    if dtype == torch.float16:
-        values = values.clamp(-_LARGEST_HALF, _LARGEST_HALF)
-    return values.to(dtype).double()
-
-
 def _rounded_twice(
     one: Float[Tensor, " n"], other: Float[Tensor, " n"]
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
@@ -190,14 +174,7 @@ def _rounded_twice(
     """
     units, chances = [], []
     for size in (one, other):
-        fine, coarse = torch.stack([_unit(size, dtype) for dtype in _HALVES]).aminmax(dim=0)
+        fine, coarse = torch.stack([unit_of(size, dtype) for dtype in HALVES]).aminmax(dim=0)
         units.append(coarse)
         chances.append(torch.where(fine < coarse, fine / coarse / 2, 0.0))
     return torch.maximum(*units), torch.maximum(*chances)
-
-
-def _unit(size: Float[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, " n"]:
-    """Distance of a magnitude to the next one in `dtype`."""
-    fraction, smallest = _HALVES[dtype]
-    exponent = torch.frexp(size.clamp(min=smallest)).exponent
-    return torch.ldexp(torch.ones_like(size), exponent - 1 - fraction).clamp(min=smallest)

@@ -137,6 +137,8 @@ def extract_adapter(
             missed,
             verification,
             text,
+            rounded=[name for name in exported.zero_layers if pair.is_rounding(name)],
+            rounded_tensors=pair.rounded_tensors,
         )
         (written / EXPORT_REPORT).unlink()  # What follows says more.
         write_json(written / EXTRACTION_JSON, extracted.as_dict())

@@ -26,6 +26,8 @@ class ExtractedAdapter:
         whole: modules that the adapter stores as the tuned model has them.
         uncovered: changed tensors that the adapter does not have.
         verification, text: what was measured on the written adapter, unless that was not asked for.
+        rounded, rounded_tensors: layers, and tensors outside of these, that differ by the rounding
+            of a cast alone and count as unchanged.
     """
 
     folder: Path
@@ -36,6 +38,8 @@ class ExtractedAdapter:
     uncovered: list[Uncovered]
     verification: Verification | None
     text: TextCheck | None
+    rounded: list[str]
+    rounded_tensors: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -56,6 +60,7 @@ class ExtractedAdapter:
             },
             "text_check": asdict(self.text) if self.text else None,
             "zero_layers": exported.zero_layers,
+            "unchanged_but_for_rounding": [*self.rounded, *self.rounded_tensors],
             "short_of_the_bound": self.short,
             "stored_whole": self.whole,
             "uncovered": {tensor.key: tensor.relative_change for tensor in self.uncovered},
@@ -114,6 +119,12 @@ class ExtractedAdapter:
             )
         if zero:
             said.append(f"{len(zero)} layers did not change and are left alone.")
+        if self.rounded or self.rounded_tensors:
+            said.append(
+                f"{len(self.rounded)} layers and {len(self.rounded_tensors)} other tensors differ "
+                "from the base's by rounding from one dtype to another alone; they count as "
+                "unchanged."
+            )
         if self.short:
             said.append(
                 f"{len(self.short)} layers do **not** reach the bound within the largest rank, "

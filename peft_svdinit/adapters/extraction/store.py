@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from ...factors import (
     fill_store,
 )
 from ...files import file_stamps
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -44,7 +47,8 @@ def factorised(
         if _pair_stamps(pair) != stamps:
             raise ValueError("base or tuned changed while they were read; run the extraction again")
 
-    inputs = {"factorisation": repr(factorise), "pair": stamps}
+    # Factors made when rounding was part of a delta are none of this job.
+    inputs = {"factorisation": repr(factorise), "pair": stamps, "rounding": "unchanged"}
     working = target.with_name(f"{target.name}.partial")
     with LayerStore(working, list(pair), inputs) as store:
         fill_store(store, pair, factorise, read_ahead=read_ahead)
@@ -88,6 +92,8 @@ def factorisation(rule: RankRule, *, seed: int = 0, device: str = "cpu") -> Fact
 def stored_spectra(store: LayerStore, pair: CheckpointPair) -> dict[str, Spectrum]:
     """Singular values, norm and shape of every layer; the vectors stay on the disk.
 
+    A warning says which part of the model is unchanged but for rounding.
+
     Raises:
         ValueError: if every delta is zero.
     """
@@ -98,7 +104,13 @@ def stored_spectra(store: LayerStore, pair: CheckpointPair) -> dict[str, Spectru
         spectra[name] = Spectrum(S, norm, (module.out_features, module.in_features))
     if not any(layer.norm for layer in spectra.values()):
         store.remove()  # Reading it all again would find nothing else.
-        raise ValueError("tuned: its linear layers all equal the base's; there is no delta")
+        raise ValueError(
+            "tuned: its linear layers all equal the base's, but for rounding where dtypes differ; "
+            "there is no delta"
+        )
+    remark = pair.rounding_remark(name for name, layer in spectra.items() if not layer.norm)
+    if remark:
+        logger.warning("%s", remark)
     return spectra
 
 

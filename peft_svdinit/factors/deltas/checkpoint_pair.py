@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...files import LazyMapping
 from ...models import (
+    CastCheck,
     Checkpoint,
     LinearWeights,
     StoredParameters,
@@ -30,6 +31,7 @@ class CheckpointPair(LazyMapping[Tensor]):
     """Read-only, lazy view of tuned − base: module name to delta, float32 (out, in).
 
     A delta is made block by block of rows, so that beside it no tensor of its size is in memory.
+    It is zero where casts alone explain it, as between a model in float32 and one in bfloat16.
 
     Args:
         base: folder or Hub id of the model before fine-tuning.
@@ -93,6 +95,7 @@ class CheckpointPair(LazyMapping[Tensor]):
         self.base = LinearWeights(before, **options)
         self.names = self.base.names
         self.tuned = LinearWeights(after, **options, longer_modules=slice_modules)
+        self._is_rounding: dict[str, bool] = {}
         for argument, choice in (("exclude", exclude_modules), ("slice", slice_modules)):
             self._check_choice(f"{argument}_modules", choice)
         self._others = OtherTensors(
@@ -121,12 +124,39 @@ class CheckpointPair(LazyMapping[Tensor]):
                 raise ValueError(f"{argument}={part!r} matches no module of the two checkpoints")
 
     def __getitem__(self, name: str) -> Float[Tensor, "out in"]:
-        delta = torch.empty(self.base.stored_shape(name))
-        for start, block in self.tuned.blocks(name):
-            delta[start : start + len(block)] = block
-        for start, block in self.base.blocks(name):
-            delta[start : start + len(block)].sub_(block)
-        return self.base.oriented(name, delta)
+        delta, cast = torch.empty(self.base.stored_shape(name)), CastCheck()
+        for before, after, rows in self._blocks(name):
+            torch.sub(after, before, out=delta[rows])
+            cast.add(before, after)
+        self._is_rounding[name] = cast.is_rounding
+        return self.base.oriented(name, delta.zero_() if cast.is_rounding else delta)
+
+    def _blocks(self, name: str) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        blocks = zip(self.base.blocks(name), self.tuned.blocks(name), strict=True)
+        for (start, before), (_, after) in blocks:
+            yield before, after, slice(start, start + len(after))
+
+    def rounding_remark(self, layers: Iterable[str]) -> str | None:
+        """What to say of these layers, and of other tensors, that casts alone explain."""
+        count, others = sum(map(self.is_rounding, layers)), len(self.rounded_tensors)
+        if not count and not others:
+            return None
+        return (
+            f"{count} layers and {others} other tensors of tuned are those of base but for the "
+            "rounding from one dtype to another; they count as unchanged"
+        )
+
+    def is_rounding(self, name: str) -> bool:
+        """Whether a layer differs by casts of one weight alone, so that its delta counts as zero.
+
+        Reads both sides unless the delta was read before.
+        """
+        if name not in self._is_rounding:
+            cast = CastCheck()
+            for before, after, _ in self._blocks(name):
+                cast.add(before, after)
+            self._is_rounding[name] = cast.is_rounding
+        return self._is_rounding[name]
 
     @property
     def sliced(self) -> bool:
@@ -148,10 +178,15 @@ class CheckpointPair(LazyMapping[Tensor]):
     def _changed(self) -> list[Uncovered]:
         return self._others.uncovered()
 
+    @property
+    def rounded_tensors(self) -> list[str]:
+        """Tensors outside the linear layers that differ by casts alone, after `uncovered`."""
+        return list(self._others.rounded)
+
     def uncovered(self) -> list[Uncovered]:
         """Tensors outside the linear layers that differ, largest relative change first.
 
-        Read once, and remembered.
+        Those that casts of one tensor explain are no change. Read once, and remembered.
 
         Raises:
             ValueError: if one has NaN or infinite entries.

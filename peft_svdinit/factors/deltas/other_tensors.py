@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...linalg import frobenius_norm
-from ...models import StoredParameters, is_chosen, is_within
+from ...models import CastCheck, StoredParameters, is_chosen, is_within
 
 # Masks and frequencies that old versions of transformers stored beside the weights.
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"attn\.masked_bias$", r"h\.\d+\.attn\.bias$")
@@ -36,6 +36,9 @@ class OtherTensors:
         heads: full names of modules that a fine-tune may bring along or shape otherwise, with all
             that they contain.
 
+    Attributes:
+        rounded: tensors that differ by casts alone, once `uncovered` was asked.
+
     Raises:
         ValueError: if one side has a tensor that the other lacks, or their shapes differ.
     """
@@ -55,6 +58,7 @@ class OtherTensors:
         self.arguments = base.argument, tuned.argument
         self.pairs: dict[str, tuple[str, str]] = {}
         self.replaced: list[str] = []
+        self.rounded: list[str] = []
         self._match_parameters({f"{name}.weight" for name in layers})
         self._match_unknown()
         for name, stored in list(self.pairs.items()):
@@ -126,24 +130,30 @@ class OtherTensors:
         return any(shapes[0][one] != shapes[1][other] for one, other in self.pairs.values())
 
     def uncovered(self) -> list[Uncovered]:
-        """The tensors that differ, largest relative change first; those the base lacks count so.
+        """The tensors that differ by more than casts explain, largest relative change first.
+
+        Those that the base lacks count as changed.
 
         Raises:
             ValueError: if one has NaN or infinite entries.
         """
-        changed = [Uncovered(name, 1.0) for name in self.replaced]
+        changed, self.rounded = [Uncovered(name, 1.0) for name in self.replaced], []
         for name, (base_key, tuned_key) in self.pairs.items():
             rows = self.base.shapes[base_key][:1]
             blocks = zip(
                 self.base.blocks(base_key), self.tuned.blocks(tuned_key, *rows), strict=True
             )
-            before = change = 0.0
+            before, change, cast = 0.0, 0.0, CastCheck()
             for (_, old), (_, new) in blocks:
+                if old.is_floating_point() and new.is_floating_point():
+                    cast.add(old.float(), new.float())
                 old, new = old.double(), new.double()
                 before = math.hypot(before, self._norm(0, name, old))
                 self._norm(1, name, new)
                 change = math.hypot(change, frobenius_norm(new - old))
-            if change and not self._repeats_its_source(name, tuned_key):
+            if cast.is_rounding:
+                self.rounded.append(name)
+            elif change and not self._repeats_its_source(name, tuned_key):
                 changed.append(Uncovered(name, change / (before or 1.0)))
         return sorted(changed, key=lambda tensor: (-tensor.relative_change, tensor.key))
 

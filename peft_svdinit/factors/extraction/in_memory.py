@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -24,6 +25,8 @@ from ..deltas.synthesis import Synthesis
 from ..file import FactorsMetadata
 from .extracted import Extraction
 from .factorisation import Factorisation
+
+logger = logging.getLogger(__name__)
 
 Delta = TypeVar("Delta")
 
@@ -81,7 +84,7 @@ def factors_of_checkpoints(
     """Leading `rank` triplets of tuned − base for every linear layer, the pair streamed.
 
     Raises:
-        ValueError: if the two checkpoints are equal in every linear layer.
+        ValueError: if the two checkpoints are equal in every linear layer, but for rounding.
     """
     factorise = Factorisation(rank=rank, method=method, seed=seed)
     factors = {
@@ -90,9 +93,12 @@ def factors_of_checkpoints(
     }
     if not any(layer.norm for layer in factors.values()):
         raise ValueError(
-            f"{pair.tuned.checkpoint.argument}: its linear layers all equal the base's; there is "
-            "no delta"
+            f"{pair.tuned.checkpoint.argument}: its linear layers all equal the base's, but "
+            "for rounding where dtypes differ; there is no delta"
         )
+    remark = pair.rounding_remark(name for name, layer in factors.items() if not layer.norm)
+    if remark:
+        logger.warning("%s", remark)
     metadata = FactorsMetadata(
         base_model_name_or_path=base_model_name_or_path,
         source={"kind": "checkpoints"},
