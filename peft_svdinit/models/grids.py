@@ -13,10 +13,12 @@ _LARGEST_HALF = torch.finfo(torch.float16).max
 
 def fits(values: Float[Tensor, "*shape"], dtype: torch.dtype) -> bool:
     """Whether every value is one of `dtype`."""
+    nearest = rounded(values, dtype)
+    if torch.equal(nearest, values):
+        return True
     # float16's largest becomes 65536 in bfloat16, and what is larger infinite in float16.
     ends = (values.abs() == 65536) | values.isinf()
-    nearest = rounded(values, dtype)
-    return torch.equal(nearest, torch.where(ends, nearest, values))
+    return bool(ends.any()) and torch.equal(nearest, torch.where(ends, nearest, values))
 
 
 def rounded(values: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:

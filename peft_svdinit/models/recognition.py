@@ -129,8 +129,13 @@ class Differences:
         return count * math.log(count / mean) - count + mean <= _LARGEST_SURPRISE
 
 
-def differences(found: Float[Tensor, " n"], sample: Float[Tensor, " n"]) -> Differences:
-    """Compare the entries of two weights, which may have been cast in between."""
+def differences(
+    found: Float[Tensor, " n"], sample: Float[Tensor, " n"], *, one_by_one: bool = False
+) -> Differences:
+    """Compare the entries of two weights, which may have been cast in between.
+
+    `one_by_one` counts every entry, where equal ones are too many to have been one number.
+    """
     one, other = found.double().cpu(), sample.double().cpu()
     involved = [dtype for dtype in _FINEST_FIRST if fits(one, dtype) or fits(other, dtype)]
     for dtype in involved:
@@ -141,8 +146,10 @@ def differences(found: Float[Tensor, " n"], sample: Float[Tensor, " n"]) -> Diff
     unit, chance = _rounded_twice(one.abs(), other.abs())
     one_unit = ((one - other).abs() <= unit) & (chance > 0)
     # Equal values are rounded alike: in a weight of few distinct values one chance would be many.
-    _, value, copies = sample.abs().unique(return_inverse=True, return_counts=True)
-    weight = 1 / copies[value].double()
+    weight = torch.ones_like(chance)
+    if not one_by_one:
+        _, value, copies = sample.abs().unique(return_inverse=True, return_counts=True)
+        weight = 1 / copies[value].double()
     return Differences(
         apart=int((differ & ~one_unit).sum()),
         twice_rounded=float((weight * (differ & one_unit)).sum()),
