@@ -6,6 +6,8 @@ from .deltas.lora_adapter import LoraAdapter as LoraAdapter
 from .deltas.lora_adapter import LoraProduct as LoraProduct
 from .deltas.lora_adapter import options_beyond_the_product as options_beyond_the_product
 from .deltas.other_tensors import Uncovered as Uncovered
+from .deltas.rounding import rounding_remark as rounding_remark
+from .deltas.rounding import rounding_share as rounding_share
 from .deltas.synthesis import Synthesis as Synthesis
 from .deltas.whole_tensors import WholeTensors as WholeTensors
 from .extraction.extracted import Extraction as Extraction

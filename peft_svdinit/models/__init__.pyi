@@ -3,6 +3,7 @@ from .architecture import is_chosen as is_chosen
 from .architecture import linear_modules as linear_modules
 from .architecture import model_skeleton as model_skeleton
 from .casts import CastCheck as CastCheck
+from .casts import rounding_size as rounding_size
 from .checkpoint import BLOCK_ENTRIES as BLOCK_ENTRIES
 from .checkpoint import Checkpoint as Checkpoint
 from .conversion import module_names as module_names

@@ -10,6 +10,9 @@ in bfloat16 may have been saved in float32. Two weights are one that was cast if
   the entries by less than half of what it can;
 - one has the values of float16 and the other those of bfloat16, and the differences are as few and
   as small as rounding twice leaves them, see `recognition`.
+
+Of a weight that was trained, entries that equal the rounded base are no evidence of the contrary:
+the delta keeps them, rounding and all, since without them the rest is biased towards zero.
 """
 
 from __future__ import annotations
@@ -24,6 +27,20 @@ from .recognition import Differences, differences
 # Of entries that rounding moved by less than a quarter of a unit.
 _SHARES_OF_ROUNDING = (0.35, 0.65)
 _FEW = 4096
+
+
+def rounding_size(base: Float[Tensor, " n"], tuned: Float[Tensor, " n"]) -> float:
+    """Root mean square of what rounding one of two weights alone puts into their difference.
+
+    0 if both have the values of the same types; by a few entries of each, in any dtype.
+    """
+    base, tuned = base.float(), tuned.float()
+    sizes = [0.0]
+    for dtype in HALVES:
+        if fits(base, dtype) != fits(tuned, dtype):
+            fine = tuned if fits(base, dtype) else base
+            sizes.append(float((rounded(fine, dtype) - fine).square().mean().sqrt()))
+    return max(sizes)
 
 
 class CastCheck:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from support.tiny_models import SavedPair, save_pair, tiny_model, weight_of
 from torch import nn
 
 from peft_svdinit.adapters import AdapterForm, extract_adapter
-from peft_svdinit.factors import CheckpointPair, RankRule, factors_of_checkpoints
+from peft_svdinit.factors import CheckpointPair, RankRule, factors_of_checkpoints, rounding_share
 
 HALVES = [torch.bfloat16, torch.float16]
 TRAINED = "model.layers.1.self_attn.q_proj"
@@ -82,6 +83,35 @@ def test_ranks_go_to_the_trained_layer_alone_and_the_report_says_so(tmp_path, ca
     text = (tmp_path / "adapter" / "extraction.md").read_text()
     assert "13 layers and 2 other tensors differ from the base's by rounding" in text
     assert "13 layers and 2 other tensors of tuned are those of base but for the" in caplog.text
+
+
+@pytest.mark.parametrize("wide_side", ["base", "tuned"])
+def test_the_rounding_in_trained_layers_is_measured_and_said(tmp_path, wide_side):
+    saved = rounded_pair(tmp_path, torch.bfloat16, wide_side=wide_side, change=lambda name: True)
+    pair = opened(saved)
+    fine = saved.base if wide_side == "base" else saved.tuned
+    noise = size = 0.0
+    for name, delta in pair.items():
+        weight = weight_of(fine, name)
+        noise += (weight.bfloat16().float() - weight).square().sum().item()
+        size += delta.square().sum().item()
+    norms = {name: delta.norm().item() for name, delta in pair.items()}
+    share = rounding_share(pair, norms)
+    assert share == pytest.approx((noise / size) ** 0.5, rel=0.15) and share < 0.1
+    extracted = extract_adapter(
+        pair, tmp_path / "a", RankRule(rank=2), LAYERS_ONLY, base_model_name_or_path="tiny"
+    )
+    assert extracted.rounding_share == pytest.approx(share)
+    assert "of the norm of the deltas is rounding" not in extracted.as_text()
+    said = replace(extracted, rounding_share=0.4).as_text()
+    assert "About 40% of the norm of the deltas is rounding" in said
+
+
+def test_pairs_of_one_dtype_have_no_rounding(tmp_path):
+    for dtype in (torch.float32, torch.bfloat16):
+        saved = save_pair(tmp_path / str(dtype), dtype=dtype)
+        pair = opened(saved)
+        assert rounding_share(pair, dict.fromkeys(pair, 1.0)) == 0.0
 
 
 def test_an_extraction_that_is_resumed_says_the_same(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from ...factors import CheckpointPair, RankRule, Split, WholeTensors
+from ...factors import CheckpointPair, RankRule, Split, WholeTensors, rounding_share
 from ...files import write_json, write_text
 from ...models import whole_modules
 from ..checking.layers import Verification, verify_adapter
@@ -139,6 +139,7 @@ def extract_adapter(
             text,
             rounded=[name for name in exported.zero_layers if pair.is_rounding(name)],
             rounded_tensors=pair.rounded_tensors,
+            rounding_share=rounding_share(pair, {x.name: x.norm for x in exported.layers}),
         )
         (written / EXPORT_REPORT).unlink()  # What follows says more.
         write_json(written / EXTRACTION_JSON, extracted.as_dict())

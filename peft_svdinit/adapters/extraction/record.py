@@ -13,6 +13,8 @@ from ..checking.text import TextCheck
 from ..export.record import ExportedAdapter
 
 _WORST = 10
+# Share of the norm from which rounding is spoken of: a hundredth of the energy.
+_NOTABLE = 0.1
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class ExtractedAdapter:
         verification, text: what was measured on the written adapter, unless that was not asked for.
         rounded, rounded_tensors: layers, and tensors outside of these, that differ by the rounding
             of a cast alone and count as unchanged.
+        rounding_share: estimated share of the norm of all deltas that is the rounding of base or
+            tuned alone to a coarser dtype.
     """
 
     folder: Path
@@ -40,6 +44,7 @@ class ExtractedAdapter:
     text: TextCheck | None
     rounded: list[str]
     rounded_tensors: list[str]
+    rounding_share: float
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -52,6 +57,7 @@ class ExtractedAdapter:
                 "layers": len(exported.layers),
                 "rank": exported.rank,
                 "energy_kept": exported.energy,
+                "rounding_share": self.rounding_share,
                 "relative_error": exported.relative_error,
                 "relative_rounding_error": exported.relative_rounding_error,
                 "verified_relative_error": (
@@ -124,6 +130,12 @@ class ExtractedAdapter:
                 f"{len(self.rounded)} layers and {len(self.rounded_tensors)} other tensors differ "
                 "from the base's by rounding from one dtype to another alone; they count as "
                 "unchanged."
+            )
+        if self.rounding_share >= _NOTABLE:
+            said.append(
+                f"About {self.rounding_share:.0%} of the norm of the deltas is rounding: base and "
+                "tuned went through different dtypes. It has full rank, and energy and error "
+                "count it: a rank or a larger error is the better rule here."
             )
         if self.short:
             said.append(

@@ -18,6 +18,7 @@ from ...factors import (
     RankRule,
     Spectrum,
     fill_store,
+    rounding_remark,
 )
 from ...files import file_stamps
 
@@ -108,7 +109,7 @@ def stored_spectra(store: LayerStore, pair: CheckpointPair) -> dict[str, Spectru
             "tuned: its linear layers all equal the base's, but for rounding where dtypes differ; "
             "there is no delta"
         )
-    remark = pair.rounding_remark(name for name, layer in spectra.items() if not layer.norm)
+    remark = rounding_remark(pair, (name for name, layer in spectra.items() if not layer.norm))
     if remark:
         logger.warning("%s", remark)
     return spectra

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -135,16 +135,6 @@ class CheckpointPair(LazyMapping[Tensor]):
         blocks = zip(self.base.blocks(name), self.tuned.blocks(name), strict=True)
         for (start, before), (_, after) in blocks:
             yield before, after, slice(start, start + len(after))
-
-    def rounding_remark(self, layers: Iterable[str]) -> str | None:
-        """What to say of these layers, and of other tensors, that casts alone explain."""
-        count, others = sum(map(self.is_rounding, layers)), len(self.rounded_tensors)
-        if not count and not others:
-            return None
-        return (
-            f"{count} layers and {others} other tensors of tuned are those of base but for the "
-            "rounding from one dtype to another; they count as unchanged"
-        )
 
     def is_rounding(self, name: str) -> bool:
         """Whether a layer differs by casts of one weight alone, so that its delta counts as zero.

@@ -21,6 +21,7 @@ from ...models import (
 )
 from ..deltas.checkpoint_pair import CheckpointPair
 from ..deltas.lora_adapter import LoraAdapter
+from ..deltas.rounding import rounding_remark
 from ..deltas.synthesis import Synthesis
 from ..file import FactorsMetadata
 from .extracted import Extraction
@@ -96,7 +97,7 @@ def factors_of_checkpoints(
             f"{pair.tuned.checkpoint.argument}: its linear layers all equal the base's, but "
             "for rounding where dtypes differ; there is no delta"
         )
-    remark = pair.rounding_remark(name for name, layer in factors.items() if not layer.norm)
+    remark = rounding_remark(pair, (name for name, layer in factors.items() if not layer.norm))
     if remark:
         logger.warning("%s", remark)
     metadata = FactorsMetadata(
