@@ -115,7 +115,7 @@ def linear_modules(
 
 
 def _maps_rows(module: nn.Linear) -> bool:
-    """Whether it does what nn.Linear does: a router may be one by class, and give something else."""
+    """Whether it does what nn.Linear does: a router may be one by class, and give more."""
     if type(module).forward is nn.Linear.forward:
         return True
     try:

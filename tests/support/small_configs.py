@@ -83,7 +83,7 @@ def _cut(name: str, value: Any) -> Any:
         return _LISTS.get(name, value)
     if isinstance(value, bool) or not isinstance(value, int):
         return value
-    return next((min(value, most) for name_, most in _MOST if re.fullmatch(name_, str(name))), value)
+    return min(value, *(most for sizes, most in _MOST if re.fullmatch(sizes, str(name))), value)
 
 
 def parameters(architecture: type[PreTrainedModel], config: Any) -> int:
