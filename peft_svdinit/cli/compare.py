@@ -18,6 +18,10 @@ class CompareOptions:
     reference: str = field(
         default="random", metadata={"help": "Method (or run name) that others are compared with."}
     )
+    metric: str = field(
+        default="eval_loss",
+        metadata={"help": "The loss compared; of several evaluation sets eval_<set>_loss."},
+    )
 
 
 def run(options: CompareOptions) -> None:
@@ -27,6 +31,7 @@ def run(options: CompareOptions) -> None:
         {},
         options.output_dir,
         reference=options.reference,
+        metric=options.metric,
     )
     print(json.loads(paths.numbers.read_text(encoding="utf-8"))["headline"])
     print(f"Page: {paths.page}\nReport: {paths.report}")

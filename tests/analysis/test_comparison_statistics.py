@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from support.comparison_runs import COUNTED, SUNK, make_run, whole_experiment
 
 from peft_svdinit.analysis.runs import wording
 from peft_svdinit.analysis.runs.compare import compare_runs
+from peft_svdinit.analysis.runs.document import comparison_document
 from peft_svdinit.analysis.runs.seed_statistics import (
     PairedDifference,
     holm,
@@ -21,6 +23,7 @@ from peft_svdinit.analysis.runs.summaries import Reached, first_reached
 from peft_svdinit.analysis.runs.tables import steps_reached
 from peft_svdinit.analysis.runs.trials import Evaluation
 from peft_svdinit.analysis.runs.verdicts import headline, verdict
+from peft_svdinit.training import Run
 
 LOSSES = st.floats(0.1, 10.0)
 PAIRS = st.lists(st.tuples(LOSSES, LOSSES), min_size=3, max_size=8).map(
@@ -502,3 +505,27 @@ def test_the_headline_names_a_tested_winner():
     assert headline(compare_runs(runs)) == (
         "At equal student steps, SVD ended at a lower loss than random."
     )
+
+
+def test_of_several_evaluation_sets_one_is_compared():
+    def of_two_sets(method: str, seed: int, losses: tuple[float, ...]) -> Run:
+        run = make_run(method, seed, losses)
+        log = [
+            {
+                "eval_math_loss" if name == "eval_loss" else name: value
+                for name, value in row.items()
+            }
+            for row in run.log
+        ]
+        code = [{"step": row["step"], "eval_code_loss": 9.0} for row in log]
+        return replace(run, log=[*log, *code])
+
+    runs = [of_two_sets("random", 0, (2.0, 1.5)), of_two_sets("eva", 0, (2.0, 1.0))]
+    with pytest.raises(ValueError, match=r"no eval_loss .* of eval_code_loss, eval_math_loss$"):
+        compare_runs(runs)
+    with pytest.raises(ValueError, match=r"metric must be an evaluation loss, .* 'eval_accuracy'"):
+        compare_runs(runs, metric="eval_accuracy")
+    comparison = compare_runs(runs, metric="eval_math_loss")
+    assert [trial.evaluations[-1].loss for trial in comparison.trials] == [1.5, 1.0]
+    document = comparison_document(comparison, {}, ())
+    assert document.subtitle.endswith("eval_math_loss")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ...training import Run
 from .fairness import fairness_warnings
 from .paired_tables import PairedTable, paired_tables
-from .reading import read_trial
+from .reading import EVAL_LOSS, read_trial
 from .summaries import MethodSummary, summarise
 from .sweeps import Sweep, read_sweeps
 from .trials import Trial
@@ -22,6 +22,7 @@ class Comparison:
     in order of their runs; `tables` only those that have rows.
     """
 
+    metric: str
     reference: str
     total_reference: str | None
     methods: tuple[MethodSummary, ...]
@@ -43,7 +44,11 @@ class Comparison:
 
 
 def compare_runs(
-    runs: Sequence[Run], *, reference: str = "random", total_reference: str | None = None
+    runs: Sequence[Run],
+    *,
+    reference: str = "random",
+    total_reference: str | None = None,
+    metric: str = EVAL_LOSS,
 ) -> Comparison:
     """Compare the final evaluation losses of `runs` with those of the reference method.
 
@@ -56,6 +61,8 @@ def compare_runs(
         runs: completed runs of all methods and seeds, in any order.
         reference: the method that all others are compared with.
         total_reference: the method at the total budget, by default `{reference}_total`.
+        metric: the evaluation loss that is compared: of runs with several evaluation sets, that of
+            one, `eval_math_loss` say.
 
     Raises:
         ValueError: if a run is not completed or has no evaluation, a method has two runs of one
@@ -64,7 +71,11 @@ def compare_runs(
     """
     if not runs:
         raise ValueError("runs must hold at least the reference's run, got none")
-    trials = tuple(read_trial(run) for run in runs)
+    if not (metric.startswith("eval_") and metric.endswith("loss")):
+        raise ValueError(
+            f"metric must be an evaluation loss, eval_loss or eval_<set>_loss, got {metric!r}"
+        )
+    trials = tuple(read_trial(run, metric) for run in runs)
     groups = _group(trial for trial in trials if not trial.sweep)
     total = total_reference or f"{reference}_total"
     required = {"reference": reference} | ({"total_reference": total} if total_reference else {})
@@ -80,6 +91,7 @@ def compare_runs(
     groups = {name: groups[name] for name in [*first, *groups]}
     spent = total if total in groups else None
     return Comparison(
+        metric=metric,
         reference=reference,
         total_reference=spent,
         methods=tuple(summarise(group, groups[reference]) for group in groups.values()),

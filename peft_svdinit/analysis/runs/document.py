@@ -10,6 +10,7 @@ from . import setting_tables, tables
 from .compare import Comparison
 from .figures import FigureFile
 from .limits import limits
+from .reading import EVAL_LOSS
 from .tables import TABLE_TITLES, TextTable
 from .verdicts import headline
 
@@ -73,4 +74,5 @@ def _subtitle(comparison: Comparison, context: Mapping[str, Any]) -> str:
     seeds = len({attempt.seed for method in comparison.methods for attempt in method.attempts})
     parts = [context.get("model"), context.get("dataset"), context.get("machine")]
     parts += [f"{len(comparison.methods)} methods", f"{seeds} seed{'s' if seeds != 1 else ''}"]
+    parts += [comparison.metric] if comparison.metric != EVAL_LOSS else []
     return " \u00b7 ".join(str(part) for part in parts if part)

@@ -16,6 +16,7 @@ from .document import comparison_document
 from .figures import draw_png, figure_files
 from .html_page import html_page
 from .markdown_report import markdown_report
+from .reading import EVAL_LOSS
 from .verdicts import headline, verdict
 
 FORMAT_VERSION = 1
@@ -38,6 +39,7 @@ def write_comparison(
     *,
     reference: str = "random",
     total_reference: str | None = None,
+    metric: str = EVAL_LOSS,
 ) -> ComparisonPaths:
     """Compare `runs` and write `comparison_report.md`, `.json`, `.html` and the figures.
 
@@ -51,13 +53,15 @@ def write_comparison(
             the context itself, is the share of the teacher's energy that truncation kept) and
             `command`. All are optional, and others are listed among the settings.
         output_dir: made if it does not exist.
-        reference, total_reference: as for `compare_runs`.
+        reference, total_reference, metric: as for `compare_runs`.
 
     Raises:
         ValueError: as `compare_runs` does.
         ImportError: if scipy, matplotlib or jinja2 is missing.
     """
-    comparison = compare_runs(runs, reference=reference, total_reference=total_reference)
+    comparison = compare_runs(
+        runs, reference=reference, total_reference=total_reference, metric=metric
+    )
     figures = figure_files(comparison)
     images = {f"{figure.name}.png": draw_png(figure, comparison) for figure in figures}
     document = comparison_document(comparison, context, figures)

@@ -9,12 +9,18 @@ from typing import Any, get_args
 from ...training import Run
 from .trials import Budget, Evaluation, Teacher, TeacherKind, Trial
 
+EVAL_LOSS = "eval_loss"
 
-def read_trial(run: Run) -> Trial:
+
+def read_trial(run: Run, metric: str = EVAL_LOSS) -> Trial:
     """What a comparison needs of `run`; without `extra["comparison"]` its method is its name.
 
+    Args:
+        run: the run.
+        metric: the evaluation loss that counts, `eval_math_loss` of several evaluation sets say.
+
     Raises:
-        ValueError: if the run did not complete, logged no `eval_loss`, or describes its method
+        ValueError: if the run did not complete, logged no such loss, or describes its method
             with a budget or teacher this comparison does not know.
     """
     info, name = run.info, run.name
@@ -23,12 +29,13 @@ def read_trial(run: Run) -> Trial:
             f"run {name!r}: status must be 'completed', got {info['status']!r}; "
             f"resume or repeat the training in {run.directory}"
         )
-    evaluations = _evaluations(run.log)
+    evaluations = _evaluations(run.log, metric)
     if not evaluations:
-        raise ValueError(
-            f"run {name!r}: its log holds no eval_loss to compare; "
-            "train it with an evaluation set and eval_strategy='steps'"
-        )
+        others = _losses(run.log)
+        remedy = "train it with an evaluation set and eval_strategy='steps'"
+        if others:
+            remedy = f"choose another metric, of {', '.join(others)}"
+        raise ValueError(f"run {name!r}: its log holds no {metric} to compare; {remedy}")
     about = run.comparison or {}
     losses = [point.loss for point in evaluations]
     losses += [row["loss"] for row in run.log if row.get("loss") is not None]
@@ -51,12 +58,18 @@ def read_trial(run: Run) -> Trial:
     )
 
 
-def _evaluations(log: Sequence[Mapping[str, Any]]) -> tuple[Evaluation, ...]:
+def _losses(log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The evaluation losses that were logged."""
+    logged = {name for row in log for name, value in row.items() if value is not None}
+    return sorted(name for name in logged if name.startswith("eval_") and name.endswith("_loss"))
+
+
+def _evaluations(log: Sequence[Mapping[str, Any]], metric: str) -> tuple[Evaluation, ...]:
     """The evaluations in a log; the last one counts where a step was evaluated twice.
 
     Tokens and seconds that an evaluation's row lacks are those of another row of its step.
     """
-    known: dict[str, dict[int, Any]] = {"eval_loss": {}, "tokens": {0: 0}, "seconds": {0: 0.0}}
+    known: dict[str, dict[int, Any]] = {metric: {}, "tokens": {0: 0}, "seconds": {0: 0.0}}
     for row in log:
         for column, values in known.items():
             if row.get(column) is not None:
