@@ -8,6 +8,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
+from ..models import refuse_misread_config
 from .adapter_layers import adapter_dtypes, weight_keys
 from .config.alias import config_of_alias
 from .config.lori import LoriConfig
@@ -40,6 +41,7 @@ class SvdLoraModel(LoraModel):
         if not isinstance(config, StockSavedConfig):
             super().inject_adapter(model, adapter_name, *options)
             return
+        refuse_misread_config(model, config)
         start = _start_of(config)
         active = self.active_adapter
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...factors import LowRankFactors
-from ...models import linear_modules
+from ...models import exact_targets, linear_modules, refuse_misread_targets
 
+# What keeps layers out of factors: `svdinit extract` has it as an option.
+LEFT_OUT_OF_FACTORS = "give them rank 0, or make factors with --exclude_modules"
 # Float32 rounding of a squared norm: triplets that miss less than this of it miss nothing.
 _WHOLE = 1 - 1e-6
 
@@ -85,7 +87,8 @@ def target_modules(plan: ExportPlan, skeleton: nn.Module | None) -> list[str]:
     Without the base model's skeleton there is nothing to try them on, and full ones are given.
 
     Raises:
-        ValueError: if the base lacks a layer, has it of another shape, or full names select more.
+        ValueError: if the base lacks a layer, has it of another shape, full names select more,
+            or PEFT takes a name for another layer's, see `refuse_misread_targets`.
     """
     names = list(plan.stored)
     if skeleton is None:
@@ -98,16 +101,16 @@ def target_modules(plan: ExportPlan, skeleton: nn.Module | None) -> list[str]:
                 f"base: it has no linear layer {name} of shape {plan.shapes[name]} (out, in): not "
                 "the base model of these factors?"
             )
-    everything = [name for name, _ in skeleton.named_modules()]
-    for targets in (sorted({_ending(name) for name in names}), names):
-        suffixes = tuple(f".{target}" for target in targets)
-        selected = {name for name in everything if f".{name}".endswith(suffixes)}
-        if selected == set(names):
-            return targets
-    raise ValueError(
-        f"base: PEFT would adapt {min(selected - set(names))} too, whose name ends in that of an "
-        "adapted layer; leave that one out"
-    )
+    refuse_misread_targets(skeleton, names, LEFT_OUT_OF_FACTORS)
+    targets = exact_targets(skeleton, names)
+    if targets is None:
+        suffixes = tuple(f".{name}" for name in names)
+        others = {n for n, _ in skeleton.named_modules() if f".{n}".endswith(suffixes)} - set(names)
+        raise ValueError(
+            f"base: PEFT would adapt {min(others)} too, whose name ends in that of an adapted "
+            "layer; leave that one out"
+        )
+    return targets
 
 
 def _ending(name: str) -> str:

@@ -14,7 +14,7 @@ from ...linalg import default_block, krylov_multiplications, krylov_passes, trun
 from ...models import LinearModule
 from ..dtypes import BYTES
 from ..output_folder import OutputFolder
-from .extract import AdapterForm, whole_of
+from .extract import AdapterForm, check_targets, whole_of
 
 _FLOAT32 = 4
 _PROBE, _PROBE_RANK = 1024, 32
@@ -75,8 +75,13 @@ def estimate(
     device: str = "cpu",
     read_ahead: int = 1,
 ) -> Estimate:
-    """Count what `extract_adapter` with these arguments would do; writes nothing."""
+    """Count what `extract_adapter` with these arguments would do; writes nothing.
+
+    Raises:
+        ValueError: as `extract_adapter` does before it reads weights.
+    """
     folder = OutputFolder.checked(output_dir, "output_dir").path.resolve()
+    check_targets(pair)
     modules = list(pair.base.modules.values())
     whole = whole_of(pair, form)
     factors = sum(_rank(rule, m) * (m.out_features + m.in_features) for m in modules)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...factors import CheckpointPair, RankRule, Split, WholeTensors, rounding_share
 from ...files import write_json, write_text
-from ...models import whole_modules
+from ...models import refuse_misread_targets, whole_modules
 from ..checking.layers import Verification, verify_adapter
 from ..checking.sample_text import SAMPLE_TEXTS
 from ..checking.text import can_compare, compare_on_text
@@ -87,14 +87,17 @@ def extract_adapter(
         read_ahead: deltas read while one is factorised.
 
     Raises:
-        ValueError: if the checkpoints are equal in every layer, `output_dir` holds other files or
-            is being written by another process, a check fails, or as the parts raise.
+        ValueError: if the checkpoints are equal in every layer, PEFT takes the name of one for
+            another's, as in mixtures of experts it does those of shared experts, `output_dir` holds
+            other files or is being written by another process, a check fails, or as the parts
+            raise.
         OSError: if the disk is full; the same call then goes on where it stopped.
     """
     form = form or AdapterForm()
     output = OutputFolder.checked(output_dir, "output_dir")
     target = output.path.resolve()
     factorise = factorisation(rule, seed=seed, device=device)
+    check_targets(pair)
     whole = whole_of(pair, form)
     readable = _readable(pair, form)
     if pair.changed_settings:
@@ -148,6 +151,12 @@ def extract_adapter(
         with output.replacing() as temporary:
             os.replace(written, temporary)
     return extracted
+
+
+def check_targets(pair: CheckpointPair) -> None:
+    """Raise ValueError if a layer of the pair cannot be in an adapter that stock PEFT loads."""
+    model = pair.base.parameters.model
+    refuse_misread_targets(model, list(pair), "leave them out: --exclude_modules")
 
 
 def whole_of(pair: CheckpointPair, form: AdapterForm) -> WholeTensors:
