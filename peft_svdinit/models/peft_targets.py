@@ -23,15 +23,14 @@ def misread_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
     """
     from peft import LoraConfig
 
-    groups = defaultdict(list)
+    names, groups = list(names), defaultdict(list)
     for name in names:
         groups[_last_part(name)].append(name)
-    misread = []
+    kept = set()
     for group in groups.values():
-        read = _as_peft_reads(model, LoraConfig(target_modules=list(group)))
-        kept = () if read is None else read.target_modules
-        misread += [name for name in group if name not in kept]
-    return misread
+        read = _as_peft_reads(model, LoraConfig(target_modules=group))
+        kept |= set() if read is None else set(read.target_modules)
+    return [name for name in names if name not in kept]
 
 
 def refuse_misread_targets(model: nn.Module, names: Collection[str], remedy: str) -> None:
@@ -48,8 +47,8 @@ def refuse_misread_targets(model: nn.Module, names: Collection[str], remedy: str
     endings = " ".join(dict.fromkeys(map(_ending, misread)))
     raise ValueError(
         f"target_modules: PEFT takes the names of {len(misread)} linear layers of "
-        f"{type(model).__name__}, {misread[0]} the first, for its fused experts, whatever their "
-        "spelling, so that no LoRA adapter of target_modules has them; "
+        f"{type(model).__name__}, {misread[0]} the first, for its fused experts, however they are "
+        "spelt, so that no adapter has these layers; "
         + ("choose other layers" if all_of_them else f"{remedy} {endings}")
     )
 

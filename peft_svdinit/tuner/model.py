@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 from peft import LoraConfig
@@ -20,12 +21,23 @@ from .sparse_form import densify, renamed, restore_projections, sparsify
 from .stacked_form import references, unstack
 from .svd_start import SvdStart
 
+logger = logging.getLogger(__name__)
+
+_BARE_BASE = (
+    "Adapter %r changes the model from its start on, and is disabled in training: what is left is "
+    "the bare base. A trainer with a reference model, as TRL's DPOTrainer with peft_config, takes "
+    "that for the reference in place of the start: give it model=get_peft_model(base, config) and "
+    "no peft_config, or a ref_model"
+)
+
 
 class SvdLoraModel(LoraModel):
     """LoraModel that knows our configurations and their aliases; any other passes through."""
 
     _just_started: tuple[str, SvdStart | LoriStart] | None = None
     """The adapter whose weights nobody has touched since they were initialised, and by what."""
+
+    _said_what_base_is = False
 
     def inject_adapter(
         self,
@@ -56,6 +68,16 @@ class SvdLoraModel(LoraModel):
                 parameter.requires_grad_(True)
             raise
         self._just_started = (adapter_name, start)
+
+    def disable_adapter_layers(self) -> None:
+        """As of every LoraModel; says once that the bare base is not where training began."""
+        if self.model.training and not self._said_what_base_is:
+            for name in self.active_adapters:
+                config = self.peft_config[name]
+                if isinstance(config, StockSavedConfig) and not config.begins_at_base:
+                    logger.warning(_BARE_BASE, name)
+                    self._said_what_base_is = True
+        super().disable_adapter_layers()
 
     def _remove(self, adapter_name: str) -> None:
         if set(self.peft_config) == {adapter_name}:

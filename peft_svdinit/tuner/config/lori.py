@@ -108,6 +108,10 @@ class LoriConfig(StockSavedConfig):
             raise type(error)(named) from None
 
     @property
+    def begins_at_base(self) -> bool:
+        return self.lori_start is None
+
+    @property
     def is_sparse(self) -> bool:
         """Whether a mask is in use: not in the calibration run."""
         return self.lori_density < 1 or self.lori_mask != RANDOM

@@ -36,6 +36,11 @@ class StockSavedConfig(LoraConfig):
     """`init_lora_weights` of the configuration in memory. Stock PEFT refuses this value by name,
     where it would silently start at random from True: in a mixed model, say."""
 
+    @property
+    def begins_at_base(self) -> bool:
+        """Whether the model with the untrained adapter computes what the base alone does."""
+        return True
+
     def mark(self) -> None:
         """Put the marker into `init_lora_weights`.
 

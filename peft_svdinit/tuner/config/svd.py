@@ -25,6 +25,16 @@ class SvdLoraConfig(StockSavedConfig):
 
     Use it wherever a LoraConfig goes. What is saved is a stock LoRA adapter: `adapter_config.json`
     is that of a LoraConfig, and the options below go to `svdinit_config.json` beside it.
+
+    With `svd_start="delta"` the model begins at the teacher, and is the bare base with the adapter
+    disabled. TRL's trainers that keep near a reference (DPO, KTO, GRPO, RLOO) take exactly that for
+    it when the configuration comes as `peft_config`: give them the model with its adapter, of which
+    they copy the start, and no `peft_config`,
+
+        trainer = DPOTrainer(model=get_peft_model(base, config), args=args, ...)
+
+    or `ref_model=get_peft_model(another_base, config).merge_and_unload()` beside it. The other two
+    starts compute what the base does, and either way is right.
     """
 
     init_marker: ClassVar[str] = "svd_guided"
@@ -144,6 +154,10 @@ class SvdLoraConfig(StockSavedConfig):
                 'svd_start="delta" would add a part of each weight to the weight itself; with '
                 'svd_source="weight" use "reference" (PiSSA, MiLoRA) or "subspace"'
             )
+
+    @property
+    def begins_at_base(self) -> bool:
+        return self.svd_start != "delta"
 
     def initializer(self) -> SvdGuided:
         """The initialiser these options describe."""
