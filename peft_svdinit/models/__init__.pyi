@@ -21,7 +21,7 @@ from .peft_names import lora_key as lora_key
 from .peft_names import pattern_value as pattern_value
 from .peft_targets import exact_targets as exact_targets
 from .peft_targets import refuse_misread_config as refuse_misread_config
-from .peft_targets import refuse_misread_targets as refuse_misread_targets
+from .peft_targets import refuse_unloadable_layers as refuse_unloadable_layers
 from .recognition import BaseSample as BaseSample
 from .recognition import entries_at as entries_at
 from .recognition import first_difference as first_difference

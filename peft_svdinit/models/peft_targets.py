@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from .peft_loading import refused_layers, renamed_layers
+
 
 def misread_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Of linear layers, those that no list or expression in `target_modules` makes PEFT adapt.
@@ -33,23 +35,29 @@ def misread_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
     return [name for name in names if name not in kept]
 
 
-def refuse_misread_targets(model: nn.Module, names: Collection[str], remedy: str) -> None:
-    """Raise ValueError if PEFT would take linear layers for others, see `misread_targets`.
+def refuse_unloadable_layers(model: nn.Module, names: Collection[str], remedy: str) -> None:
+    """Raise ValueError if PEFT loads no adapter of some linear layers, or takes them for others.
 
     Args:
-        model, names: as there.
+        model: a transformers model, on the meta device if need be.
+        names: full names of the layers.
         remedy: what leaves layers out, to which their names are added.
     """
-    misread = misread_targets(model, names)
-    if not misread:
+    reasons = {
+        "takes the names of {} for its fused experts, however they are spelt": misread_targets,
+        "renames the tensors of {} as it loads an adapter, and drops them": renamed_layers,
+        "refuses adapters of {}": refused_layers,
+    }
+    found = {what: layers_of(model, names) for what, layers_of in reasons.items()}
+    unloadable = [name for layers in found.values() for name in layers]
+    if not unloadable:
         return
-    all_of_them = len(misread) == len(names)
-    endings = " ".join(dict.fromkeys(map(_ending, misread)))
+    what, layers = next((what, layers) for what, layers in found.items() if layers)
+    these = f"{len(layers)} linear layers of {type(model).__name__}, {layers[0]} the first,"
+    endings = " ".join(dict.fromkeys(map(_ending, unloadable)))
     raise ValueError(
-        f"target_modules: PEFT takes the names of {len(misread)} linear layers of "
-        f"{type(model).__name__}, {misread[0]} the first, for its fused experts, however they are "
-        "spelt, so that no adapter has these layers; "
-        + ("choose other layers" if all_of_them else f"{remedy} {endings}")
+        f"target_modules: PEFT {what.format(these)}, so that no adapter has these layers; "
+        + ("choose other layers" if set(unloadable) == set(names) else f"{remedy} {endings}")
     )
 
 

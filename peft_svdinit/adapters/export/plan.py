@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...factors import LowRankFactors
-from ...models import exact_targets, linear_modules, refuse_misread_targets
+from ...models import exact_targets, linear_modules, refuse_unloadable_layers
 
 # What keeps layers out of factors: `svdinit extract` has it as an option.
 LEFT_OUT_OF_FACTORS = "give them rank 0, or make factors with --exclude_modules"
@@ -88,7 +88,7 @@ def target_modules(plan: ExportPlan, skeleton: nn.Module | None) -> list[str]:
 
     Raises:
         ValueError: if the base lacks a layer, has it of another shape, full names select more,
-            or PEFT takes a name for another layer's, see `refuse_misread_targets`.
+            or PEFT would not load an adapter of one, see `refuse_unloadable_layers`.
     """
     names = list(plan.stored)
     if skeleton is None:
@@ -101,7 +101,7 @@ def target_modules(plan: ExportPlan, skeleton: nn.Module | None) -> list[str]:
                 f"base: it has no linear layer {name} of shape {plan.shapes[name]} (out, in): not "
                 "the base model of these factors?"
             )
-    refuse_misread_targets(skeleton, names, LEFT_OUT_OF_FACTORS)
+    refuse_unloadable_layers(skeleton, names, LEFT_OUT_OF_FACTORS)
     targets = exact_targets(skeleton, names)
     if targets is None:
         suffixes = tuple(f".{name}" for name in names)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...factors import CheckpointPair, RankRule, Split, WholeTensors, rounding_share
 from ...files import write_json, write_text
-from ...models import refuse_misread_targets, whole_modules
+from ...models import refuse_unloadable_layers, whole_modules
 from ..checking.layers import Verification, verify_adapter
 from ..checking.sample_text import SAMPLE_TEXTS
 from ..checking.text import can_compare, compare_on_text
@@ -156,7 +156,7 @@ def extract_adapter(
 def check_targets(pair: CheckpointPair) -> None:
     """Raise ValueError if a layer of the pair cannot be in an adapter that stock PEFT loads."""
     model = pair.base.parameters.model
-    refuse_misread_targets(model, list(pair), "leave them out: --exclude_modules")
+    refuse_unloadable_layers(model, list(pair), "leave them out: --exclude_modules")
 
 
 def whole_of(pair: CheckpointPair, form: AdapterForm) -> WholeTensors:
