@@ -53,9 +53,13 @@ def of_one_model(
             conflicts[part] = _newest(part, set().union(*spelled), paths, heads)
     same_model, respelled = [], {}
     for path, adapter, found in zip(paths, adapters, heads, strict=True):
-        names = _given(path, adapter.layers, found, conflicts)
+        names = _given(path, [*adapter.layers, *adapter.beside], found, conflicts)
         layers = {names[name]: layer for name, layer in adapter.layers.items()}
-        same_model.append(replace(adapter, layers=layers))
+        beside = {
+            names[name]: replace(one, layer=names.get(one.layer or "", one.layer))
+            for name, one in adapter.beside.items()
+        }
+        same_model.append(replace(adapter, layers=layers, beside=beside))
         changed = [Respelled(own, given) for own, given in names.items() if own != given]
         if changed:
             respelled[path] = changed[0]

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from .carried import Carried
+from .formats.beside import some
 from .one_model import Respelled
 
 _WORST = 5
@@ -183,6 +185,7 @@ class CombinedAdapter(WrittenAdapter[Layer]):
         dtypes: number of layers by dtype.
         only_in_some: layer names to the adapters that have them, where not all do.
         respelled: adapters that spell the model's names in another way, with a layer of theirs.
+        carried: what lies beside the factors.
     """
 
     adapters: tuple[str, ...]
@@ -191,6 +194,7 @@ class CombinedAdapter(WrittenAdapter[Layer]):
     dtypes: dict[str, int]
     only_in_some: dict[str, list[str]]
     respelled: dict[str, Respelled]
+    carried: Carried
 
     def sizes(self) -> str:
         return f"{super().sizes()} of {self.parameters_before:,}"
@@ -207,7 +211,7 @@ class CombinedAdapter(WrittenAdapter[Layer]):
             "newer names are written."
             for path, names in self.respelled.items()
         ]
-        return found
+        return found + _beside_in_words(self.carried)
 
     def as_dict(self) -> dict[str, Any]:
         report = super().as_dict()
@@ -218,6 +222,8 @@ class CombinedAdapter(WrittenAdapter[Layer]):
             "dtypes": dict(self.dtypes),
             "only_in_some": dict(self.only_in_some),
             "respelled": {path: asdict(names) for path, names in self.respelled.items()},
+            "carried": self.carried.by_kind(),
+            "layers_kept": list(self.carried.layers_kept),
             **report,
         }
 
@@ -231,3 +237,18 @@ def _share(error: float, norm: float) -> float:
     if norm:
         return error / norm
     return math.inf if error else 0.0
+
+
+def _beside_in_words(carried: Carried) -> list[str]:
+    found = []
+    if carried.kinds:
+        counts = ", ".join(f"{len(names)} {kind}" for kind, names in carried.by_kind().items())
+        found.append(f"Tensors carried over beside the factors: {counts}.")
+    if carried.layers_kept:
+        found.append(
+            "Left as they are, at their rank, for they are no product of two factors: "
+            f"{some(carried.layers_kept)}."
+        )
+    if carried.names("magnitude"):
+        found.append("The magnitudes of DoRA are kept; the errors are those of B A before them.")
+    return found

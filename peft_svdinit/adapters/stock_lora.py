@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..files import TensorWriter, write_json
-from ..models import CONFIG_NAME, WEIGHTS_NAME, exact_pattern, lora_key
+from ..models import CONFIG_NAME, PREFIX, WEIGHTS_NAME, exact_pattern, lora_key
+from .carried import Carried
 from .rounding import Factors
 
 
@@ -76,12 +77,15 @@ def write_layer(writer: TensorWriter, name: str, factors: Factors) -> None:
 
 
 def write_stock_lora(
-    folder: Path, config: Mapping[str, Any], layers: Mapping[str, Factors]
+    folder: Path, config: Mapping[str, Any], layers: Mapping[str, Factors], carried: Carried
 ) -> None:
-    """All layers at once, to a new folder."""
+    """All layers at once, and what is carried beside them, to a new folder."""
     shapes = {
         name: LoraShape(len(A), (len(B), A.shape[1]), A.dtype) for name, (A, B) in layers.items()
     }
-    with stock_lora(folder, config, shapes) as writer:
+    beside = {PREFIX + name: entry for name, entry in carried.layout.items()}
+    with stock_lora(folder, config, shapes, beside) as writer:
         for name, factors in layers.items():
             write_layer(writer, name, factors)
+        for name in carried.layout:
+            writer.write(PREFIX + name, carried.tensor(name))

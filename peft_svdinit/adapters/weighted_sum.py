@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +15,7 @@ import torch
 
 from ..factors import LoraProduct
 from ..models import natural_order
+from .carried import Carried, carried
 from .formats.forms import LayerDelta
 from .formats.opening import open_adapter
 from .formats.peft_folder import refuse_unselected
@@ -73,6 +75,12 @@ class WeightedSum:
 
     def _layers(self, name: str) -> list[StoredLayer]:
         return [adapter.layers[name] for adapter in self.adapters if name in adapter.layers]
+
+    @cached_property
+    def carried(self) -> Carried:
+        """What lies beside the factors of the sum; see `carried` for what is refused."""
+        outputs = {name: self.shape(name)[0] for name in self.names}
+        return carried(self.paths, self.adapters, self.weights, outputs)
 
     @property
     def parameters(self) -> int:

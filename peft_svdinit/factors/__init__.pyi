@@ -5,6 +5,7 @@ from .deltas.lora_adapter import SIDECAR_NAME as SIDECAR_NAME
 from .deltas.lora_adapter import LoraAdapter as LoraAdapter
 from .deltas.lora_adapter import LoraProduct as LoraProduct
 from .deltas.lora_adapter import options_beyond_the_product as options_beyond_the_product
+from .deltas.lora_adapter import product_alone as product_alone
 from .deltas.other_tensors import Uncovered as Uncovered
 from .deltas.rounding import rounding_remark as rounding_remark
 from .deltas.rounding import rounding_share as rounding_share

@@ -1,9 +1,9 @@
-"""Reading an adapter's safetensors file: checked, in float32, without its pages piling up."""
+"""Reading an adapter's safetensors file: checked, without its pages piling up."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .locate import refuse_pickle
 from .opening import opened
-from .tensor_writer import FLOAT_DTYPES
+from .tensor_writer import DTYPES, FLOAT_DTYPES
 from .wrong_kind import WrongKind
 
 # Pages of the mapped file that were read count as resident until it is closed.
@@ -30,7 +30,6 @@ class TensorFile:
     Raises:
         FileNotFoundError: if it does not exist.
         ValueError: if it is a pickle, truncated, or no safetensors file.
-        TypeError: if a tensor is quantised or no floating-point number.
     """
 
     def __init__(self, path: Path, argument: str = "adapter") -> None:
@@ -39,18 +38,40 @@ class TensorFile:
             raise FileNotFoundError(f"{argument}: there is no file {path}")
         self.path, self.argument = path, argument
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
+        self._spelled: dict[str, str] = {}
         with opened(path, argument) as file:
             self.metadata: dict[str, str] = dict(file.metadata() or {})
             for key in file.keys():
                 stored = file.get_slice(key)
-                dtype = stored.get_dtype()
-                if dtype not in FLOAT_DTYPES:
-                    raise WrongKind(
-                        f"{argument}: {key} in {path} is stored as {dtype}; an adapter must be in "
-                        f"{', '.join(FLOAT_DTYPES)}: dequantise it first"
-                    )
-                self.shapes[key], self.dtypes[key] = tuple(stored.get_shape()), FLOAT_DTYPES[dtype]
+                self.shapes[key], self._spelled[key] = tuple(stored.get_shape()), stored.get_dtype()
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype of a tensor.
+
+        Raises:
+            TypeError: if it is none that can be written again.
+        """
+        if self._spelled[key] not in DTYPES:
+            raise WrongKind(
+                f"{self.argument}: {key} in {self.path} is stored as {self._spelled[key]}, which "
+                f"must be one of {', '.join(DTYPES)}: convert it first"
+            )
+        return DTYPES[self._spelled[key]]
+
+    def require_floats(self, keys: Iterable[str]) -> None:
+        """Raise TypeError if a tensor is quantised, or no floating-point number."""
+        for key in keys:
+            if self._spelled[key] not in FLOAT_DTYPES:
+                raise WrongKind(
+                    f"{self.argument}: {key} in {self.path} is stored as {self._spelled[key]}; the "
+                    f"factors of an adapter must be in {', '.join(FLOAT_DTYPES)}: dequantise them "
+                    "first"
+                )
+
+    def as_stored(self, key: str) -> Tensor:
+        """A tensor in its own dtype, unchecked."""
+        with opened(self.path, self.argument) as file:
+            return file.get_tensor(key)
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[str], Tensor]]:
@@ -66,14 +87,15 @@ class TensorFile:
 
         def read(key: str) -> Tensor:
             nonlocal file, mapped
-            mapped += math.prod(self.shapes[key]) * self.dtypes[key].itemsize
+            dtype = DTYPES.get(self._spelled[key], torch.float64)
+            mapped += math.prod(self.shapes[key]) * dtype.itemsize
             if mapped > _BYTES_MAPPED:
                 file, mapped = safe_open(self.path, framework="pt"), 0
-            tensor = file.get_tensor(key)
+            tensor = file.get_tensor(key).float()
             if not all(math.isfinite(bound) for bound in torch.aminmax(tensor)):
                 raise ValueError(
                     f"{self.argument}: {key} in {self.path} has NaN or infinite entries"
                 )
-            return tensor.float()
+            return tensor
 
         yield read

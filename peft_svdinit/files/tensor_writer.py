@@ -35,6 +35,8 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 _ORDER = list(_NAMES)
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+"""The dtypes that can be written, as the format names them."""
 FLOAT_DTYPES = {name: dtype for dtype, name in _NAMES.items() if dtype.is_floating_point}
 """The dtypes of weights that are not quantised, as the format names them."""
 

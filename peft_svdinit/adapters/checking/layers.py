@@ -167,8 +167,8 @@ def _equal(stored: Tensor, expected: Tensor) -> bool:
 
 
 def _coarsest_spacing(folder: Path) -> float:
-    dtypes = TensorFile(folder / WEIGHTS_NAME).dtypes
-    return max(torch.finfo(dtype).eps for key, dtype in dtypes.items() if ".lora_" in key)
+    file = TensorFile(folder / WEIGHTS_NAME)
+    return max(torch.finfo(file.dtype(key)).eps for key in file.shapes if ".lora_" in key)
 
 
 def _root_sum(values: Mapping[str, float]) -> float:

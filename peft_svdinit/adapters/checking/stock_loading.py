@@ -96,7 +96,7 @@ def load_stock_adapter(
         raise FileNotFoundError(f"adapter: the folder {path} has no {CONFIG_NAME}")
     file = TensorFile(path / WEIGHTS_NAME)
     stored = set(file.shapes)
-    dtypes = [dtype for key, dtype in file.dtypes.items() if ".lora_" in key]
+    dtypes = [file.dtype(key) for key in file.shapes if ".lora_" in key]
     device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
     kind = type(model).__name__
     if mapped and dtypes:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...factors import SIDECAR_NAME, LoraAdapter, LoraInit
+from ...factors import SIDECAR_NAME, LoraAdapter, LoraInit, product_alone
 from ...files import write_json
 from ...masks import (
     MASK_FILE_NAME,
@@ -36,6 +36,8 @@ def compact_adapter_folder(
     adapter: str | os.PathLike, path: str | os.PathLike, *, dtype: Dtype = "bfloat16"
 ) -> Path:
     """Write a saved LoRI adapter, a checkpoint's for one, as bits and values.
+
+    What it stores beside the layers, modules saved whole for one, is left out with a warning.
 
     Raises:
         FileNotFoundError: if a file is missing, the mask among them.
@@ -67,7 +69,7 @@ def compact_adapter_folder(
                 f"mask of {tuple(layer.mask.shape)}"
             )
         dense[name] = product.lora_B
-    return _write(path, mask, dense, dict(saved.config), narrow)
+    return _write(path, mask, dense, product_alone(saved.config), narrow)
 
 
 def write_stock_adapter(

@@ -2,41 +2,68 @@
 
 Without a layer's own alpha its readers give all layers one alpha, so a file whose layers differ in
 rank would be scaled wrongly. Resized files therefore have one rank throughout and need no alpha.
+
+DiffSynth's files have the name of PEFT's adapter in the key, `.lora_A.default.weight`; they are
+read and written in that spelling.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...models import pattern_value
 from .key_styles import KeyStyle
 
-STYLES = tuple(
-    KeyStyle("diffusers", down, up, alpha_per_layer=False)
-    for down, up in (
+
+def _style(down: str, up: str) -> KeyStyle:
+    return KeyStyle("diffusers", down, up, alpha_per_layer=False)
+
+
+_STYLES = tuple(
+    _style(*ends)
+    for ends in (
         (".lora_A.weight", ".lora_B.weight"),
         (".lora.down.weight", ".lora.up.weight"),
         (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
         ("_lora.down.weight", "_lora.up.weight"),
     )
 )
+_NAMED = re.compile(r"\.lora_A\.([^.]+)\.weight$")
+
+
+def styles_of(keys: Iterable[str]) -> list[KeyStyle]:
+    """The spellings in which a key ends."""
+    keys = list(keys)
+    names = dict.fromkeys(found[1] for key in keys if (found := _NAMED.search(key)))
+    named = [_style(f".lora_A.{name}.weight", f".lora_B.{name}.weight") for name in names]
+    return [s for s in _STYLES if any(key.endswith(s.down) for key in keys)] + named
+
+
 # diffusers keeps the PEFT configuration of each component here, as "unet.r", "unet.lora_alpha", …
 _CONFIGS = "lora_adapter_metadata"
 
 
 def scaling_of(
-    layer: str, spelled: str, dim: int, metadata: Mapping[str, str], path: Path
+    layer: str, spelled: str, dim: int, metadata: Mapping[str, str], path: Path, *, dora: bool
 ) -> float:
     """Scaling of a layer without an alpha of its own: its component's configuration says, or 1.
 
-    `spelled` is the layer with what wrappers add.
+    Args:
+        layer: its name.
+        spelled: the same with what wrappers add.
+        dim: its rank.
+        metadata: of the header.
+        path: of the file.
+        dora: whether the file stores magnitudes.
 
     Raises:
-        ValueError: if the configuration cannot be read, is of another rank, or uses DoRA.
+        ValueError: if the configuration cannot be read, is of another rank, or uses DoRA whose
+            magnitudes are missing.
     """
     if _CONFIGS not in metadata:
         return 1.0
@@ -54,8 +81,10 @@ def scaling_of(
     }
     if not config:
         return 1.0
-    if config.get("use_dora"):
-        raise ValueError(f"adapter: {path} uses DoRA in {component}, which B @ A does not express")
+    if config.get("use_dora") and not dora:
+        raise ValueError(
+            f"adapter: {path} uses DoRA in {component}, but stores no magnitudes: save it again"
+        )
     module = spelled.partition(f"{component}.")[2]
     rank, alpha = (
         pattern_value(config.get(pattern), name, config.get(key), spelled=module)

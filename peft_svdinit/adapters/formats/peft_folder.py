@@ -18,7 +18,8 @@ from ...models import (
     unwrapped_config,
     unwrapped_keys,
 )
-from .key_styles import LYCORIS_PARTS, refuse_unsupported
+from .beside import Beside
+from .key_styles import LYCORIS_PARTS
 from .lora import DOWN, UP
 from .stored import StoredAdapter, StoredLayer, algorithm_of
 
@@ -27,42 +28,55 @@ _PART_OF = {".lora_A.weight": DOWN, ".lora_B.weight": UP} | {f".{p}": p for p in
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
 _LORA_ONLY = ("fan_in_fan_out", "lora_dropout")
+_BIASES = ("none", "lora_only", "all")
 
 
 def read_peft_folder(folder: Path) -> StoredAdapter:
     """Open a saved PEFT adapter of type LORA, LOHA or LOKR; names are without torch's wrappers.
 
-    The scaling is alpha / r, with the patterns of both, and with rslora where a LoRA uses it.
+    The scaling is alpha / r, with the patterns of both, and with rslora where a LoRA uses it. All
+    that is no factor is `beside`: PEFT puts it in the place of the base's tensors, except biases
+    of lora_B, which it adds, and magnitudes of DoRA.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if it is of another type, stores a pickle, is truncated, or does more than add
-            a factored delta to linear layers.
+        ValueError: if it is of another type, stores a pickle, is truncated, or has a layer that
+            is no linear one with a factored delta.
     """
     config = read_json(folder / CONFIG_NAME, "adapter")
     if config.get("peft_type") in ("LOHA", "LOKR"):
         return _lycoris(folder, config)
-    lora = LoraAdapter(folder)  # Which refuses all but pairs of factors.
+    lora = LoraAdapter(folder, with_beside=True)  # Which refuses other layers.
     file = TensorFile(folder / WEIGHTS_NAME)
     scalings = {name: lora.scaling_of(name) for name in lora}
-    return _adapter(file, unwrapped_keys(file.shapes), lora.config, scalings)
+    beside = {name: _beside(name, key, scalings) for name, key in lora.beside.items()}
+    return _adapter(file, unwrapped_keys(file.shapes), lora.config, scalings, beside)
+
+
+def _beside(name: str, key: str, scalings: Mapping[str, float]) -> Beside:
+    layer = name.removesuffix(".lora_B.bias")
+    if layer in scalings:
+        return Beside(key, "difference", layer, scalings[layer])
+    if name.endswith(".lora_magnitude_vector"):
+        return Beside(key, "magnitude")
+    return Beside(key, "whole")
 
 
 def _lycoris(folder: Path, config: Mapping[str, Any]) -> StoredAdapter:
     path = resolve_file(folder, WEIGHTS_NAME, argument="adapter")
-    if config.get("modules_to_save"):
-        raise ValueError(
-            f"adapter: {folder} uses modules_to_save, which factored deltas do not express; merge "
-            "it and extract the delta of the merged checkpoint instead"
-        )
     file = TensorFile(path)
     stored = unwrapped_keys(file.shapes, f"adapter: {path}")
-    refuse_unsupported(stored, path)
-    scalings, ranks = {}, {}
+    scalings, ranks, beside = {}, {}, {}
     for key, at in stored.items():
         name, _, part = key.removeprefix(PREFIX).rpartition(".")
+        if key.startswith(PREFIX) and not part.startswith(("hada_", "lokr_")):
+            beside[key.removeprefix(PREFIX)] = Beside(at, "whole")
+            continue
         if not key.startswith(PREFIX) or part not in LYCORIS_PARTS:
-            raise ValueError(f"adapter: {path} holds {key}, which is no part of a LoHa or LoKr")
+            raise ValueError(
+                f"adapter: {path} holds {key}, which is no part of a LoHa or LoKr of a linear "
+                "layer; peft.convert_to_lora makes a LoRA of the others"
+            )
         spelled = spelled_in_peft(at).rpartition(".")[0]
         ranks[name], alpha = (
             pattern_value(config.get(option), name, config[usual], spelled=spelled)
@@ -73,7 +87,7 @@ def _lycoris(folder: Path, config: Mapping[str, Any]) -> StoredAdapter:
         raise ValueError(f"adapter: {path} holds no layer")
     if any(key != at for key, at in stored.items()):
         config = unwrapped_config(config, scalings, {})
-    adapter = _adapter(file, stored, config, scalings)
+    adapter = _adapter(file, stored, config, scalings, beside)
     for name, layer in adapter.layers.items():
         if layer.header.kernel:
             raise ValueError(
@@ -93,6 +107,7 @@ def _adapter(
     stored: Mapping[str, str],
     config: Mapping[str, Any],
     scalings: Mapping[str, float],
+    beside: Mapping[str, Beside],
 ) -> StoredAdapter:
     layers = {}
     for name, scaling in scalings.items():
@@ -100,7 +115,7 @@ def _adapter(
         keys = {part: stored[key] for part, key in keys.items() if key in stored}
         algorithm, header = algorithm_of(name, keys, file)
         layers[name] = StoredLayer(algorithm, header, keys, scaling)
-    return StoredAdapter(file, None, layers, config)
+    return StoredAdapter(file, None, layers, config, beside)
 
 
 def refuse_unselected(path: str, adapter: StoredAdapter) -> None:
@@ -127,12 +142,17 @@ def carried_over(adapters: Sequence[StoredAdapter], names: Collection[str]) -> d
     """Options of the configuration of a LoRA of these layers that is made of PEFT folders.
 
     The selection of layers stays as the adapters' configurations have it if they agree; else the
-    layers are listed by name.
+    layers are listed by name. Options of the tensors beside the factors go along.
+
+    Raises:
+        ValueError: if the adapters train other tokens.
     """
     configs = [adapter.config for adapter in adapters]
     first = configs[0]
     kept = {key: first[key] for key in _KEPT if key in first}
     kept |= {key: first[key] for key in _LORA_ONLY if first["peft_type"] == "LORA" and key in first}
+
+    kept |= _for_beside(configs)
 
     def chosen(config: Mapping[str, Any], key: str) -> Any:
         value = config.get(key)
@@ -142,3 +162,25 @@ def carried_over(adapters: Sequence[StoredAdapter], names: Collection[str]) -> d
     if same:
         return kept | {key: first[key] for key in _SELECTION if first.get(key) is not None}
     return kept | {"target_modules": list(names)}
+
+
+def _for_beside(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Options without which PEFT does not load what lies beside the factors."""
+    first = configs[0]
+    if any(
+        c.get("trainable_token_indices") != first.get("trainable_token_indices") for c in configs
+    ):
+        raise ValueError(
+            "adapters: their trainable_token_indices differ, so that their embeddings are of other "
+            "tokens; merge them one by one into the base by PEFT's merge_and_unload"
+        )
+    modules = [module for config in configs for module in config.get("modules_to_save") or ()]
+    options = {
+        "modules_to_save": list(dict.fromkeys(modules)),
+        "trainable_token_indices": first.get("trainable_token_indices"),
+        "ensure_weight_tying": any(config.get("ensure_weight_tying") for config in configs),
+        "use_dora": any(config.get("use_dora") for config in configs),
+        "lora_bias": any(config.get("lora_bias") for config in configs),
+    }
+    bias = max((config.get("bias", "none") for config in configs), key=_BIASES.index)
+    return {"bias": bias} | {option: value for option, value in options.items() if value}

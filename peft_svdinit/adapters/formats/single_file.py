@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from ...files import TensorFile, replacing, write_json, write_tensors
+from ...files import TensorFile
 from ...models import PREFIX, unwrapped_keys
-from ..rounding import Factors
 from . import diffusers, kohya
-from .key_styles import ALPHA, LYCORIS_PARTS, KeyStyle, refuse_unsupported
+from .beside import Beside, Kind, kind_of, layer_of, some
+from .key_styles import ALPHA, BIAS, LYCORIS_PARTS, KeyStyle
 from .stored import StoredAdapter, StoredLayer, algorithm_of
-
-_STYLES = (kohya.STYLE, *diffusers.STYLES)
 
 
 def read_single_file(path: Path) -> StoredAdapter:
@@ -25,32 +23,84 @@ def read_single_file(path: Path) -> StoredAdapter:
     The scaling of a layer is its alpha over its rank. Without an alpha, kohya's means alpha = rank,
     and diffusers' the configuration in the header, or else alpha = rank.
 
+    A layer of another algorithm, such as a Tucker decomposition or OFT, and one with a part whose
+    meaning is not known, is kept as it is: its tensors are `beside` with all that is no factor.
+
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is a pickle, truncated, empty, of an unknown or of several styles, if it
-            uses DoRA or a Tucker decomposition, if two layers are one but for wrappers, or if the
-            tensors of a layer do not fit together.
+        ValueError: if it is a pickle, truncated, empty, of an unknown or of several styles, if two
+            layers are one but for wrappers, if the tensors of a layer do not fit together, or if
+            no layer is a product of factors.
+        TypeError: if the factors are quantised.
     """
     file = TensorFile(path)
     stored = unwrapped_keys(file.shapes, f"adapter: {path}")
-    refuse_unsupported(stored, path)
     style = _recognised(path, list(stored))
     groups: dict[str, dict[str, str]] = {}
-    unread = []
+    beside: dict[str, Beside] = {}
     for key, at in stored.items():
         split = style.split(key)
         if split is None:
-            unread.append(key)
+            beside[key] = Beside(at, kind_of(key))
         else:
-            groups.setdefault(split[0], {})[split[1]] = at
-    if unread:
-        raise ValueError(
-            f"adapter: {path} has keys in the style of {style.name}, and others that cannot be "
-            f"read: {_some(unread)}"
-        )
+            groups.setdefault(split[0], {})[split[1]] = key
+    factored = {name for name, keys in groups.items() if keys.keys() - {ALPHA, BIAS}}
+    other = _of_other_algorithms(beside, factored)
+    for key, one in beside.items():
+        layer = next((name for name in _ancestors(key) if name in other), None)
+        if layer is not None and one.kind in ("unknown", "algorithm"):
+            beside[key] = replace(one, kind="algorithm", layer=layer)
+    layers = {}
+    dora = any(one.kind == "magnitude" for one in beside.values())
     with file.opened() as read:
-        layers = {name: _layer(name, keys, file, style, read) for name, keys in groups.items()}
-    return StoredAdapter(file, style, layers)
+        for name, keys in groups.items():
+            if name in factored - other:
+                at = {part: stored[key] for part, key in keys.items()}
+                layers[name] = _layer(name, at, file, style, read, dora)
+            kind = _kind_outside(name, other, beside)
+            for part, key in keys.items():
+                if name in layers and part == BIAS:
+                    scaling = layers[name].scaling
+                    beside[key] = Beside(stored[key], "difference", name, scaling)
+                elif name not in layers:
+                    beside[key] = Beside(stored[key], kind, name if name in other else None)
+    if not layers:
+        raise ValueError(
+            f"adapter: {path} has no layer whose update is a product of two factors, so that there "
+            f"is no rank to change: {some(list(stored))}; use it as it is"
+        )
+    return StoredAdapter(file, style, layers, beside=beside)
+
+
+def _of_other_algorithms(beside: Mapping[str, Beside], factored: Collection[str]) -> set[str]:
+    """Layers that are no product of factors, or have factors and a part that is not known."""
+    found = {layer_of(key) for key, one in beside.items() if one.kind == "algorithm"}
+    for key, one in beside.items():
+        for name in _ancestors(key) if one.kind == "unknown" else ():
+            part = key.removeprefix(f"{name}.")
+            own = "." not in part or part.startswith(_OF_A_LAYER)
+            if name in factored and own and part not in _OF_THE_BASE:
+                found.add(name)
+    return found
+
+
+_OF_A_LAYER = ("lora_", "hada_", "lokr_", "oft_")
+_OF_THE_BASE = ("weight", "bias")
+
+
+def _ancestors(key: str) -> list[str]:
+    """The names that contain a key, the longest first."""
+    words = key.split(".")
+    return [".".join(words[:count]) for count in range(len(words) - 1, 0, -1)]
+
+
+def _kind_outside(name: str, other: Collection[str], beside: Mapping[str, Beside]) -> Kind:
+    """Of what is named as a part of a layer that has no factors, or is of another algorithm."""
+    if name in other:
+        return "algorithm"
+    # Readers give differences no alpha, but some programs write one.
+    whole = any(key.startswith(f"{name}.") and b.kind == "difference" for key, b in beside.items())
+    return "whole" if whole else "unknown"
 
 
 def _recognised(path: Path, keys: list[str]) -> KeyStyle:
@@ -61,24 +111,21 @@ def _recognised(path: Path, keys: list[str]) -> KeyStyle:
             f"adapter: {path} holds the weights of a PEFT adapter, whose configuration says "
             "how they are scaled; give the folder that holds both"
         )
-    found = [style for style in _STYLES if any(key.endswith(style.down) for key in keys)]
+    found = [kohya.STYLE] if any(key.endswith(kohya.STYLE.down) for key in keys) else []
+    found += diffusers.styles_of(keys)
     if kohya.STYLE not in found and any(key.endswith(LYCORIS_PARTS) for key in keys):
         found.append(kohya.STYLE)
     if not found:
         raise ValueError(
             f"adapter: {path} has no layer in the key styles of PEFT, kohya, LyCORIS or "
-            f"diffusers; its keys: {_some(keys)}"
+            f"diffusers; its keys: {some(keys)}"
         )
     if len(found) > 1:
         raise ValueError(
             f"adapter: {path} mixes key styles, with layers that end in "
-            f"{' and in '.join(style.down for style in found)}: {_some(keys)}; split it first"
+            f"{' and in '.join(style.down for style in found)}: {some(keys)}; split it first"
         )
     return found[0]
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 
 
 def _layer(
@@ -87,8 +134,9 @@ def _layer(
     file: TensorFile,
     style: KeyStyle,
     read: Callable[[str], Tensor],
+    dora: bool,
 ) -> StoredLayer:
-    factors = {part: key for part, key in keys.items() if part != ALPHA}
+    factors = {part: key for part, key in keys.items() if part not in (ALPHA, BIAS)}
     algorithm, header = algorithm_of(name, factors, file)
     alpha_key = keys.get(ALPHA)
     if header.dim is None:
@@ -99,7 +147,7 @@ def _layer(
         scaling = 1.0
     else:
         at, _ = style.split(next(iter(factors.values()))) or (name, "")
-        scaling = diffusers.scaling_of(name, at, header.dim, file.metadata, file.path)
+        scaling = diffusers.scaling_of(name, at, header.dim, file.metadata, file.path, dora=dora)
     return StoredLayer(algorithm, header, factors, scaling)
 
 
@@ -115,43 +163,3 @@ def _alpha(key: str, file: TensorFile, read: Callable[[str], Tensor]) -> float:
             "what that means; set it to the rank for a scaling of 1"
         )
     return alpha
-
-
-def write_single_file(
-    adapter: StoredAdapter,
-    output: Path,
-    weights: Mapping[str, Factors],
-    kernels: Mapping[str, tuple[int, ...]],
-    report: Mapping[str, Any],
-) -> None:
-    """Write (lora_A, lora_B) by layer, of scaling 1, in the style of `adapter`, and the report.
-
-    The factors of convolutions get their kernel back. A LoHa, or a LoKr with a factored w2, of a
-    convolution stores no kernel: its LoRA is written as matrices, which ComfyUI reshapes and
-    sd-scripts refuses.
-    """
-    style = adapter.style
-    if style is None:
-        raise TypeError("adapter must be a single file, got a PEFT folder")
-    tensors: dict[str, Tensor] = {}
-    for name, (lora_A, lora_B) in weights.items():
-        kernel, rank = kernels[name], lora_A.shape[0]
-        ones = [1] * len(kernel)
-        tensors[f"{name}{style.down}"] = lora_A.reshape(rank, -1, *kernel)
-        tensors[f"{name}{style.up}"] = lora_B.reshape(-1, rank, *ones)
-        if style.alpha_per_layer:
-            tensors[f"{name}.{ALPHA}"] = lora_A.new_tensor(float(rank))
-    metadata = (
-        kohya.metadata_after(adapter.file.metadata, (A.shape[0] for A, _ in weights.values()))
-        if style is kohya.STYLE
-        else diffusers.metadata_after(adapter.file.metadata)
-    )
-    # Both are there before the first of them is replaced.
-    with replacing(output) as temporary, replacing(report_path(output)) as described:
-        write_tensors(temporary, tensors, {"format": "pt", **metadata})
-        write_json(described, report)
-
-
-def report_path(output: Path) -> Path:
-    """Where the report of a single file lies."""
-    return output.with_name(f"{output.stem}.resize.json")

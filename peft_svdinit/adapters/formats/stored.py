@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...files import TensorFile
+from .beside import Beside
 from .forms import Algorithm, LayerDelta, LayerHeader
 from .key_styles import KeyStyle
 from .loha import LOHA
@@ -36,12 +37,14 @@ class StoredAdapter:
         style: the spelling of its keys; None for a PEFT folder.
         layers: by name, as the file spells it without PEFT's prefix.
         config: `adapter_config.json` of a PEFT folder.
+        beside: tensors beside the factors, by name, which is without PEFT's prefix too.
     """
 
     file: TensorFile
     style: KeyStyle | None
     layers: Mapping[str, StoredLayer]
     config: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Beside] = field(default_factory=dict)
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[str], LayerDelta]]:
@@ -57,7 +60,7 @@ class StoredAdapter:
 
     def dtype(self, name: str) -> torch.dtype:
         """The widest dtype in which a part of the layer is stored."""
-        dtypes = [self.file.dtypes[key] for key in self.layers[name].keys.values()]
+        dtypes = [self.file.dtype(key) for key in self.layers[name].keys.values()]
         widest = dtypes[0]
         for dtype in dtypes:
             widest = torch.promote_types(widest, dtype)
@@ -71,7 +74,9 @@ def algorithm_of(
 
     Raises:
         ValueError: naming the layer, if its parts do not fit together.
+        TypeError: if a part is quantised.
     """
+    file.require_floats(keys.values())
     found = [one for one in (LOHA, LOKR) if any(part in one.parts for part in keys)]
     algorithm = found[0] if found else LORA
     try:

@@ -44,7 +44,8 @@ def merge(
     The result is a stock PEFT LoRA of scaling 1, with `merge_report.json` and `merge_report.md`
     beside it. The error of every layer is measured on what is stored, in factored form, and so is
     the interference of each pair of adapters. One layer of each adapter is in memory at a time,
-    beside the merged adapter.
+    beside the merged adapter. What lies beside the factors is carried over, see `carried`; biases
+    of lora_B are summed exactly by every method.
 
     Args:
         adapters: PEFT LoRA folders or Hub ids, two at least.
@@ -58,15 +59,16 @@ def merge(
 
     Raises:
         FileNotFoundError: if an adapter does not exist.
-        ValueError: if an adapter is no LoRA whose effect is scaling * B @ A alone, the shapes of a
-            layer differ, the weights or the output do not fit, an entry is NaN or infinite, the
-            method does not suit a layer, or `dtype` is too narrow for a value.
+        ValueError: if an adapter is no LoRA of linear layers, the shapes of a layer differ, there
+            is no sum of what lies beside the factors, the weights or the output do not fit, an
+            entry is NaN or infinite, the method does not suit a layer, or `dtype` is too narrow
+            for a value.
     """
     method = method or MergeMethod()
     narrow = None if dtype is None else torch_dtype(dtype)
     given = WeightedSum(adapters, weights)
     chosen, left_out = without_zeros(given, method)
-    folder = OutputFolder.checked(output, "output", given.files)
+    folder, carried = OutputFolder.checked(output, "output", given.files), chosen.carried
 
     tensors: dict[str, Factors] = {}
     layers: list[MergedLayer] = []
@@ -96,6 +98,7 @@ def merge(
         dtypes=dtypes_of(tensors),
         only_in_some=chosen.only_in_some(),
         respelled=chosen.respelled,
+        carried=carried,
         norms=total,
         left_out=left_out,
         method=method,
@@ -104,7 +107,7 @@ def merge(
     ranks = {layer.name: layer.rank for layer in layers}
     config = lora_config(ranks, **carried_over(chosen.adapters, ranks))
     with folder.replacing() as temporary:
-        write_stock_lora(temporary, config, tensors)
+        write_stock_lora(temporary, config, tensors, carried)
         write_json(temporary / MERGE_JSON, merged.as_dict())
         write_text(temporary / MERGE_REPORT, merge_report(merged))
     return merged

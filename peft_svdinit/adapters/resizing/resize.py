@@ -15,7 +15,7 @@ from ...files import write_json
 from ..dtypes import Dtype, torch_dtype
 from ..formats.opening import open_adapter
 from ..formats.peft_folder import carried_over
-from ..formats.single_file import write_single_file
+from ..formats.single_file_output import write_single_file
 from ..output_folder import RESIZE_REPORT, OutputFolder
 from ..record import KeptLayer
 from ..rounding import dtypes_of, stored
@@ -40,6 +40,8 @@ def resize(
     a LoRA or LoKr; for a LoHa only where r² is no less than min(out, in). One layer is in memory at
     a time, beside the resized adapter.
 
+    What lies beside the factors, such as embeddings and biases, is carried over; see `carried`.
+
     Args:
         adapters: PEFT folders (LoRA, LoHa, LoKr), or files in one of the styles of kohya, LyCORIS
             and diffusers, all of one style.
@@ -63,7 +65,7 @@ def resize(
     merge = WeightedSum(adapters, weights)
     output = Path(output).expanduser()
     folder = _checked_folder(output, merge)
-    style = merge.adapters[0].style
+    style, carried = merge.adapters[0].style, merge.carried
     uniform = rule.uniform or (style is not None and not style.alpha_per_layer)
 
     with merge.opened() as terms:
@@ -92,17 +94,18 @@ def resize(
         dtypes=dtypes_of(tensors),
         only_in_some=merge.only_in_some(),
         respelled=merge.respelled,
+        carried=carried,
         rule=rule,
     )
     if folder is not None:
         stored_ranks = {name: len(lora_A) for name, (lora_A, _) in tensors.items()}
         config = lora_config(stored_ranks, **carried_over(merge.adapters, tensors))
         with folder.replacing() as temporary:
-            write_stock_lora(temporary, config, tensors)
+            write_stock_lora(temporary, config, tensors, carried)
             write_json(temporary / RESIZE_REPORT, resized.as_dict())
     else:
         kernels = {name: merge.kernel(name) for name in merge.names}
-        write_single_file(merge.adapters[0], output, tensors, kernels, resized.as_dict())
+        write_single_file(merge.adapters[0], output, tensors, kernels, carried, resized.as_dict())
     return resized
 
 

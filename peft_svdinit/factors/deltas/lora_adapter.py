@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -26,11 +27,14 @@ from ...models import (
 )
 from ..low_rank import LowRankFactors
 
-_SUFFIX_A, _SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
+logger = logging.getLogger(__name__)
 
+_SUFFIX_A, _SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
+# Of the update of a layer that is scaling * B @ A and one tensor more, the tensor's end.
+_ADDED_TO_THE_PRODUCT = {"use_dora": ".lora_magnitude_vector", "lora_bias": ".lora_B.bias"}
 # Options under which the update of a layer is more than scaling * B @ A.
 _BEYOND_THE_PRODUCT = (
-    "use_dora",
+    *_ADDED_TO_THE_PRODUCT,
     "use_bdlora",
     "use_qalora",
     "alora_invocation_tokens",
@@ -38,20 +42,24 @@ _BEYOND_THE_PRODUCT = (
     "kasa_config",
     "monteclora_config",
     "velora_config",
-    "lora_bias",
-    "modules_to_save",
     "target_parameters",
-    "trainable_token_indices",
     "layer_replication",
 )
+# Options whose tensors lie beside the factors, and say nothing of scaling * B @ A.
+_BESIDE = ("modules_to_save", "trainable_token_indices")
 # Initialisations that moved the base weight: B @ A is then no delta of the original base.
 INITS_MOVING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def options_beyond_the_product(config: Mapping[str, Any]) -> list[str]:
-    """Options of an `adapter_config.json` in use under which the delta is not scaling * B @ A."""
-    beyond = [option for option in _BEYOND_THE_PRODUCT if config.get(option)]
+    """Options of an `adapter_config.json` in use that add to scaling * B @ A, or change it."""
+    beyond = [option for option in (*_BEYOND_THE_PRODUCT, *_BESIDE) if config.get(option)]
     return [*beyond, "bias"] if config.get("bias", "none") != "none" else beyond
+
+
+def product_alone(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without the options whose tensors lie beside the factors."""
+    return {**config, **{option: None for option in _BESIDE if option in config}, "bias": "none"}
 
 
 @dataclass(frozen=True)
@@ -81,22 +89,28 @@ class LoraProduct:
 class LoraAdapter(LazyMapping[LoraProduct]):
     """Read-only, lazy view of a saved PEFT LoRA adapter: module name to `LoraProduct`.
 
-    Names are without what torch's wrappers add, such as `_orig_mod` of torch.compile.
+    Names are without what torch's wrappers add, such as `_orig_mod` of torch.compile. Tensors that
+    lie beside the factors, such as embeddings and modules saved whole, are no part of it.
 
     Args:
         path_or_id: a folder or Hub repository with `adapter_config.json` and
             `adapter_model.safetensors`.
         revision: branch, tag or commit of the Hub repository.
         argument: by which the user gave it; the messages of errors begin with it.
+        with_beside: whether the caller takes what is `beside` too: DoRA's magnitudes and the biases
+            of lora_B are accepted then, without which scaling * B @ A is not the update. If not, a
+            warning names what is left out.
 
     Attributes:
         config: `adapter_config.json`, which means the layers by names without wrappers.
+        beside: names of the tensors beside the factors, without PEFT's prefix, to their keys in
+            the file.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if the adapter is no LoRA, stores a pickle, is truncated, or has parts that
-            B @ A does not express (DoRA, biases, embeddings, fully trained modules, initialisations
-            that mutate the base), or two layers that are one but for wrappers.
+        ValueError: if the adapter is no LoRA, stores a pickle, is truncated, or has layers whose
+            update B @ A does not express (DoRA, biases of lora_B, embeddings, convolutions,
+            initialisations that mutate the base), or two that are one but for wrappers.
     """
 
     def __init__(
@@ -105,8 +119,9 @@ class LoraAdapter(LazyMapping[LoraProduct]):
         *,
         revision: str | None = None,
         argument: str = "adapter",
+        with_beside: bool = False,
     ) -> None:
-        self.argument = argument
+        self.argument, self._with_beside = argument, with_beside
         self.folder = resolve_folder(path_or_id, argument=argument, revision=revision)
         self.config = self._read_config()
         self._path = resolve_file(self.folder, WEIGHTS_NAME, argument=argument)
@@ -116,6 +131,14 @@ class LoraAdapter(LazyMapping[LoraProduct]):
             self.names = self._checked_names(shapes)
         if any(key != at for key, at in self._stored.items()):
             self.config = self._config_without_wrappers()
+        if self.beside and not with_beside:
+            logger.warning(
+                "%s: %s stores %d tensors beside its layers, which are left out: %s.",
+                argument,
+                path_or_id,
+                len(self.beside),
+                ", ".join(list(self.beside)[:3]) + (", …" if len(self.beside) > 3 else ""),
+            )
 
     def _read_config(self) -> dict[str, Any]:
         path = resolve_file(self.folder, CONFIG_NAME, argument=self.argument)
@@ -134,11 +157,13 @@ class LoraAdapter(LazyMapping[LoraProduct]):
         for key in ("rank_pattern", "alpha_pattern"):
             if not isinstance(config.get(key) or {}, dict):
                 raise ValueError(f"{self.argument}: {path} has {key} {config[key]!r}, no mapping")
-        beyond = options_beyond_the_product(config)
+        taken = _ADDED_TO_THE_PRODUCT if self._with_beside else ()
+        beyond = [one for one in _BEYOND_THE_PRODUCT if config.get(one) and one not in taken]
         if beyond:
             raise ValueError(
                 f"{place} uses {', '.join(beyond)}, so that its effect is not scaling * B @ A; "
-                "merge it and extract the delta of the merged checkpoint instead"
+                "merge it into its base by PEFT's merge_and_unload, save that, and extract the "
+                "delta of the two (svdinit extract --base BASE --tuned MERGED)"
             )
         start = config.get("init_lora_weights", True)
         if isinstance(start, str) and start.lower().startswith(INITS_MOVING_BASE):
@@ -150,8 +175,11 @@ class LoraAdapter(LazyMapping[LoraProduct]):
         return config
 
     def _checked_names(self, shapes: Mapping[str, list[int]]) -> list[str]:
-        names = []
+        names, self.beside = [], dict[str, str]()
         for key, shape in shapes.items():
+            if key.startswith(PREFIX) and self._is_beside(key):
+                self.beside[key.removeprefix(PREFIX)] = self._stored[key]
+                continue
             partner_A = f"{key.removesuffix(_SUFFIX_B)}{_SUFFIX_A}"
             if key.endswith(_SUFFIX_B) and key.startswith(PREFIX) and partner_A in shapes:
                 continue
@@ -176,6 +204,11 @@ class LoraAdapter(LazyMapping[LoraProduct]):
         if not names:
             raise ValueError("it holds no LoRA layer")
         return sorted(names, key=natural_order)
+
+    def _is_beside(self, key: str) -> bool:
+        if key.endswith(tuple(_ADDED_TO_THE_PRODUCT.values())):
+            return self._with_beside
+        return not any(part.startswith("lora_") for part in key.split("."))
 
     def _config_without_wrappers(self) -> dict[str, Any]:
         patterns = {}
