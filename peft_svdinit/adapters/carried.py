@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 _MERGED_CHECKPOINT = (
     "make it a LoRA first: merge it into its base by PEFT's merge_and_unload, save that, and "
-    "extract the delta of the two (svdinit extract --base BASE --tuned MERGED)"
+    "extract the delta of the two: svdinit extract --base BASE --tuned MERGED"
 )
 _WORDS: dict[Kind, str] = {
     "whole": "takes the place of a tensor of the base",

@@ -17,9 +17,6 @@ Kind = Literal["difference", "whole", "magnitude", "unknown", "algorithm"]
 """What a tensor does: is added to one of the base, replaces one, scales the updated weight of DoRA,
 does what is not known here, or is a part of a layer whose update is no product of two factors."""
 
-_DIFFERENCES = (".diff", ".diff_b", ".w_norm", ".b_norm")
-_MAGNITUDES = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
-_WHOLE = (".set_weight", ".reshape_weight")
 _EMBEDDINGS = "bundle_emb."
 # Ends of the parts of a layer that are no product, in the words of kohya and LyCORIS.
 _ALGORITHMS = (
@@ -36,6 +33,12 @@ _ALGORITHMS = (
     ".b2.weight",
     ".on_input",
 )
+_ENDS: dict[Kind, tuple[str, ...]] = {
+    "difference": (".diff", ".diff_b", ".w_norm", ".b_norm"),
+    "magnitude": (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight"),
+    "whole": (".set_weight", ".reshape_weight"),
+    "algorithm": _ALGORITHMS,
+}
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,8 @@ class Beside:
 
 def kind_of(name: str) -> Kind:
     """What the name of a tensor in a single file says of it."""
-    for kind, ends in (
-        ("difference", _DIFFERENCES),
-        ("magnitude", _MAGNITUDES),
-        ("whole", _WHOLE),
-        ("algorithm", _ALGORITHMS),
-    ):
-        if name.endswith(ends):
-            return kind
-    return "whole" if name.startswith(_EMBEDDINGS) else "unknown"
+    found = next((kind for kind, ends in _ENDS.items() if name.endswith(ends)), "unknown")
+    return "whole" if name.startswith(_EMBEDDINGS) else found
 
 
 def layer_of(name: str) -> str:

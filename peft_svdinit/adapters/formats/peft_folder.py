@@ -166,18 +166,16 @@ def carried_over(adapters: Sequence[StoredAdapter], names: Collection[str]) -> d
 
 def _for_beside(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Options without which PEFT does not load what lies beside the factors."""
-    first = configs[0]
-    if any(
-        c.get("trainable_token_indices") != first.get("trainable_token_indices") for c in configs
-    ):
+    tokens = [config.get("trainable_token_indices") for config in configs]
+    if any(one != tokens[0] for one in tokens):
         raise ValueError(
             "adapters: their trainable_token_indices differ, so that their embeddings are of other "
-            "tokens; merge them one by one into the base by PEFT's merge_and_unload"
+            "tokens; train them with the same ones"
         )
     modules = [module for config in configs for module in config.get("modules_to_save") or ()]
     options = {
         "modules_to_save": list(dict.fromkeys(modules)),
-        "trainable_token_indices": first.get("trainable_token_indices"),
+        "trainable_token_indices": tokens[0],
         "ensure_weight_tying": any(config.get("ensure_weight_tying") for config in configs),
         "use_dora": any(config.get("use_dora") for config in configs),
         "lora_bias": any(config.get("lora_bias") for config in configs),

@@ -30,6 +30,10 @@ from ..low_rank import LowRankFactors
 logger = logging.getLogger(__name__)
 
 _SUFFIX_A, _SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
+_MERGED_CHECKPOINT = (
+    "merge it into its base by PEFT's merge_and_unload, save that, and extract the delta of the "
+    "two: svdinit extract --base BASE --tuned MERGED"
+)
 # Of the update of a layer that is scaling * B @ A and one tensor more, the tensor's end.
 _ADDED_TO_THE_PRODUCT = {"use_dora": ".lora_magnitude_vector", "lora_bias": ".lora_B.bias"}
 # Options under which the update of a layer is more than scaling * B @ A.
@@ -162,8 +166,7 @@ class LoraAdapter(LazyMapping[LoraProduct]):
         if beyond:
             raise ValueError(
                 f"{place} uses {', '.join(beyond)}, so that its effect is not scaling * B @ A; "
-                "merge it into its base by PEFT's merge_and_unload, save that, and extract the "
-                "delta of the two (svdinit extract --base BASE --tuned MERGED)"
+                f"{_MERGED_CHECKPOINT}"
             )
         start = config.get("init_lora_weights", True)
         if isinstance(start, str) and start.lower().startswith(INITS_MOVING_BASE):
@@ -186,7 +189,8 @@ class LoraAdapter(LazyMapping[LoraProduct]):
             if not (key.endswith(_SUFFIX_A) and key.startswith(PREFIX)):
                 raise ValueError(
                     f"it holds {key}, which is not one of a pair lora_A, lora_B of a linear layer; "
-                    "only linear layers are supported"
+                    f"only linear layers are supported: {_MERGED_CHECKPOINT}, with "
+                    "--modules_to_save for embeddings"
                 )
             name = key.removeprefix(PREFIX).removesuffix(_SUFFIX_A)
             partner = shapes.get(lora_key(name, "B"))
