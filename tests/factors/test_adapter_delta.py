@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from support.tiny_models import (
 from torch import Tensor
 from torch.testing import assert_close
 
-from peft_svdinit.factors import LoraAdapter
+from peft_svdinit.factors import LoraAdapter, factors_of_adapter
 from peft_svdinit.models import lora_key
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -178,17 +179,13 @@ def test_a_pissa_adapter_is_read_once_peft_has_converted_it(tmp_path):
         ("monteclora_config", {"samples": 2}),
         ("velora_config", {"groups": 2}),
         ("lora_bias", True),
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("modules_to_save", ["lm_head"]),
         ("target_parameters", ["mlp.experts.gate_up_proj"]),
-        ("trainable_token_indices", [1]),
         ("layer_replication", [[0, 2], [1, 2]]),
     ],
 )
 def test_an_effect_beyond_the_product_is_refused_by_the_name_of_the_option(folder, option, value):
     edit_config(folder, **{option: value})
-    with pytest.raises(ValueError, match=rf"adapter: .*uses {option}, .*merge it and extract"):
+    with pytest.raises(ValueError, match=rf"adapter: .*uses {option}, .*svdinit extract --base"):
         LoraAdapter(folder)
 
 
@@ -215,8 +212,42 @@ def test_another_type_of_adapter_is_refused_with_the_conversion(tmp_path):
 
 def test_embeddings_are_refused_by_the_name_of_the_tensor(tmp_path):
     trained_adapter(tmp_path, target_modules=["q_proj", "embed_tokens"])
-    with pytest.raises(ValueError, match=r"holds .*embed_tokens.*; only linear layers"):
+    message = (
+        r"holds .*embed_tokens.*; only linear layers are supported: merge it .*--modules_to_save"
+    )
+    with pytest.raises(ValueError, match=message):
         LoraAdapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        ({"modules_to_save": ["lm_head"]}, ["lm_head.weight"]),
+        ({"target_modules": ["q_proj", "lm_head"]}, ["lm_head.base_layer.weight"]),
+        (
+            {"trainable_token_indices": [1, 5]},
+            ["model.embed_tokens.token_adapter.trainable_tokens_delta"],
+        ),
+    ],
+)
+def test_what_lies_beside_the_factors_is_left_out_and_named(tmp_path, caplog, options, left_out):
+    trained_adapter(tmp_path / "with", **options)
+    adapter = LoraAdapter(tmp_path / "with")
+    assert list(adapter.beside) == left_out
+    assert f"1 tensors beside its layers, which are left out: {left_out[0]}" in caplog.text
+    assert factors_of_adapter(adapter).metadata.source["left_out"] == left_out
+    # Without these tensors it is the same.
+    expected = {name: product.factors().dense() for name, product in adapter.items()}
+    shutil.copytree(tmp_path / "with", tmp_path / "without")
+    edit_weights(
+        tmp_path / "without",
+        lambda tensors: [tensors.pop(f"base_model.model.{name}") for name in left_out],
+    )
+    caplog.clear()
+    found = LoraAdapter(tmp_path / "without")
+    assert not caplog.text and not found.beside and set(found) == set(expected)
+    for name, delta in expected.items():
+        assert torch.equal(found[name].factors().dense(), delta)
 
 
 @pytest.mark.parametrize(("missing", "left"), [(KEY_A, "lora_B"), (KEY_B, "lora_A")])

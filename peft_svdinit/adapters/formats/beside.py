@@ -1,9 +1,9 @@
 """Tensors that an adapter stores beside the factors of its layers, and what they mean.
 
-What readers do: ComfyUI adds `diff` and `w_norm` to a weight, `diff_b` and `b_norm` to a bias, times
-the strength of the file, and puts a tensor in the place of another by `set_weight`. LyCORIS adds
-the same four. PEFT and diffusers add `lora_B.bias` times the layer's scaling; PEFT puts all else
-that it stores in the place of the base's. OneTrainer and ComfyUI take embeddings from
+What readers do: ComfyUI adds `diff` and `w_norm` to a weight, `diff_b` and `b_norm` to a bias, all
+times the strength of the file, and puts a tensor in the place of another by `set_weight`. LyCORIS
+adds the same four. PEFT and diffusers add `lora_B.bias` times the layer's scaling; PEFT puts all
+else that it stores in the place of the base's. OneTrainer and ComfyUI take embeddings from
 `bundle_emb`. All normalise by the magnitudes of DoRA after adding scaling * B @ A to the weight.
 """
 
@@ -60,8 +60,10 @@ class Beside:
 
 def kind_of(name: str) -> Kind:
     """What the name of a tensor in a single file says of it."""
-    found = next((kind for kind, ends in _ENDS.items() if name.endswith(ends)), "unknown")
-    return "whole" if name.startswith(_EMBEDDINGS) else found
+    for kind, ends in _ENDS.items():
+        if name.endswith(ends):
+            return kind
+    return "whole" if name.startswith(_EMBEDDINGS) else "unknown"
 
 
 def layer_of(name: str) -> str:

@@ -65,6 +65,8 @@ def factors_of_adapter(
     source: dict = {"kind": "adapter"}
     if synthesis:
         source = {"kind": "synthesised", "adapter_rank": adapter.config["r"], **asdict(synthesis)}
+    if adapter.beside:
+        source["left_out"] = list(adapter.beside)
     metadata = FactorsMetadata(
         base_model_name_or_path=adapter.config.get("base_model_name_or_path"),
         base_model_revision=adapter.config.get("revision"),
