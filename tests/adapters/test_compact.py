@@ -49,6 +49,17 @@ def test_the_stock_adapter_of_a_compact_one_is_the_one_that_was_saved(trained, t
     assert torch.equal(stock_logits(tmp_path / "stock"), logits(trained))
 
 
+def test_modules_saved_whole_are_left_out_by_name_and_stock_peft_misses_none(tmp_path, caplog):
+    model = get_peft_model(tiny_base(), lori_config(modules_to_save=["lm_head"]))
+    compact = saved_compact(model, tmp_path, dtype="float32")
+    assert "left out: lm_head.weight" in caplog.text
+    write_stock_adapter(load_compact(compact), tmp_path / "stock")
+    config = json.loads((tmp_path / "stock" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] is None
+    # The head is still the base's.
+    assert torch.equal(stock_logits(tmp_path / "stock"), logits(model))
+
+
 def test_bfloat16_rounds_values_and_never_a(trained, tmp_path):
     compact = load_compact(saved_compact(trained, tmp_path))
     assert all(values.dtype == torch.bfloat16 for values in compact.values.values())

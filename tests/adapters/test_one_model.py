@@ -35,10 +35,12 @@ def llava() -> PreTrainedModel:
     return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision)).eval()
 
 
-def llava_adapter(folder: Path, targets: Any, *, seed: int, old: bool = False) -> Any:
+def llava_adapter(
+    folder: Path, targets: Any, *, seed: int, old: bool = False, **options: Any
+) -> Any:
     """A saved LoRA of random weights; `old` spells its layers as before transformers 4.52."""
     torch.manual_seed(seed)
-    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **options)
     model = get_peft_model(llava(), config)
     model.save_pretrained(str(folder))
     if old:
@@ -81,6 +83,19 @@ def test_old_and_new_names_of_one_model_are_added_up(tmp_path, old, targets):
     }
     resize([tmp_path / "a", tmp_path / "b"], tmp_path / "r", RankRule(rank=16))
     summed(tmp_path / "r", one, two)
+
+
+def test_what_lies_beside_the_factors_is_respelled_with_them(tmp_path):
+    for name, old in (("a", True), ("b", False)):
+        model = llava_adapter(tmp_path / name, ["q_proj"], seed=1, old=old, lora_bias=True)
+    biases = {n: p for n, p in model.named_parameters() if n.endswith("lora_B.default.bias")}
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+    loaded = PeftModel.from_pretrained(llava(), str(tmp_path / "m"))
+    found = dict(loaded.named_parameters())
+    scaling = 8 / 2
+    for name, bias in biases.items():
+        assert bias.any()
+        torch.testing.assert_close(found[name], 2 * scaling * bias, check_stride=False)
 
 
 def test_one_spelling_is_nothing_to_speak_of(tmp_path):

@@ -75,7 +75,7 @@ def _lycoris(folder: Path, config: Mapping[str, Any]) -> StoredAdapter:
         if not key.startswith(PREFIX) or part not in LYCORIS_PARTS:
             raise ValueError(
                 f"adapter: {path} holds {key}, which is no part of a LoHa or LoKr of a linear "
-                "layer; peft.convert_to_lora makes a LoRA of the others"
+                "layer; of PEFT folders only linear layers are supported"
             )
         spelled = spelled_in_peft(at).rpartition(".")[0]
         ranks[name], alpha = (
