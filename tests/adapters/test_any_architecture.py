@@ -66,7 +66,7 @@ def run(*options: Any) -> bool:
 @settings(
     max_examples=30,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[HealthCheck.too_slow],
 )
 @given(family=families, data=st.data())
 def test_logits_are_those_of_the_tuned_model(family, data):
