@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -255,3 +256,14 @@ def test_changed_experts_are_refused_before_any_work_unless_left_out(family, tmp
     assert said is not None
     main(["extract", *options, "--exclude_modules", said[1]])
     assert set(LoraAdapter(tmp_path / "adapter")) == layers
+
+
+def test_layers_whose_weights_the_model_reads_past_them_are_named(tmp_path):
+    saved_pair(tmp_path, "jamba")
+    options = ["--base", str(tmp_path / "base"), "--tuned", str(tmp_path / "tuned"), "--rank", "2"]
+    main(["extract", *options, "--output_dir", str(tmp_path / "adapter")])
+    report = (tmp_path / "adapter/extraction.md").read_text()
+    assert "adapted layers were never called on the text" in report
+    check = json.loads((tmp_path / "adapter/extraction.json").read_text())["text_check"]
+    called = {name.rpartition(".")[2] for name in check["never_called"]}
+    assert "dt_proj" in called and "q_proj" not in called

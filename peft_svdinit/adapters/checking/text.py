@@ -6,13 +6,16 @@ import gc
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -38,6 +41,8 @@ class TextCheck:
         loss_base, loss_tuned, loss_adapted: cross-entropy of the sample under each model.
         kl_base: KL(tuned ‖ base), what fine-tuning changed.
         kl_adapted: KL(tuned ‖ base + adapter), what of it the adapter misses.
+        never_called: adapted layers that no token went through. The model reads their weights past
+            the layer, as Mamba's kernels do, or they are of experts that nothing was sent to.
     """
 
     sample: Literal["text", "random tokens"]
@@ -47,6 +52,7 @@ class TextCheck:
     loss_adapted: float
     kl_base: float
     kl_adapted: float
+    never_called: tuple[str, ...] = ()
 
 
 def compare_on_text(
@@ -99,7 +105,8 @@ def compare_on_text(
         )
         return None
     model = load_stock_adapter(model, adapter)
-    adapted = _log_probabilities(model, samples)
+    with _uncalled(model) as uncalled:
+        adapted = _log_probabilities(model, samples)
     del model
     gc.collect()  # Models refer to themselves; the next one must not come on top.
     model = _loaded(tuned_folder, device)
@@ -129,7 +136,15 @@ def compare_on_text(
         loss_adapted=losses["base + adapter"] / tokens,
         kl_base=divergences["base"] / tokens,
         kl_adapted=divergences["base + adapter"] / tokens,
+        never_called=tuple(uncalled),
     )
+    if uncalled:
+        logger.warning(
+            "%d adapted layers, %s the first, were never called: where the model reads their "
+            "weights directly, the adapter works only once it is merged",
+            len(uncalled),
+            next(iter(uncalled)),
+        )
     if check.kl_adapted >= check.kl_base:
         logger.warning(
             "With the adapter the base model is no nearer to the tuned one: KL %.4g nats per token "
@@ -140,6 +155,26 @@ def compare_on_text(
             tokens,
         )
     return check
+
+
+@contextmanager
+def _uncalled(model: PeftModel) -> Iterator[dict[str, None]]:
+    """Names of the adapted layers; those that are called within the context go."""
+    layers = {
+        name: module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    names = dict.fromkeys(layers)
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: names.pop(name, None))
+        for name, module in layers.items()
+    ]
+    try:
+        yield names
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def can_compare(base_folder: Path, tuned_folder: Path) -> str | None:

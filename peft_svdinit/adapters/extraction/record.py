@@ -123,6 +123,13 @@ class ExtractedAdapter:
                 f"{text.loss_base:.4f} of the base, {text.loss_tuned:.4f} of the tuned model, "
                 f"{text.loss_adapted:.4f} of base + adapter."
             )
+        if self.text and self.text.never_called:
+            named = self.text.never_called
+            said.append(
+                f"**{len(named)} adapted layers were never called on the text**, `{named[0]}` the "
+                "first: where the model reads their weights directly, the adapter works only once "
+                "it is merged."
+            )
         if zero:
             said.append(f"{len(zero)} layers did not change and are left alone.")
         if self.rounded or self.rounded_tensors:
