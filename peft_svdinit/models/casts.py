@@ -26,6 +26,8 @@ from .recognition import Differences, differences
 
 # Of entries that rounding moved by less than a quarter of a unit.
 _SHARES_OF_ROUNDING = (0.35, 0.65)
+# Of fewer, training leaves such a share by chance.
+_FEWEST_MOVED = 100
 _FEW = 4096
 
 
@@ -126,4 +128,6 @@ class CastCheck:
 
     def _moves_as_rounding(self, dtype: torch.dtype) -> bool:
         least, most = _SHARES_OF_ROUNDING
+        if self._moved[dtype] < _FEWEST_MOVED:
+            return False
         return least <= self._near[dtype] / max(1, self._moved[dtype]) <= most

@@ -42,6 +42,7 @@ class Checkpoint:
         self.argument = argument
         self._source, self._revision = path_or_id, revision
         self._file_of: dict[str, Path] = {}
+        self._offsets: dict[Path, dict[str, int]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         for path in self._shards():
@@ -131,11 +132,20 @@ class Checkpoint:
         """
         cols = self.shapes[key][1]
         dtype = FLOAT_DTYPES[self.dtypes[key]]
+        stored = bytearray()
         with open(self._file_of[key], "rb", buffering=0) as file:
-            length = int.from_bytes(file.read(8), "little")
-            first = 8 + length + json.loads(file.read(length))[key]["data_offsets"][0]
-            stored = bytearray()
             for row, col in positions:
-                file.seek(first + (row * cols + col) * dtype.itemsize)
+                file.seek(self._offset_of(key) + (row * cols + col) * dtype.itemsize)
                 stored += file.read(dtype.itemsize)
         return torch.frombuffer(stored, dtype=dtype)
+
+    def _offset_of(self, key: str) -> int:
+        """Where a tensor begins in its file."""
+        path = self._file_of[key]
+        if path not in self._offsets:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            self._offsets[path] = {k: 8 + length + e["data_offsets"][0] for k, e in header.items()}
+        return self._offsets[path][key]

@@ -25,6 +25,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from .wrappers import unwrapped
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -98,11 +100,12 @@ def stored_layout(
     layout = StoredLayout({}, {}, {})
     grouped: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
     for key in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
-        if name not in known and key in known:
-            name, pattern = rename_source_key(key, [], [], prefix, known)
+        plain = unwrapped(key)
+        name, pattern = rename_source_key(plain, renamings, converters, prefix, known)
+        if name not in known and plain in known:
+            name, pattern = rename_source_key(plain, [], [], prefix, known)
         if name not in known:
-            layout.unknown[key if pattern else name] = key
+            layout.unknown[plain if pattern else name] = key
         elif pattern is None:
             layout.renamed.setdefault(name, key)
         else:

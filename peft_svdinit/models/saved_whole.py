@@ -72,9 +72,10 @@ def whole_modules(
             if (f"{name}.{key}" if name else key) not in source_of
         ]
         if missing:
+            remedy = "give that too" if missing[0] in parameters else "leave the module out"
             raise ValueError(
                 f"modules_to_save: PEFT stores module {name or 'of the whole model'} as a whole, "
-                f"and {missing[0]} of it is not given; give that too"
+                f"and {missing[0]} of it is not given; {remedy}"
             )
     # PEFT compares the ends of names, dots or not: norm would be input_layernorm as well.
     for module, _ in skeleton.named_modules(remove_duplicate=False):

@@ -46,6 +46,9 @@ def heads_of_task(model: nn.Module) -> list[str]:
 
 
 def _task_type_of_model(model: nn.Module) -> str | None:
+    """None of models of sound or pictures: the classes that PEFT has pass on `input_ids` alone."""
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
     encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return task_type_of(type(model).__name__, encodes)
 

@@ -26,7 +26,8 @@ def unwrapped(name: str) -> str:
 def unwrapped_keys(keys: Iterable[str], place: str = "it") -> dict[str, str]:
     """The keys of an adapter without what wrappers add, each with the key as stored.
 
-    DDP's `module` goes where all keys begin with it, after PEFT's prefix or without one.
+    DDP's `module` goes where all keys begin with it, before PEFT's prefix: behind that, it is what
+    some models call a part of theirs.
 
     Args:
         keys: as stored.
@@ -43,9 +44,8 @@ def unwrapped_keys(keys: Iterable[str], place: str = "it") -> dict[str, str]:
                 f"{place} holds {other} and {key}, which are one tensor, {unwrapped(key)}, but for "
                 "what torch's wrappers add to names; delete the one that is out of date"
             )
-    for before in ("", PREFIX):
-        if stored and all(key.startswith(before + _DDP) for key in stored):
-            stored = {before + k.removeprefix(before + _DDP): s for k, s in stored.items()}
+    if stored and all(key.startswith(_DDP + PREFIX) for key in stored):
+        return {key.removeprefix(_DDP): at for key, at in stored.items()}
     return stored
 
 

@@ -160,7 +160,7 @@ def compare_on_text(
 @contextmanager
 def _uncalled(model: PeftModel) -> Iterator[dict[str, None]]:
     """Names of the adapted layers; those that are called within the context go."""
-    layers = {
+    layers: dict[str, Any] = {
         name: module
         for name, module in model.get_base_model().named_modules()
         if isinstance(module, LoraLayer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -17,14 +18,15 @@ from ...models import (
     Checkpoint,
     LinearWeights,
     StoredParameters,
-    heads_of_task,
     is_chosen,
-    layer_depth,
     model_skeleton,
 )
 from .configurations import changed_settings
+from .heads import heads_of_pair, stored_in_neither
 from .other_tensors import OtherTensors, Uncovered
 from .whole_tensors import WholeTensors, whole_tensors
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointPair(LazyMapping[Tensor]):
@@ -83,18 +85,26 @@ class CheckpointPair(LazyMapping[Tensor]):
         )
         self.heads = [
             name
-            for name in [*heads_of_task(skeleton), *_brought_along(before, after)]
+            for name in heads_of_pair(before, after)
             if not is_chosen(name, exclude_modules, "exclude_modules")
             and (target_modules == "all-linear" or not is_chosen(name, target_modules))
         ]
+        absent = stored_in_neither(before, after)
+        if absent:
+            logger.warning(
+                "%s of %s: in neither checkpoint, and left out",
+                ", ".join(absent),
+                type(skeleton).__name__,
+            )
         options: dict[str, Any] = {
             "target_modules": target_modules,
             "exclude_modules": exclude_modules,
-            "whole_modules": self.heads,
+            "whole_modules": [*self.heads, *absent],
         }
         self.base = LinearWeights(before, **options)
         self.names = self.base.names
         self.tuned = LinearWeights(after, **options, longer_modules=slice_modules)
+        self._slice = slice_modules
         self._is_rounding: dict[str, bool] = {}
         for argument, choice in (("exclude", exclude_modules), ("slice", slice_modules)):
             self._check_choice(f"{argument}_modules", choice)
@@ -198,27 +208,19 @@ class CheckpointPair(LazyMapping[Tensor]):
         """Tuned parameters of the heads and of other modules outside the linear layers.
 
         Args:
-            modules: names or endings; "changed" stands for all whose parameters differ, but for
-                biases of the linear layers, which stay uncovered.
+            modules: names or endings; "changed" stands for all whose parameters differ and that
+                PEFT can store: biases of linear layers, and parameters of modules that hold others,
+                stay uncovered.
 
         Raises:
             ValueError: if a name matches none, or a linear layer.
         """
-        changed = {tensor.key.rpartition(".")[0] for tensor in self._changed_if(modules)}
+        changed = [tensor.key for tensor in self._changed] if "changed" in modules else []
         return whole_tensors(
             self.tuned.parameters,
             [ending for ending in modules if ending != "changed"],
             layers=self.names,
-            full_names=[*self.heads, *(changed - set(self.names))],
+            heads=self.heads,
+            changed=changed,
+            slice_modules=self._slice,
         )
-
-    def _changed_if(self, modules: Sequence[str]) -> list[Uncovered]:
-        return self._changed if "changed" in modules else []
-
-
-def _brought_along(base: StoredParameters, tuned: StoredParameters) -> list[str]:
-    """Modules that a tuned model of another class than the base's has beyond it, but for layers."""
-    if type(base.model).__name__ in (getattr(base.model.config, "architectures", None) or ()):
-        return []
-    missing = {name.rpartition(".")[0] for name in tuned.stored_once() if base.stored(name) is None}
-    return sorted(module for module in missing if layer_depth(module) is None)

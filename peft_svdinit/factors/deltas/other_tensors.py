@@ -85,8 +85,8 @@ class OtherTensors:
             seen.add(str(stored[1]))
 
     def _buffers(self) -> list[str]:
-        """Buffers that both checkpoints hold, running means for one."""
-        known = {name for name, _ in self.base.model.named_buffers()}
+        """Buffers that both checkpoints hold, running means for one; no counters."""
+        known = {n for n, buffer in self.base.model.named_buffers() if buffer.is_floating_point()}
         return sorted(known & self.base.shapes.keys() & self.tuned.shapes.keys())
 
     def _match_unknown(self) -> None:
