@@ -105,8 +105,8 @@ def carried(
     summands: dict[str, list[_Summand]] = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.beside):
         having = {i: a.beside[name] for i, a in enumerate(adapters) if name in a.beside}
-        own = [one.kind for one in having.values()]
-        kinds[name] = own[0] if len(set(own)) == 1 else "algorithm"
+        own: set[Kind] = {one.kind for one in having.values()}
+        kinds[name] = own.pop() if len(own) == 1 else "algorithm"
         _refuse_unless_carried(name, kinds[name], having, paths, adapters, weights)
         summands[name] = [
             _Summand(adapters[i].file, one.key, weights[i] * one.factor)

@@ -96,6 +96,9 @@ def test_stock_peft_makes_the_same_of_a_resized_adapter(tmp_path, options):
     for key, tensor in beside.items():
         if "hada_" not in key and "lokr_" not in key:
             assert torch.equal(found[key], tensor)
+    config = json.loads((tmp_path / "r" / CONFIG).read_text())
+    for option in ("bias", "lora_bias", "use_dora", "modules_to_save", "trainable_token_indices"):
+        assert (config[option] or "none") == (options.get(option) or "none")
     names = [name for names in report.as_dict()["carried"].values() for name in names]
     assert {f"base_model.model.{name}" for name in names} <= set(found) and names
 
