@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .. import adapters, factors, linalg, masks
+from .. import adapters, factors, linalg, masks, models
 from .paths import model_source, refuse_file
 
 _DEFAULT_RANK = 16
@@ -121,13 +121,18 @@ def _export_factors(options: ExportOptions, path: str) -> None:
         ranks = {name: _rank_of(file, name, options.energy) for name in file}
     else:
         ranks = _DEFAULT_RANK if options.lora_r is None else options.lora_r
+    architecture = file.metadata.source.get("architecture")
+    skeleton = models.model_skeleton(base, architecture=architecture) if base else None
+    # Without a base there is nothing to tell which heads the adapter would have to store.
+    causal = not architecture or models.task_type_of(architecture, False) == "CAUSAL_LM"
     exported = adapters.export_adapter(
         file,
         ranks,
         options.output_dir,
+        task_type="auto" if base or causal else None,
         base_model_name_or_path=base or file.metadata.base_model_name_or_path,
         base_model_revision=None if base else file.metadata.base_model_revision,
-        base=base,
+        base=skeleton,
         split=options.split,
         dtype=options.dtype or "float32",
         uniform=options.uniform_rank,

@@ -226,7 +226,7 @@ def _factors(pair: factors.CheckpointPair, rule: factors.RankRule, options: Extr
         metadata = factors.FactorsMetadata(
             base_model_name_or_path=options.base,
             base_model_revision=options.base_revision,
-            source={"kind": "checkpoints"},
+            source=pair.source,
             method="auto",
             seed=options.seed,
         )

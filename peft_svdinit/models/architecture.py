@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .weights import is_plain
+
 
 @dataclass(frozen=True)
 class LinearModule:
@@ -31,6 +33,7 @@ def model_skeleton(
     argument: str = "base",
     *,
     tuned: str | os.PathLike | None = None,
+    architecture: str | None = None,
 ) -> nn.Module:
     """The model of a checkpoint folder on the meta device: names and shapes, no memory.
 
@@ -40,13 +43,16 @@ def model_skeleton(
         tuned: folder of a model fine-tuned from it. Where that is of another class of the same
             type, a classifier trained from a causal model say, or has other labels, the skeleton
             is of its class and has its labels.
+        architecture: class of transformers to take in place of the one that the folder names.
 
     Raises:
         ValueError: if it has no configuration, or that names no architecture of transformers.
     """
     config = _configuration(path_or_id, argument)
-    architecture = _architecture(config)
-    if architecture is None:
+    if architecture is not None:
+        config.architectures = [architecture]
+    kind = _architecture(config)
+    if kind is None:
         raise ValueError(
             f"{argument}: {os.fspath(path_or_id)}: config.json names no architecture that "
             f"transformers {transformers.__version__} knows (architectures: "
@@ -55,11 +61,11 @@ def model_skeleton(
     if tuned is not None and (Path(tuned) / "config.json").is_file():
         after = _configuration(tuned, "tuned")
         if type(after) is type(config):
-            architecture = _architecture(after) or architecture
+            kind = _architecture(after) or kind
             if after.num_labels != config.num_labels:
                 config.num_labels = after.num_labels
     with torch.device("meta"):
-        return architecture(config)
+        return kind(config)
 
 
 def _configuration(path_or_id: str | os.PathLike, argument: str) -> Any:
@@ -116,7 +122,8 @@ def linear_modules(
 
 def _maps_rows(module: nn.Linear) -> bool:
     """Whether it does what nn.Linear does: a router may be one by class, and give more."""
-    if type(module).forward is nn.Linear.forward:
+    # A quantised layer is one, and running it may repack its weight.
+    if type(module).forward is nn.Linear.forward or not is_plain(module.weight):
         return True
     try:
         with torch.no_grad():

@@ -133,3 +133,19 @@ def test_a_fine_tune_saved_with_the_names_of_a_compiled_model_is_read(tmp_path):
     found = merged(tmp_path, architecture)
     for name, tensor in tensors.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=0)
+
+
+def test_factors_are_exported_for_the_class_that_they_are_of(tmp_path):
+    tuned_pair(tmp_path, "LlamaForSequenceClassification", "LlamaForCausalLM")
+    pair = ["--base", str(tmp_path / "base"), "--tuned", str(tmp_path / "tuned")]
+    made = ["--save_as", "factors", "--rank", "4", "--lora_r", "2", "--plots", "false"]
+    main(["extract", *pair, *made, "--output_dir", str(tmp_path / "factors")])
+    for base in ([], ["--base", str(tmp_path / "base")]):
+        given = ["--factors", str(tmp_path / "factors"), "--lora_r", "2", *base]
+        main(["export", *given, "--output_dir", str(tmp_path / "adapter")])
+        config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+        assert config["task_type"] is None
+        model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / "base", num_labels=2
+        )
+        assert PeftModel.from_pretrained(model, str(tmp_path / "adapter"))

@@ -143,7 +143,8 @@ def test_factors_of_a_pair_are_the_truncated_deltas_with_their_exact_norms(
         assert torch.equal(extraction.base_samples[name], pair.base.sample(name))
     metadata = extraction.metadata
     assert metadata.base_model_name_or_path == "tiny"
-    assert (metadata.source, metadata.method, metadata.seed) == ({"kind": "checkpoints"}, method, 0)
+    source = {"kind": "checkpoints", "architecture": type(tiny_model(architecture)).__name__}
+    assert (metadata.source, metadata.method, metadata.seed) == (source, method, 0)
 
 
 def test_extracting_twice_gives_equal_bits_and_leaves_the_global_random_state(tmp_path):

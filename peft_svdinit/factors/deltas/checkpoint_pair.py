@@ -125,6 +125,11 @@ class CheckpointPair(LazyMapping[Tensor]):
         base, tuned = self._folders
         return model_skeleton(base, tuned=tuned)
 
+    @property
+    def source(self) -> dict[str, Any]:
+        """What factors of this pair say of where they come from."""
+        return {"kind": "checkpoints", "architecture": type(self.base.parameters.model).__name__}
+
     def _check_choice(self, argument: str, choice: str | Sequence[str]) -> None:
         before, after = self.base.parameters, self.tuned.parameters
         keys = {*before.tied_to, *before.shapes, *after.shapes}

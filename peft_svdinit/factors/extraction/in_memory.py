@@ -104,7 +104,7 @@ def factors_of_checkpoints(
         logger.warning("%s", remark)
     metadata = FactorsMetadata(
         base_model_name_or_path=base_model_name_or_path,
-        source={"kind": "checkpoints"},
+        source=pair.source,
         method=method,
         seed=seed,
     )
