@@ -168,6 +168,9 @@ def test_adapters_that_train_other_tokens_are_refused(tmp_path):
     (tmp_path / "b" / CONFIG).write_text(json.dumps(config))
     with pytest.raises(ValueError, match="trainable_token_indices differ"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+    (tmp_path / "b" / CONFIG).write_text(json.dumps(config | {"bias": "some"}))
+    with pytest.raises(ValueError, match=r"bias must be one of none, lora_only, all, got 'some'"):
+        resize([tmp_path / "b"], tmp_path / "r", ALL)
 
 
 def test_a_mask_is_of_the_factors_alone(tmp_path, caplog):

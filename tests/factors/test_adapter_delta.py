@@ -48,6 +48,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 LAYER = "model.layers.0.self_attn.q_proj"
+# What helps against an update that is no product.
+MERGED, AS_IT_IS = "svdinit extract --base BASE --tuned MERGED", "use it with PEFT as it is"
 KEY_A, KEY_B = (f"base_model.model.{LAYER}.lora_{part}.weight" for part in "AB")
 
 
@@ -168,24 +170,23 @@ def test_a_pissa_adapter_is_read_once_peft_has_converted_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
+    ("option", "value", "remedy"),
     [
-        ("use_dora", True),
-        ("use_bdlora", {"target_modules_bd_a": ["q_proj"]}),
-        ("use_qalora", True),
-        ("alora_invocation_tokens", [1, 2]),
-        ("arrow_config", {"top_k": 3}),
-        ("kasa_config", {"beta": 1.0}),
-        ("monteclora_config", {"samples": 2}),
-        ("velora_config", {"groups": 2}),
-        ("lora_bias", True),
-        ("target_parameters", ["mlp.experts.gate_up_proj"]),
-        ("layer_replication", [[0, 2], [1, 2]]),
+        ("use_dora", True, MERGED),
+        ("use_bdlora", {"target_modules_bd_a": ["q_proj"]}, MERGED),
+        ("use_qalora", True, AS_IT_IS),
+        ("alora_invocation_tokens", [1, 2], AS_IT_IS),
+        ("arrow_config", {"top_k": 3}, AS_IT_IS),
+        ("kasa_config", {"beta": 1.0}, MERGED),
+        ("monteclora_config", {"samples": 2}, MERGED),
+        ("velora_config", {"groups": 2}, MERGED),
+        ("target_parameters", ["mlp.experts.gate_up_proj"], AS_IT_IS),
+        ("layer_replication", [[0, 2], [1, 2]], AS_IT_IS),
     ],
 )
-def test_an_effect_beyond_the_product_is_refused_by_the_name_of_the_option(folder, option, value):
+def test_an_effect_beyond_the_product_is_refused_by_its_option(folder, option, value, remedy):
     edit_config(folder, **{option: value})
-    with pytest.raises(ValueError, match=rf"adapter: .*uses {option}, .*svdinit extract --base"):
+    with pytest.raises(ValueError, match=rf"adapter: .*uses {option}, .*{remedy}"):
         LoraAdapter(folder)
 
 
@@ -219,6 +220,18 @@ def test_embeddings_are_refused_by_the_name_of_the_tensor(tmp_path):
         LoraAdapter(tmp_path)
 
 
+def test_convolutions_are_refused_with_what_helps(folder):
+    edit_weights(
+        folder,
+        lambda tensors: tensors.update(
+            {key: tensors[key][..., None, None].contiguous() for key in (KEY_A, KEY_B)}
+        ),
+    )
+    message = f"layer {LAYER} is a convolution; only linear layers .*{MERGED}.*--modules_to_save"
+    with pytest.raises(ValueError, match=message):
+        LoraAdapter(folder)
+
+
 @pytest.mark.parametrize(
     ("options", "left_out"),
     [
@@ -228,6 +241,7 @@ def test_embeddings_are_refused_by_the_name_of_the_tensor(tmp_path):
             {"trainable_token_indices": [1, 5]},
             ["model.embed_tokens.token_adapter.trainable_tokens_delta"],
         ),
+        ({"target_modules": [LAYER], "lora_bias": True}, [f"{LAYER}.lora_B.bias"]),
     ],
 )
 def test_what_lies_beside_the_factors_is_left_out_and_named(tmp_path, caplog, options, left_out):

@@ -145,7 +145,7 @@ def carried_over(adapters: Sequence[StoredAdapter], names: Collection[str]) -> d
     layers are listed by name. Options of the tensors beside the factors go along.
 
     Raises:
-        ValueError: if the adapters train other tokens.
+        ValueError: if the adapters train other tokens, or an option is unknown to PEFT.
     """
     configs = [adapter.config for adapter in adapters]
     first = configs[0]
@@ -180,5 +180,9 @@ def _for_beside(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "use_dora": any(config.get("use_dora") for config in configs),
         "lora_bias": any(config.get("lora_bias") for config in configs),
     }
-    bias = max((config.get("bias", "none") for config in configs), key=_BIASES.index)
-    return {"bias": bias} | {option: value for option, value in options.items() if value}
+    biases = [config.get("bias", "none") for config in configs]
+    for bias in biases:
+        if bias not in _BIASES:
+            raise ValueError(f"adapters: bias must be one of {', '.join(_BIASES)}, got {bias!r}")
+    options["bias"] = max(biases, key=_BIASES.index)
+    return {option: value for option, value in options.items() if value}

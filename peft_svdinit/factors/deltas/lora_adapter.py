@@ -34,23 +34,30 @@ _MERGED_CHECKPOINT = (
     "merge it into its base by PEFT's merge_and_unload, save that, and extract the delta of the "
     "two: svdinit extract --base BASE --tuned MERGED"
 )
-# Of the update of a layer that is scaling * B @ A and one tensor more, the tensor's end.
-_ADDED_TO_THE_PRODUCT = {"use_dora": ".lora_magnitude_vector", "lora_bias": ".lora_B.bias"}
-# Options under which the update of a layer is more than scaling * B @ A.
-_BEYOND_THE_PRODUCT = (
-    *_ADDED_TO_THE_PRODUCT,
-    "use_bdlora",
+_LINEAR_ONLY = (
+    f"only linear layers are supported: {_MERGED_CHECKPOINT}, with --modules_to_save for "
+    "embeddings and convolutions"
+)
+# Options whose adapters PEFT cannot merge, or whose merged weights no linear layer holds.
+_NEVER_MERGED = (
     "use_qalora",
     "alora_invocation_tokens",
     "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
     "target_parameters",
     "layer_replication",
 )
+# Options under which the update of a weight is not scaling * B @ A.
+_BEYOND_THE_PRODUCT = (
+    "use_dora",
+    "use_bdlora",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    *_NEVER_MERGED,
+)
 # Options whose tensors lie beside the factors, and say nothing of scaling * B @ A.
-_BESIDE = ("modules_to_save", "trainable_token_indices")
+_BESIDE = ("modules_to_save", "trainable_token_indices", "lora_bias")
+_MAGNITUDE, _BIAS = ".lora_magnitude_vector", ".lora_B.bias"
 # Initialisations that moved the base weight: B @ A is then no delta of the original base.
 INITS_MOVING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -63,7 +70,7 @@ def options_beyond_the_product(config: Mapping[str, Any]) -> list[str]:
 
 def product_alone(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration without the options whose tensors lie beside the factors."""
-    return {**config, **{option: None for option in _BESIDE if option in config}, "bias": "none"}
+    return {**config, **{option: None for option in _BESIDE if config.get(option)}, "bias": "none"}
 
 
 @dataclass(frozen=True)
@@ -94,16 +101,16 @@ class LoraAdapter(LazyMapping[LoraProduct]):
     """Read-only, lazy view of a saved PEFT LoRA adapter: module name to `LoraProduct`.
 
     Names are without what torch's wrappers add, such as `_orig_mod` of torch.compile. Tensors that
-    lie beside the factors, such as embeddings and modules saved whole, are no part of it.
+    lie beside the factors, such as modules saved whole and biases of lora_B, are no part of it.
 
     Args:
         path_or_id: a folder or Hub repository with `adapter_config.json` and
             `adapter_model.safetensors`.
         revision: branch, tag or commit of the Hub repository.
         argument: by which the user gave it; the messages of errors begin with it.
-        with_beside: whether the caller takes what is `beside` too: DoRA's magnitudes and the biases
-            of lora_B are accepted then, without which scaling * B @ A is not the update. If not, a
-            warning names what is left out.
+        with_beside: whether the caller takes what is `beside` too: DoRA's magnitudes are accepted
+            then, without which scaling * B @ A is not the update. If not, a warning names what is
+            left out.
 
     Attributes:
         config: `adapter_config.json`, which means the layers by names without wrappers.
@@ -113,8 +120,8 @@ class LoraAdapter(LazyMapping[LoraProduct]):
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: if the adapter is no LoRA, stores a pickle, is truncated, or has layers whose
-            update B @ A does not express (DoRA, biases of lora_B, embeddings, convolutions,
-            initialisations that mutate the base), or two that are one but for wrappers.
+            update B @ A does not express (DoRA, embeddings, convolutions, initialisations that
+            mutate the base), or two that are one but for wrappers.
     """
 
     def __init__(
@@ -161,12 +168,14 @@ class LoraAdapter(LazyMapping[LoraProduct]):
         for key in ("rank_pattern", "alpha_pattern"):
             if not isinstance(config.get(key) or {}, dict):
                 raise ValueError(f"{self.argument}: {path} has {key} {config[key]!r}, no mapping")
-        taken = _ADDED_TO_THE_PRODUCT if self._with_beside else ()
+        taken = ("use_dora",) if self._with_beside else ()
         beyond = [one for one in _BEYOND_THE_PRODUCT if config.get(one) and one not in taken]
         if beyond:
+            lost = any(option in _NEVER_MERGED for option in beyond)
+            remedy = "no LoRA of linear layers does the same: use it with PEFT as it is"
             raise ValueError(
                 f"{place} uses {', '.join(beyond)}, so that its effect is not scaling * B @ A; "
-                f"{_MERGED_CHECKPOINT}"
+                f"{remedy if lost else _MERGED_CHECKPOINT}"
             )
         start = config.get("init_lora_weights", True)
         if isinstance(start, str) and start.lower().startswith(INITS_MOVING_BASE):
@@ -189,11 +198,12 @@ class LoraAdapter(LazyMapping[LoraProduct]):
             if not (key.endswith(_SUFFIX_A) and key.startswith(PREFIX)):
                 raise ValueError(
                     f"it holds {key}, which is not one of a pair lora_A, lora_B of a linear layer; "
-                    f"only linear layers are supported: {_MERGED_CHECKPOINT}, with "
-                    "--modules_to_save for embeddings"
+                    f"{_LINEAR_ONLY}"
                 )
             name = key.removeprefix(PREFIX).removesuffix(_SUFFIX_A)
             partner = shapes.get(lora_key(name, "B"))
+            if partner is not None and len(shape) == len(partner) > 2:
+                raise ValueError(f"layer {name} is a convolution; {_LINEAR_ONLY}")
             if partner is None or len(shape) != 2 or len(partner) != 2 or partner[1] != shape[0]:
                 raise ValueError(
                     f"lora_A {shape} and lora_B {partner} of layer {name} do not form a product of "
@@ -210,9 +220,9 @@ class LoraAdapter(LazyMapping[LoraProduct]):
         return sorted(names, key=natural_order)
 
     def _is_beside(self, key: str) -> bool:
-        if key.endswith(tuple(_ADDED_TO_THE_PRODUCT.values())):
+        if key.endswith(_MAGNITUDE):
             return self._with_beside
-        return not any(part.startswith("lora_") for part in key.split("."))
+        return key.endswith(_BIAS) or not any(part.startswith("lora_") for part in key.split("."))
 
     def _config_without_wrappers(self) -> dict[str, Any]:
         patterns = {}
