@@ -70,6 +70,30 @@ def test_base_and_adapter_are_the_tuned_model(tuned, base, labels, choice, tmp_p
         torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("tuned", "base", "module"),
+    [
+        ("BertForMaskedLM", "BertModel", "cls.predictions"),
+        ("RobertaForMaskedLM", "RobertaModel", "lm_head"),
+        ("ViTForMaskedImageModeling", "ViTModel", "vit.embeddings"),
+        ("SegformerForSemanticSegmentation", "SegformerForImageClassification", "batch_norm"),
+    ],
+)
+def test_what_cannot_be_stored_is_left_out_as_the_message_says(
+    tuned, base, module, tmp_path, capsys
+):
+    architecture = tuned_pair(tmp_path, tuned, base)
+    with pytest.raises(SystemExit):
+        extract(tmp_path)
+    error = capsys.readouterr().err
+    assert f"can leave {module} out" in error or f"{module} as a whole" in error
+    extract(tmp_path, "--exclude_modules", module)
+    found = merged(tmp_path, architecture)
+    for name, tensor in architecture.from_pretrained(tmp_path / "tuned").state_dict().items():
+        if module not in name and "mask_token" not in name:
+            torch.testing.assert_close(found[name].float(), tensor.float(), atol=1e-4, rtol=0)
+
+
 def test_a_model_of_sound_gets_no_task_type_that_passes_on_tokens_alone(tmp_path):
     architecture = tuned_pair(tmp_path, *["WhisperForConditionalGeneration"] * 2)
     extract(tmp_path)

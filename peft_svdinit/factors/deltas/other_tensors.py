@@ -74,6 +74,8 @@ class OtherTensors:
                 continue
             if stored[1] is not None and is_within(name, self._heads) and stored[0] is None:
                 self.replaced.append(name)
+            elif None in stored and self._excluded_by_tie(name):
+                continue
             elif None in stored:
                 has, lacks = self.arguments[:: 1 if stored[1] is None else -1]
                 raise ValueError(
@@ -103,6 +105,14 @@ class OtherTensors:
                     "lacks: another architecture? "
                     f"exclude_modules can leave {key.rpartition('.')[0]} out"
                 )
+
+    def _excluded_by_tie(self, name: str) -> bool:
+        tied_to = self.base.tied_to
+        return any(
+            self._excluded(other)
+            for other, first in tied_to.items()
+            if first == tied_to.get(name, name)
+        )
 
     def _excluded(self, name: str) -> bool:
         return is_chosen(name.rpartition(".")[0], self._exclude)
