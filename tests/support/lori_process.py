@@ -7,7 +7,6 @@ of a DeepSpeed configuration. Each process leaves `report-<rank>.json`, the firs
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from stages.processes import leave_process_group
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -81,5 +80,4 @@ if __name__ == "__main__":
     resuming = "--resume" in given
     given = [argument for argument in given if argument != "--resume"]
     main(Path(given[0]), int(given[1]), given[2] if len(given) > 2 else None, resuming)
-    gc.collect()
-    PartialState().destroy_process_group()
+    leave_process_group()

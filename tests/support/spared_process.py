@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from stages.processes import leave_process_group
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from peft_svdinit import LoriConfig
@@ -62,3 +63,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave_process_group()
