@@ -11,16 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..factors import MERGED_CHECKPOINT
 from ..files import TensorFile
 from .formats.beside import Beside, Kind, some
 from .formats.stored import StoredAdapter
 
 logger = logging.getLogger(__name__)
 
-_MERGED_CHECKPOINT = (
-    "make it a LoRA first: merge it into its base by PEFT's merge_and_unload, save that, and "
-    "extract the delta of the two: svdinit extract --base BASE --tuned MERGED"
-)
 _WORDS: dict[Kind, str] = {
     "whole": "takes the place of a tensor of the base",
     "unknown": "is of a meaning that is not known here",
@@ -161,7 +158,7 @@ def _refuse_unless_carried(
     elif kind in ("magnitude", "algorithm"):
         raise ValueError(
             f"adapters: {name} in {owners} {_WORDS[kind]}; "
-            f"{alone if single else _MERGED_CHECKPOINT}"
+            f"{alone if single else f'make it a LoRA first: {MERGED_CHECKPOINT}'}"
         )
     elif len(having) < len(adapters) or not _equal(name, having, adapters):
         where = f"is in {owners} only"

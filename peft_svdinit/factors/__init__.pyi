@@ -1,6 +1,7 @@
 from .deltas.checkpoint_pair import CheckpointPair as CheckpointPair
 from .deltas.lora_adapter import INITS_MOVING_BASE as INITS_MOVING_BASE
 from .deltas.lora_adapter import LORI_CONFIG as LORI_CONFIG
+from .deltas.lora_adapter import MERGED_CHECKPOINT as MERGED_CHECKPOINT
 from .deltas.lora_adapter import SIDECAR_NAME as SIDECAR_NAME
 from .deltas.lora_adapter import LoraAdapter as LoraAdapter
 from .deltas.lora_adapter import LoraProduct as LoraProduct

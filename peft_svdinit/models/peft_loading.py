@@ -32,10 +32,10 @@ def refused_layers(model: nn.Module, names: Collection[str]) -> list[str]:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 
-    refused = []
+    config, refused = LoraConfig(), []
     for name in names:
         try:
-            _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
+            _check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])
         except ValueError:
             refused.append(name)
     return refused

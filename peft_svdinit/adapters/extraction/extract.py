@@ -122,7 +122,7 @@ def extract_adapter(
             written,
             base_model_name_or_path=base_model_name_or_path,
             base_model_revision=base_model_revision,
-            base=pair.skeleton(),
+            base=pair.base.parameters.model,
             split=form.split,
             dtype=form.dtype,
             uniform=rule.uniform,

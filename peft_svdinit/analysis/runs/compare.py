@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ...training import Run
 from .fairness import fairness_warnings
 from .paired_tables import PairedTable, paired_tables
-from .reading import EVAL_LOSS, read_trial
+from .reading import EVAL_LOSS, is_evaluation_loss, read_trial
 from .summaries import MethodSummary, summarise
 from .sweeps import Sweep, read_sweeps
 from .trials import Trial
@@ -71,7 +71,7 @@ def compare_runs(
     """
     if not runs:
         raise ValueError("runs must hold at least the reference's run, got none")
-    if not (metric.startswith("eval_") and metric.endswith("loss")):
+    if not is_evaluation_loss(metric):
         raise ValueError(
             f"metric must be an evaluation loss, eval_loss or eval_<set>_loss, got {metric!r}"
         )

@@ -6,10 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from ...training import Run
+from ...training import EVAL_PREFIX, Run
 from .trials import Budget, Evaluation, Teacher, TeacherKind, Trial
 
 EVAL_LOSS = "eval_loss"
+
+
+def is_evaluation_loss(name: str) -> bool:
+    """Whether a logged number is `eval_loss`, or `eval_<set>_loss` of one of several sets."""
+    return name.startswith(EVAL_PREFIX) and name.endswith("_loss")
 
 
 def read_trial(run: Run, metric: str = EVAL_LOSS) -> Trial:
@@ -61,7 +66,7 @@ def read_trial(run: Run, metric: str = EVAL_LOSS) -> Trial:
 def _losses(log: Sequence[Mapping[str, Any]]) -> list[str]:
     """The evaluation losses that were logged."""
     logged = {name for row in log for name, value in row.items() if value is not None}
-    return sorted(name for name in logged if name.startswith("eval_") and name.endswith("_loss"))
+    return sorted(filter(is_evaluation_loss, logged))
 
 
 def _evaluations(log: Sequence[Mapping[str, Any]], metric: str) -> tuple[Evaluation, ...]:

@@ -30,12 +30,12 @@ from ..low_rank import LowRankFactors
 logger = logging.getLogger(__name__)
 
 _SUFFIX_A, _SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
-_MERGED_CHECKPOINT = (
+MERGED_CHECKPOINT = (
     "merge it into its base by PEFT's merge_and_unload, save that, and extract the delta of the "
     "two: svdinit extract --base BASE --tuned MERGED"
 )
 _LINEAR_ONLY = (
-    f"only linear layers are supported: {_MERGED_CHECKPOINT}, with --modules_to_save for "
+    f"only linear layers are supported: {MERGED_CHECKPOINT}, with --modules_to_save for "
     "embeddings and convolutions"
 )
 # Options whose adapters PEFT cannot merge, or whose merged weights no linear layer holds.
@@ -175,7 +175,7 @@ class LoraAdapter(LazyMapping[LoraProduct]):
             remedy = "no LoRA of linear layers does the same: use it with PEFT as it is"
             raise ValueError(
                 f"{place} uses {', '.join(beyond)}, so that its effect is not scaling * B @ A; "
-                f"{remedy if lost else _MERGED_CHECKPOINT}"
+                f"{remedy if lost else MERGED_CHECKPOINT}"
             )
         start = config.get("init_lora_weights", True)
         if isinstance(start, str) and start.lower().startswith(INITS_MOVING_BASE):
