@@ -26,12 +26,23 @@ ROOMS: dict[str, set[str]] = {
     "masks": {"factors", "files", "models"},
     "optim": {"factors", "files", "models"},
     "analysis": {"linalg", "files", "models", "training", "factors", "masks"},
+    "low_rank": {"linalg", "files", "models", "factors", "optim"},
     "tuner": {"files", "models", "factors", "masks", "optim"},
     "adapters": {"linalg", "files", "models", "factors", "masks", "analysis"},
     "cli": {"linalg", "files", "models", "training", "factors", "masks", "analysis", "adapters"},
 }
 # Rooms that work without PEFT.
-WITHOUT_PEFT = ("linalg", "files", "models", "training", "factors", "masks", "optim", "analysis")
+WITHOUT_PEFT = (
+    "linalg",
+    "files",
+    "models",
+    "training",
+    "factors",
+    "masks",
+    "optim",
+    "analysis",
+    "low_rank",
+)
 # Files of this many lines hold more than one idea.
 LONGEST, MEDIAN, EQUAL_LINES = 350, 150, 6
 

@@ -43,11 +43,15 @@ from .sources.gradient import gradient_factors as gradient_factors
 from .sources.line_search import LineSearch as LineSearch
 from .sources.line_search import line_search as line_search
 from .sources.lora_ga import lora_ga_factors as lora_ga_factors
+from .sources.shared_inputs import input_covariances as input_covariances
 from .sources.targets import base_samples as base_samples
+from .sources.targets import held_batches as held_batches
+from .sources.targets import named_layers as named_layers
 from .sources.weight import PARTS as PARTS
 from .sources.weight import Part as Part
 from .sources.weight import WeightFactors as WeightFactors
 from .sources.weight import WeightSource as WeightSource
+from .sources.weight import part_of_weight as part_of_weight
 from .sources.weight import weight_factors as weight_factors
 from .spectrum import ROUNDING as ROUNDING
 from .spectrum import HasSpectrum as HasSpectrum

@@ -4,3 +4,9 @@ from .adam_moments import keeps_moments as keeps_moments
 from .adam_moments import load_moments as load_moments
 from .adam_moments import lora_parameters as lora_parameters
 from .adam_moments import save_moments as save_moments
+from .replaced import STATE_HANDLINGS as STATE_HANDLINGS
+from .replaced import Moments as Moments
+from .replaced import Moved as Moved
+from .replaced import StateHandling as StateHandling
+from .replaced import check_can_carry as check_can_carry
+from .replaced import replace_parameters_ as replace_parameters_

@@ -1,0 +1,140 @@
+"""Which layers of a model may be switched to low rank, and why others may not."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..models import base_weight, is_chosen, is_plain, is_within, linear_modules
+from .layer import LowRankLinear
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that may be switched, dense or of low rank already.
+
+    Attributes:
+        name: its full module name.
+        module: an nn.Linear, a Conv1D or a LowRankLinear.
+        shape: (out, in).
+    """
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        """in · out."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def break_even(self) -> float:
+        """The rank from which on two thin matrices cost as much as the dense one."""
+        return self.size / sum(self.shape)
+
+    def weight(self):
+        """The dense layer's weight as an (out, in) copy in float32."""
+        return base_weight(self.module, self.name, transposed=isinstance(self.module, Conv1D))
+
+
+def candidates(
+    model: nn.Module,
+    target_modules: str | Sequence[str] = "all-linear",
+    exclude_modules: str | Sequence[str] = (),
+) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """The dense linear layers that may be switched by name, and the reasons of the others.
+
+    Of "all-linear" that is all that lies within the base model (`model.base_model`): the heads
+    around it stay dense. A layer outside is taken if it is named.
+
+    Raises:
+        ValueError: if the model carries an adapter, holds low-rank layers already, no layer
+            matches, or one that is named cannot be switched.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"model is a {type(model).__name__} that carries an adapter; merge it, or switch the "
+            "base model before it gets one"
+        )
+    low = low_rank_layers(model)
+    if low:
+        raise ValueError(
+            f"model is of low rank already: {next(iter(low))} and {len(low) - 1} other layers are; "
+            "shrink_ lowers their ranks"
+        )
+    found = linear_modules(model, target_modules)
+    named = target_modules != "all-linear"
+    ties = _tied_to(model)
+    body = _base_model_name(model)
+    chosen: dict[str, Candidate] = {}
+    reasons: dict[str, str] = {}
+    for name, linear in found.items():
+        module = model.get_submodule(name)
+        reason = None
+        if exclude_modules and is_chosen(name, exclude_modules, "exclude_modules"):
+            reason = "excluded"
+        elif name in ties:
+            reason = f"its weight is tied to {ties[name]}"
+        elif not _is_stock(module):
+            reason = (
+                f"a {type(module).__name__} with a weight of {module.weight.dtype} is not dense"
+            )
+        elif not named and body and not is_within(name, [body]):
+            reason = "a head, outside the base model"
+        if reason is None:
+            chosen[name] = Candidate(name, module, (linear.out_features, linear.in_features))
+        elif named and reason != "excluded":
+            raise ValueError(f"target_modules: {name} cannot be of low rank: {reason}")
+        else:
+            reasons[name] = reason
+    if not chosen:
+        raise ValueError(
+            f"no layer of {type(model).__name__} is left to be switched: "
+            + "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4])
+        )
+    return chosen, reasons
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The layers of low rank by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+
+
+def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` is held, for a module may be shared by several parents."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new)
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Whether forward and weight are those of a dense layer, whatever the class is called."""
+    forward = type(module).forward
+    known = forward is nn.Linear.forward or forward is Conv1D.forward
+    return known and is_plain(module.weight)  # pyright: ignore[reportArgumentType]
+
+
+def _tied_to(model: nn.Module) -> dict[str, str]:
+    """Modules whose weight another module holds as well, with that one's name."""
+    holders: defaultdict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)].append(name)
+    return {
+        name: next(other for other in names if other != name)
+        for names in holders.values()
+        if len(set(names)) > 1
+        for name in names
+    }
+
+
+def _base_model_name(model: nn.Module) -> str:
+    """The attribute that holds the model without its heads, "" where it has none."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""

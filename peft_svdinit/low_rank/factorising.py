@@ -1,0 +1,174 @@
+"""Dense layers of a model become layers of low rank, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..factors import held_batches, input_covariances, named_layers
+from ..models import base_weight
+from ..optim import Moments, Moved
+from .approximation import Approximation, RowNormalise, approximation
+from .basis import split
+from .candidates import candidates, low_rank_layers, replace_module_
+from .layer import LowRankLinear
+from .plan import LowRankPlan
+from .saving import save_dense_
+
+
+@dataclass(frozen=True)
+class Switched:
+    """One layer that became of low rank.
+
+    Attributes:
+        name: its full name.
+        layer: what took its place.
+        error: ‖W − U Vh‖_F / ‖W‖_F.
+        moved: the weight and the parameters in its place, for the optimizer.
+    """
+
+    name: str
+    layer: LowRankLinear
+    error: float
+    moved: Moved
+
+
+@torch.no_grad()
+def factorize_(
+    model: nn.Module,
+    plan: LowRankPlan,
+    *,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    row_normalise: RowNormalise = "none",
+    train_norms: bool = False,
+    memory_gb: float = 4.0,
+) -> list[Switched]:
+    """Put layers of low rank in the place of those that the plan names, in place.
+
+    Biases stay the parameters that they are, and factors have the dtype and device of the weight. A
+    `save_pretrained` of the model writes an ordinary dense checkpoint from now on, with the factors
+    beside it (see `load_low_rank`).
+
+    Args:
+        model: a dense model; its optimizer has to be told (`peft_svdinit.optim`).
+        plan: layers and ranks.
+        batches: mappings of the model's arguments. With them each layer is approximated in what it
+            computes on their inputs, without them in its entries. Weights of pretrained models are
+            of nearly full rank: give them a few batches.
+        row_normalise: "norms" or "sums" weigh rows by their size, see `approximation`.
+        train_norms: keep D and S as parameters of their own in place of folding them into U and Vh.
+        memory_gb: limit of the second moments held at a time, with `batches`.
+
+    Raises:
+        ValueError: if the plan is not for this model, the model is of low rank already or carries
+            an adapter, a layer is tied to another, or an option is unknown. Nothing is changed.
+        RuntimeError: if a layer is given no input by the batches.
+
+    Cost: an SVD for each layer; with `batches` a forward pass for each batch too.
+    """
+    plan.check(model)
+    candidates(model, list(plan.layers))
+    layers = plan.layers
+    found: dict[str, Approximation] = {}
+    with tqdm(total=len(layers), desc="Low rank", unit="layer", disable=None) as progress:
+        for name, weight, moments in _weights(model, list(layers), batches, memory_gb):
+            found[name] = approximation(
+                weight, layers[name].rank, moments=moments, row_normalise=row_normalise
+            )
+            progress.update()
+    switched = [_put(model, name, found[name], train_norms) for name in layers]
+    save_dense_(model)
+    return switched
+
+
+@torch.no_grad()
+def densify_(model: nn.Module) -> list[str]:
+    """Put dense layers in the place of all that are of low rank; their names."""
+    layers = low_rank_layers(model)
+    for layer in layers.values():
+        replace_module_(model, layer, layer.dense())
+    return list(layers)
+
+
+def _weights(
+    model: nn.Module,
+    names: list[str],
+    batches: Iterable[Mapping[str, Any]] | None,
+    memory_gb: float,
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """(name, weight as (out, in) in float32, second moments of its inputs or None)."""
+    if batches is None:
+        for name in names:
+            module = model.get_submodule(name)
+            yield name, base_weight(module, name, transposed=isinstance(module, Conv1D)), None
+        return
+    for sharing, moments in input_covariances(
+        model,
+        named_layers(model, names),
+        held_batches(batches),
+        centred=False,
+        positions="attended",
+        memory_gb=memory_gb,
+    ):
+        for layer in sharing:
+            yield layer.name, layer.weight(), moments
+
+
+def _put(model: nn.Module, name: str, found: Approximation, train_norms: bool) -> Switched:
+    module = model.get_submodule(name)
+    weight: nn.Parameter = module.weight  # pyright: ignore[reportAssignmentType]
+    bias: nn.Parameter | None = getattr(module, "bias", None)
+    norms = {}
+    if train_norms:
+        U, Vh = found.U, found.Vh
+        rows = U.new_ones(len(U)) if found.D is None else found.D
+        norms = {"row_norm": _as(rows, weight), "sv_norm": _as(found.S, weight)}
+    else:
+        U, Vh = split(found.U, found.S, found.Vh)
+        U = U if found.D is None else U * found.D[:, None]
+    transposed = isinstance(module, Conv1D)
+    layer = LowRankLinear(_as(U, weight), _as(Vh, weight), bias, **norms, transposed=transposed)
+    layer.train(module.training)
+    replace_module_(model, module, layer)
+    vectors = () if layer.row_norm is None else (layer.row_norm, layer.sv_norm)
+    new = (layer.U, layer.Vh, *vectors)
+
+    def carry(moments: Moments, squared: bool) -> Moments:
+        return _moments_of_factors(layer, moments[0], squared)
+
+    return Switched(name, layer, found.error, Moved(name, (weight,), new, carry, vectors))
+
+
+def _as(tensor: Tensor, weight: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(tensor.to(weight), weight.requires_grad)
+
+
+@torch.no_grad()
+def _moments_of_factors(
+    layer: LowRankLinear, moment: Float[Tensor, "rows cols"], squared: bool
+) -> tuple[Tensor, ...]:
+    """Moments of the gradients of U, Vh (D and S) from one of the gradient G of W.
+
+    ∇U = diag(D) G Vhᵀ diag(S), ∇Vh = (diag(D) U diag(S))ᵀ G, ∇D = rowsum(G ⊙ U S Vh) and
+    ∇S = diag(Uᵀ diag(D) G Vhᵀ).
+    """
+    G = (moment.mT if layer.transposed else moment).float()
+
+    def coefficient(tensor: Tensor) -> Tensor:
+        wide = tensor.detach().float()
+        return wide.square() if squared else wide
+
+    of_U, of_Vh = G @ coefficient(layer.Vh).mT, coefficient(layer.left).mT @ G
+    if layer.row_norm is None or layer.sv_norm is None:
+        return of_U, of_Vh
+    D, S = coefficient(layer.row_norm), coefficient(layer.sv_norm)
+    inner = coefficient((layer.U * layer.sv_norm) @ layer.Vh)
+    of_S = (D[:, None] * of_U * coefficient(layer.U)).sum(dim=0)
+    return D[:, None] * of_U * S, of_Vh, (G * inner).sum(dim=1), of_S

@@ -1,0 +1,82 @@
+"""A product of two matrices that is formed when its entries are asked for, and only then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+# What models ask of a weight that they do not multiply by: none of it needs an entry.
+_DESCRIPTIONS = {
+    getter.__get__
+    for getter in (
+        torch.Tensor.dtype,
+        torch.Tensor.device,
+        torch.Tensor.shape,
+        torch.Tensor.requires_grad,
+        torch.Tensor.is_cuda,
+        torch.Tensor.is_meta,
+        torch.Tensor.ndim,
+        torch.Tensor.layout,
+    )
+} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point}
+
+
+class ProductOnDemand(torch.Tensor):
+    """Stands in for what `form()` returns; any use but its dtype, device or shape calls that.
+
+    Many models read `layer.weight.dtype` in every forward pass, which is to cost nothing. Whatever
+    is computed with it is computed with the real product, whose gradients reach the factors.
+    """
+
+    form: Callable[[], Tensor]
+
+    @staticmethod
+    def of(form: Callable[[], Tensor], shape: Iterable[int], like: Tensor) -> Tensor:
+        """A stand-in for a tensor of this shape, of the dtype and device of `like`."""
+        if torch.compiler.is_compiling():
+            return form()  # A compiler drops what nobody uses.
+        stand_in = torch.Tensor._make_wrapper_subclass(
+            ProductOnDemand,
+            tuple(shape),
+            dtype=like.dtype,
+            device=like.device,
+            requires_grad=like.requires_grad,
+        )
+        stand_in.form = form
+        return stand_in
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _DESCRIPTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and isinstance(args[0], cls):
+            raise RuntimeError(
+                f"{name} would change a product that nobody keeps; change the U and Vh of the "
+                "LowRankLinear"
+            )
+        args, kwargs = tree_map_only(cls, lambda each: each.form(), (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Callable,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        # Reached only where __torch_function__ is switched off.
+        args, kwargs = tree_map_only(cls, lambda each: each.form(), (args, dict(kwargs or {})))
+        return func(*args, **kwargs)

@@ -1,0 +1,149 @@
+"""Low-rank models on the disk: a dense checkpoint that anybody loads, and the exact factors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..files import resolve_folder
+from ..models import BaseSample, entries_at, first_difference, model_skeleton, sampled_positions
+from .candidates import low_rank_layers, replace_module_
+from .files import PARTS, StoredLayers, remove_files, stored_layers, write_files
+from .layer import LowRankLinear
+from .plan import LowRankPlan, PlannedLayer
+
+
+def save_dense_(model: nn.Module) -> None:
+    """Make `model.save_pretrained` write a dense checkpoint with the factors beside it."""
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained = MethodType(_save_pretrained, model)
+
+
+@torch.no_grad()
+def load_low_rank(
+    path: str | os.PathLike, model: nn.Module | None = None, *, revision: str | None = None
+) -> nn.Module:
+    """The model of a folder or Hub repository with the very layers that it was saved with.
+
+    Args:
+        path: what `save_pretrained` of a low-rank model, or its Trainer, wrote.
+        model: the dense model with the weights of that checkpoint, to be changed in place; by
+            default it is loaded, of the class that `config.json` names.
+        revision: branch, tag or commit of the Hub repository.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or it holds no low-rank layers.
+        ValueError: if a file is damaged, or the layers are of another model or of other weights.
+    """
+    folder = resolve_folder(path, argument="path", revision=revision)
+    with stored_layers(folder, "path") as stored:
+        if model is None:
+            kind: Any = type(model_skeleton(folder, "path"))
+            model = kind.from_pretrained(str(folder))
+        assert model is not None
+        _restore_(model, stored)
+    save_dense_(model)
+    return model
+
+
+def _restore_(model: nn.Module, stored: StoredLayers) -> None:
+    plan = stored.plan
+    plan.check(model)
+    if low_rank_layers(model):
+        raise ValueError("the model is of low rank already; densify_ makes it dense")
+    different = first_difference(
+        (
+            name,
+            entries_at(_dense_weight(model, name), sampled_positions(layer.shape)),
+            BaseSample(stored.sample(name)),
+        )
+        for name, layer in plan.layers.items()
+    )
+    if different:
+        raise ValueError(
+            f"the dense weights do not belong to these factors ({different}): another checkpoint's "
+            "weights were put beside them, or into the model"
+        )
+    for name in plan.layers:
+        module = model.get_submodule(name)
+        weight: nn.Parameter = module.weight  # pyright: ignore[reportAssignmentType]
+        parts = {
+            part: nn.Parameter(tensor.to(weight), weight.requires_grad)
+            for part, tensor in stored.factors(name).items()
+        }
+        layer = LowRankLinear(
+            **parts, bias=getattr(module, "bias", None), transposed=isinstance(module, Conv1D)
+        )
+        replace_module_(model, module, layer.train(module.training))
+
+
+def _dense_weight(model: nn.Module, name: str) -> Tensor:
+    module = model.get_submodule(name)
+    weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+    return weight.mT if isinstance(module, Conv1D) else weight
+
+
+def _save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike,
+    is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """`PreTrainedModel.save_pretrained`, whose options it takes, of dense weights; then the factors.
+
+    A state dict that is given, gathered from shards say, is where weights and factors come from.
+    """
+    state = model.state_dict() if state_dict is None else dict(state_dict)
+    layers = {name: m for name, m in low_rank_layers(model).items() if f"{name}.U" in state}
+    factors = {name: _taken(state, name) for name in layers}
+    dense = {name: _product(factors[name]) for name in layers}
+    for name, layer in layers.items():
+        weight = dense[name]
+        state[f"{name}.weight"] = weight.mT.contiguous() if layer.transposed else weight
+    stock = type(model).save_pretrained
+    stock(model, save_directory, is_main_process=is_main_process, state_dict=state, **kwargs)
+    if not is_main_process:
+        return
+    folder = Path(save_directory)
+    if layers:
+        plan = LowRankPlan(
+            {
+                name: PlannedLayer(parts["Vh"].shape[0], tuple(dense[name].shape))
+                for name, parts in factors.items()
+            }
+        )
+        write_files(folder, plan, factors, dense)
+    elif state:
+        remove_files(folder)
+    if push_to_hub:
+        model.push_to_hub(kwargs.pop("repo_id", folder.name), **_of_upload(kwargs))
+
+
+def _of_upload(options: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("commit_message", "private", "token", "revision", "create_pr", "max_shard_size")
+    return {name: options[name] for name in names if name in options}
+
+
+def _taken(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The factors of a layer, taken out of a state dict."""
+    keys = {part: f"{name}.{part}" for part in PARTS}
+    return {part: state.pop(key).detach() for part, key in keys.items() if key in state}
+
+
+@torch.no_grad()
+def _product(parts: Mapping[str, Tensor]) -> Tensor:
+    """The (out, in) weight, multiplied in float32 and rounded once."""
+    left = parts["U"].float()
+    if "sv_norm" in parts:
+        left = left * parts["sv_norm"].float() * parts["row_norm"].float()[:, None]
+    return (left @ parts["Vh"].float()).to(parts["U"].dtype)
