@@ -81,9 +81,7 @@ def candidates(
         elif name in ties:
             reason = f"its weight is tied to {ties[name]}"
         elif not _is_stock(module):
-            reason = (
-                f"a {type(module).__name__} with a weight of {module.weight.dtype} is not dense"
-            )
+            reason = f"a {type(module).__name__} of {module.weight.dtype} is no dense layer"
         elif not named and body and not is_within(name, [body]):
             reason = "a head, outside the base model"
         if reason is None:

@@ -137,7 +137,7 @@ def _put(model: nn.Module, name: str, found: Approximation, train_norms: bool) -
     layer = LowRankLinear(_as(U, weight), _as(Vh, weight), bias, **norms, transposed=transposed)
     layer.train(module.training)
     replace_module_(model, module, layer)
-    vectors = () if layer.row_norm is None else (layer.row_norm, layer.sv_norm)
+    vectors = tuple(norm for norm in (layer.row_norm, layer.sv_norm) if norm is not None)
     new = (layer.U, layer.Vh, *vectors)
 
     def carry(moments: Moments, squared: bool) -> Moments:

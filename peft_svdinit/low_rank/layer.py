@@ -31,6 +31,8 @@ class LowRankLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    row_norm: nn.Parameter | None
+    sv_norm: nn.Parameter | None
 
     def __init__(
         self,

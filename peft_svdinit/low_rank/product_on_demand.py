@@ -11,18 +11,12 @@ from torch.utils._pytree import tree_map_only
 
 # What models ask of a weight that they do not multiply by: none of it needs an entry.
 _DESCRIPTIONS = {
-    getter.__get__
-    for getter in (
-        torch.Tensor.dtype,
-        torch.Tensor.device,
-        torch.Tensor.shape,
-        torch.Tensor.requires_grad,
-        torch.Tensor.is_cuda,
-        torch.Tensor.is_meta,
-        torch.Tensor.ndim,
-        torch.Tensor.layout,
-    )
-} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point}
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("dtype", "device", "shape", "requires_grad", "ndim", "layout", "is_meta")
+    ),
+    *(getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "is_floating_point")),
+}
 
 
 class ProductOnDemand(torch.Tensor):
@@ -66,8 +60,7 @@ class ProductOnDemand(torch.Tensor):
                 f"{name} would change a product that nobody keeps; change the U and Vh of the "
                 "LowRankLinear"
             )
-        args, kwargs = tree_map_only(cls, lambda each: each.form(), (args, dict(kwargs or {})))
-        return func(*args, **kwargs)
+        return _with_products(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(
@@ -78,5 +71,9 @@ class ProductOnDemand(torch.Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         # Reached only where __torch_function__ is switched off.
-        args, kwargs = tree_map_only(cls, lambda each: each.form(), (args, dict(kwargs or {})))
-        return func(*args, **kwargs)
+        return _with_products(func, args, kwargs)
+
+
+def _with_products(func: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
+    formed: Any = tree_map_only(ProductOnDemand, lambda each: each.form(), (args, kwargs or {}))
+    return func(*formed[0], **formed[1])

@@ -99,7 +99,7 @@ def _save_pretrained(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """`PreTrainedModel.save_pretrained`, whose options it takes, of dense weights; then the factors.
+    """As `PreTrainedModel.save_pretrained`, of dense weights, with the factors beside them.
 
     A state dict that is given, gathered from shards say, is where weights and factors come from.
     """
@@ -118,7 +118,7 @@ def _save_pretrained(
     if layers:
         plan = LowRankPlan(
             {
-                name: PlannedLayer(parts["Vh"].shape[0], tuple(dense[name].shape))
+                name: PlannedLayer(len(parts["Vh"]), (len(parts["U"]), parts["Vh"].shape[1]))
                 for name, parts in factors.items()
             }
         )
