@@ -16,3 +16,4 @@ from .planning import plan_to_shrink as plan_to_shrink
 from .planning import stable_ranks as stable_ranks
 from .rule import LowRankRule as LowRankRule
 from .saving import load_low_rank as load_low_rank
+from .saving import restore_layers_ as restore_layers_

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..factors import held_batches, input_covariances, named_layers
 from ..models import base_weight
-from ..optim import Moments, Moved
+from ..optim import Moved
 from .approximation import Approximation, RowNormalise, approximation
 from .basis import split
 from .candidates import candidates, low_rank_layers, replace_module_
 from .layer import LowRankLinear
+from .moments import to_dense, to_factors
 from .plan import LowRankPlan
 from .saving import save_dense_
 
@@ -89,12 +89,14 @@ def factorize_(
 
 
 @torch.no_grad()
-def densify_(model: nn.Module) -> list[str]:
-    """Put dense layers in the place of all that are of low rank; their names."""
-    layers = low_rank_layers(model)
-    for layer in layers.values():
-        replace_module_(model, layer, layer.dense())
-    return list(layers)
+def densify_(model: nn.Module) -> list[Moved]:
+    """Put dense layers in the place of all that are of low rank; what took whose place."""
+    moved = []
+    for name, layer in low_rank_layers(model).items():
+        dense = layer.dense()
+        replace_module_(model, layer, dense)
+        moved.append(to_dense(name, layer, dense.weight))  # pyright: ignore[reportArgumentType]
+    return moved
 
 
 def _weights(
@@ -137,38 +139,8 @@ def _put(model: nn.Module, name: str, found: Approximation, train_norms: bool) -
     layer = LowRankLinear(_as(U, weight), _as(Vh, weight), bias, **norms, transposed=transposed)
     layer.train(module.training)
     replace_module_(model, module, layer)
-    vectors = tuple(norm for norm in (layer.row_norm, layer.sv_norm) if norm is not None)
-    new = (layer.U, layer.Vh, *vectors)
-
-    def carry(moments: Moments, squared: bool) -> Moments:
-        return _moments_of_factors(layer, moments[0], squared)
-
-    return Switched(name, layer, found.error, Moved(name, (weight,), new, carry, vectors))
+    return Switched(name, layer, found.error, to_factors(name, weight, layer))
 
 
 def _as(tensor: Tensor, weight: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(tensor.to(weight), weight.requires_grad)
-
-
-@torch.no_grad()
-def _moments_of_factors(
-    layer: LowRankLinear, moment: Float[Tensor, "rows cols"], squared: bool
-) -> tuple[Tensor, ...]:
-    """Moments of the gradients of U, Vh (D and S) from one of the gradient G of W.
-
-    ∇U = diag(D) G Vhᵀ diag(S), ∇Vh = (diag(D) U diag(S))ᵀ G, ∇D = rowsum(G ⊙ U S Vh) and
-    ∇S = diag(Uᵀ diag(D) G Vhᵀ).
-    """
-    G = (moment.mT if layer.transposed else moment).float()
-
-    def coefficient(tensor: Tensor) -> Tensor:
-        wide = tensor.detach().float()
-        return wide.square() if squared else wide
-
-    of_U, of_Vh = G @ coefficient(layer.Vh).mT, coefficient(layer.left).mT @ G
-    if layer.row_norm is None or layer.sv_norm is None:
-        return of_U, of_Vh
-    D, S = coefficient(layer.row_norm), coefficient(layer.sv_norm)
-    inner = coefficient((layer.U * layer.sv_norm) @ layer.Vh)
-    of_S = (D[:, None] * of_U * coefficient(layer.U)).sum(dim=0)
-    return D[:, None] * of_U * S, of_Vh, (G * inner).sum(dim=1), of_S

@@ -15,9 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..files import resolve_folder
 from ..models import BaseSample, entries_at, first_difference, model_skeleton, sampled_positions
+from ..optim import Moved
 from .candidates import low_rank_layers, replace_module_
 from .files import PARTS, StoredLayers, remove_files, stored_layers, write_files
 from .layer import LowRankLinear
+from .moments import to_factors
 from .plan import LowRankPlan, PlannedLayer
 
 
@@ -49,12 +51,17 @@ def load_low_rank(
             kind: Any = type(model_skeleton(folder, "path"))
             model = kind.from_pretrained(str(folder))
         assert model is not None
-        _restore_(model, stored)
-    save_dense_(model)
+        _restored_(model, stored)
     return model
 
 
-def _restore_(model: nn.Module, stored: StoredLayers) -> None:
+def restore_layers_(model: nn.Module, folder: str | os.PathLike) -> list[Moved]:
+    """As `load_low_rank` of a folder, in a model at hand; what took whose place."""
+    with torch.no_grad(), stored_layers(Path(folder), "checkpoint") as stored:
+        return _restored_(model, stored)
+
+
+def _restored_(model: nn.Module, stored: StoredLayers) -> list[Moved]:
     plan = stored.plan
     plan.check(model)
     if low_rank_layers(model):
@@ -72,6 +79,7 @@ def _restore_(model: nn.Module, stored: StoredLayers) -> None:
             f"the dense weights do not belong to these factors ({different}): another checkpoint's "
             "weights were put beside them, or into the model"
         )
+    moved = []
     for name in plan.layers:
         module = model.get_submodule(name)
         weight: nn.Parameter = module.weight  # pyright: ignore[reportAssignmentType]
@@ -83,6 +91,9 @@ def _restore_(model: nn.Module, stored: StoredLayers) -> None:
             **parts, bias=getattr(module, "bias", None), transposed=isinstance(module, Conv1D)
         )
         replace_module_(model, module, layer.train(module.training))
+        moved.append(to_factors(name, weight, layer))
+    save_dense_(model)
+    return moved
 
 
 def _dense_weight(model: nn.Module, name: str) -> Tensor:
