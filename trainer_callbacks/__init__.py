@@ -5,10 +5,17 @@ from __future__ import annotations
 from trainer_callbacks.adam_moments import CarryMomentsCallback, SaveMomentsCallback
 from trainer_callbacks.comparison import ComparisonCallback
 from trainer_callbacks.lori_calibration import LoriCalibrationCallback
+from trainer_callbacks.rank_schedule import AtEpoch, AtStep, LossPlateau, StableRankPlateau
+from trainer_callbacks.rank_switching import RankSwitchCallback
 
 __all__ = [
+    "AtEpoch",
+    "AtStep",
     "CarryMomentsCallback",
     "ComparisonCallback",
     "LoriCalibrationCallback",
+    "LossPlateau",
+    "RankSwitchCallback",
     "SaveMomentsCallback",
+    "StableRankPlateau",
 ]

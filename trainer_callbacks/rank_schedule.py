@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -125,7 +126,7 @@ class StableRankPlateau:
         return bool(settled) and sum(settled) >= self.share * len(settled)
 
     def _settled(self, values: Sequence[float]) -> bool:
-        change = fmean(abs(b - a) for a, b in zip(values[:-1], values[1:], strict=True))
+        change = fmean(abs(b - a) for a, b in pairwise(values))
         return change <= self.tolerance * (values[-1] if self.relative else 1.0)
 
 

@@ -1,5 +1,6 @@
 from .approximation import RowNormalise as RowNormalise
 from .candidates import low_rank_layers as low_rank_layers
+from .candidates import replace_module_ as replace_module_
 from .factorising import Switched as Switched
 from .factorising import densify_ as densify_
 from .factorising import factorize_ as factorize_
@@ -11,6 +12,7 @@ from .lowering import rebalance_ as rebalance_
 from .lowering import shrink_ as shrink_
 from .plan import LowRankPlan as LowRankPlan
 from .plan import PlannedLayer as PlannedLayer
+from .planning import check_rule as check_rule
 from .planning import make_plan as make_plan
 from .planning import plan_to_shrink as plan_to_shrink
 from .planning import stable_ranks as stable_ranks

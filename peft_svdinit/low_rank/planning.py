@@ -34,10 +34,7 @@ def make_plan(model: nn.Module, rule: LowRankRule) -> LowRankPlan:
     chosen, reasons = candidates(model, rule.target_modules, rule.exclude_modules)
     plan = _planned(chosen, reasons, rule)
     if not plan.layers:
-        raise ValueError(
-            "no layer is cheaper at low rank by this rule: "
-            + "; ".join(f"{name}: {reason}" for name, reason in list(plan.dense.items())[:4])
-        )
+        raise _nothing_cheaper(plan.dense)
     return plan
 
 
@@ -61,18 +58,25 @@ def plan_to_shrink(model: nn.Module, rule: LowRankRule) -> LowRankPlan:
     return LowRankPlan(lower, planned.dense)
 
 
+def check_rule(model: nn.Module, rule: LowRankRule) -> None:
+    """Refuse a rule that can switch no layer of the model, whatever the weights will be.
+
+    Raises:
+        ValueError: as `make_plan` does.
+    """
+    if rule.ratio is not None:
+        make_plan(model, rule)
+        return
+    chosen, reasons = candidates(model, rule.target_modules, rule.exclude_modules)
+    considered, dense = _considered(chosen, reasons, rule)
+    if not considered:
+        raise _nothing_cheaper(dense)
+
+
 def _planned(
     chosen: Mapping[str, Candidate], reasons: Mapping[str, str], rule: LowRankRule
 ) -> LowRankPlan:
-    dense = dict(reasons)
-    considered = {}
-    for name, candidate in chosen.items():
-        if candidate.size <= rule.min_size:
-            dense[name] = f"in·out is {candidate.size:,}, not above min_size={rule.min_size:,}"
-        elif _most(candidate, rule) < rule.multiple_of:
-            dense[name] = f"too small for a rank of {rule.multiple_of} to be cheaper"
-        else:
-            considered[name] = candidate
+    considered, dense = _considered(chosen, reasons, rule)
     ranks = _budgeted(considered, rule) if rule.max_parameters is not None else {}
     for name, candidate in considered.items() if rule.max_parameters is None else ():
         rank = _rank(candidate, rule)
@@ -87,6 +91,27 @@ def _planned(
     return LowRankPlan(
         {name: PlannedLayer(ranks[name], chosen[name].shape) for name in ranks}, dense
     )
+
+
+def _considered(
+    chosen: Mapping[str, Candidate], reasons: Mapping[str, str], rule: LowRankRule
+) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """The layers that are large enough, and the reasons of all others."""
+    dense = dict(reasons)
+    considered = {}
+    for name, candidate in chosen.items():
+        if candidate.size <= rule.min_size:
+            dense[name] = f"in·out is {candidate.size:,}, not above min_size={rule.min_size:,}"
+        elif _most(candidate, rule) < rule.multiple_of:
+            dense[name] = f"too small for a rank of {rule.multiple_of} to be cheaper"
+        else:
+            considered[name] = candidate
+    return considered, dense
+
+
+def _nothing_cheaper(dense: Mapping[str, str]) -> ValueError:
+    examples = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:4])
+    return ValueError(f"no layer is cheaper at low rank by this rule: {examples}")
 
 
 def _most(candidate: Candidate, rule: LowRankRule) -> int:

@@ -4,6 +4,7 @@ from .adam_moments import keeps_moments as keeps_moments
 from .adam_moments import load_moments as load_moments
 from .adam_moments import lora_parameters as lora_parameters
 from .adam_moments import save_moments as save_moments
+from .adam_moments import state_of_a_matrix as state_of_a_matrix
 from .replaced import STATE_HANDLINGS as STATE_HANDLINGS
 from .replaced import Moments as Moments
 from .replaced import Moved as Moved

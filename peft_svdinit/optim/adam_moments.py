@@ -94,14 +94,22 @@ def lora_parameters(model: nn.Module, adapter_name: str = "default") -> dict[str
 
 
 def keeps_moments(optimizer: torch.optim.Optimizer) -> bool | None:
-    """Whether `save_moments` will find moments of matrices; None if that cannot be told yet.
+    """Whether `save_moments` will find moments of matrices; None if that cannot be told yet."""
+    found = state_of_a_matrix(optimizer)
+    return None if found is None else _has_moments(*found)
+
+
+def state_of_a_matrix(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[Mapping[str, Any], Tensor] | None:
+    """What the optimizer keeps of a matrix, and that matrix; None if it cannot be told yet.
 
     An optimizer that has not stepped is asked by a step of another of its class and options, on a
     matrix of its own.
     """
     for parameter, state in optimizer.state.items():
         if parameter.dim() == 2:
-            return _has_moments(state, parameter)
+            return state, parameter
     accepted = inspect.signature(type(optimizer)).parameters
     options = {name: value for name, value in optimizer.defaults.items() if name in accepted}
     probe = nn.Parameter(torch.zeros(2, 2))
@@ -111,7 +119,7 @@ def keeps_moments(optimizer: torch.optim.Optimizer) -> bool | None:
         twin.step()
     except Exception:  # of a class that takes other arguments, or works on one device only
         return None
-    return _has_moments(twin.state.get(probe, {}), probe)
+    return twin.state.get(probe, {}), probe
 
 
 def _has_moments(state: Mapping[str, Any], parameter: Tensor) -> bool:

@@ -1,0 +1,87 @@
+"""A Trainer that gives its model the structure of the checkpoint that it loads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+from peft_svdinit.low_rank import PLAN_NAME, densify_, is_low_rank, restore_layers_
+from peft_svdinit.optim import Moved, replace_parameters_
+from trainer_callbacks.reducer import rebuild_reducer_
+from trainer_callbacks.taking_over import without_decay
+
+MEMORY = "rank_switch"
+"""Key under which trainer_state.json remembers switches."""
+
+
+def follow_checkpoints_(trainer: Trainer, then: Callable[[nn.Module], None]) -> None:
+    """Make a Trainer's loading of checkpoints, to resume and of the best one, change structure.
+
+    Weights are loaded into the model before an optimizer is made for it and before any hook is
+    called, without strictness: dense weights beside factors would be taken in silence. So whatever
+    the model is, it is made dense, given the checkpoint's dense weights, and then the very factors
+    that lie beside them. `then` is called with the model after each.
+    """
+
+    def following(load: Callable[..., None], path: str, *arguments: Any) -> None:
+        model: Any = trainer.model
+        _check_complete(path)
+        _repair(trainer, densify_(model))
+        load(*arguments)
+        moved = restore_layers_(model, path) if is_low_rank(path) else []
+        _repair(trainer, moved)
+        then(model)
+
+    resume, best = trainer._load_from_checkpoint, trainer._load_best_model
+
+    def load_from_checkpoint(path: str, model: nn.Module | None = None) -> None:
+        following(resume, path, path, model)
+
+    def load_best_model() -> None:
+        following(best, str(trainer.state.best_model_checkpoint))
+
+    trainer._load_from_checkpoint = load_from_checkpoint  # pyright: ignore
+    trainer._load_best_model = load_best_model
+
+
+def plain(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside Accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _check_complete(path: str | os.PathLike) -> None:
+    state = Path(path, TRAINER_STATE_NAME)
+    if is_low_rank(path) or not state.is_file():
+        return
+    memory = json.loads(state.read_text(encoding="utf-8"))["stateful_callbacks"].get(MEMORY)
+    if memory and memory["attributes"]["switched_at"]:
+        raise FileNotFoundError(
+            f"resume_from_checkpoint: {path} was saved after a switch to low rank, but has no "
+            f"{PLAN_NAME}; resume from another checkpoint"
+        )
+
+
+def _repair(trainer: Trainer, moved: list[Moved]) -> None:
+    """Let an optimizer that was made before, and DDP, see what is in the model now."""
+    if not moved:
+        return
+    model: Any = trainer.model
+    if trainer.optimizer is not None:
+        replace_parameters_(
+            plain(trainer.optimizer),
+            list(model.parameters()),
+            moved,
+            state="drop",
+            spared=without_decay(trainer, model),
+        )
+    if isinstance(trainer.model_wrapped, DistributedDataParallel):
+        rebuild_reducer_(trainer.model_wrapped)

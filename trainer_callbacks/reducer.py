@@ -1,0 +1,101 @@
+"""DDP after the parameters of its module were replaced, and whether processes agree."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import gather
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def check_reducer(wrapper: nn.Module) -> None:
+    """Refuse a wrapper that `rebuild_reducer_` cannot serve.
+
+    Raises:
+        ValueError: naming its class or option, and the remedy.
+    """
+    if not isinstance(wrapper, DistributedDataParallel):
+        raise ValueError(
+            f"several processes hold the model in a {type(wrapper).__name__}, whose parameters "
+            "cannot be replaced in place; use DDP without torch_compile, or "
+            "recipes/progressive_lowrank.py, which goes on in a new Trainer"
+        )
+    if wrapper.mixed_precision is not None or wrapper._delay_all_reduce_params:
+        raise ValueError(
+            "DDP with mixed_precision or delay_all_reduce_named_params cannot follow a switch in "
+            "place; leave these options out, or use recipes/progressive_lowrank.py"
+        )
+
+
+def rebuild_reducer_(wrapper: DistributedDataParallel) -> None:
+    """Let DDP reduce the gradients of the parameters that its module has now.
+
+    The object stays, for a training loop holds it, and so do its options and communication hooks.
+    Parameters and buffers are those of the first process afterwards. Without it the processes
+    would go on apart, in silence where unused parameters are looked for. All processes take part.
+    """
+    hooks = list(wrapper._comm_hooks)
+    options = _options(wrapper)
+    wrapper._remove_autograd_hooks()
+    training = wrapper.training
+    DistributedDataParallel.__init__(wrapper, wrapper.module, **options)
+    wrapper.training = training
+    for hook, state in hooks:
+        wrapper.register_comm_hook(state, hook)
+
+
+def _options(wrapper: DistributedDataParallel) -> dict[str, Any]:
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    names = (
+        "device_ids", "output_device", "dim", "process_group", "find_unused_parameters",
+        "gradient_as_bucket_view", "static_graph", "skip_all_reduce_unused_params",
+        "batched_grad_copy", "forward_sync_buffers",
+    )  # fmt: skip
+    found = {n: getattr(wrapper, n) for n in names if n in known and hasattr(wrapper, n)}
+    if "forward_sync_buffers" not in found:
+        found["broadcast_buffers"] = wrapper.broadcast_buffers
+    if not getattr(wrapper, "bucket_bytes_cap_default", True):
+        found["bucket_cap_mb"] = wrapper.bucket_bytes_cap / 2**20
+    return found
+
+
+@torch.no_grad()
+def broadcast_(tensors: Sequence[Tensor]) -> None:
+    """Give all processes what the first one has."""
+    for tensor in tensors:
+        dist.broadcast(tensor, src=0)
+
+
+@torch.no_grad()
+def check_equal(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Check that all processes hold the same bits; a sum and a weighted sum of each are compared.
+
+    Raises:
+        RuntimeError: naming the first tensor that differs.
+    """
+    sums = torch.stack([_checksum(tensor) for tensor in tensors.values()])
+    everyones: Any = gather(sums[None])
+    differs = (everyones != everyones[:1]).any(dim=0).any(dim=1)
+    if bool(differs.any()):
+        name = list(tensors)[int(differs.nonzero()[0])]
+        raise RuntimeError(
+            f"the processes hold different {what}: {name} is the first of {int(differs.sum())}; "
+            "their gradients are not reduced together"
+        )
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Two 64-bit sums of the bytes of a tensor, the second one by place."""
+    content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    for index, part in enumerate(content.split(1 << 22)):
+        wide = part.long()
+        places = torch.arange(1, len(wide) + 1, device=tensor.device)
+        total[0] += wide.sum()
+        total[1] += (wide * places).sum() * (2 * index + 1)
+    return total

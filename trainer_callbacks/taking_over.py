@@ -1,0 +1,60 @@
+"""Optimizer and processes after a model's parameters were replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
+
+from peft_svdinit.optim import Moved, StateHandling, replace_parameters_
+from trainer_callbacks.reducer import broadcast_, check_equal, rebuild_reducer_
+
+
+def take_over_(
+    trainer: Trainer,
+    optimizer: torch.optim.Optimizer,
+    moved: Sequence[Moved],
+    handling: StateHandling,
+) -> None:
+    """Let everything that holds parameters see those that the Trainer's model has now.
+
+    With several processes all have the parameters of the first one afterwards, and the state that
+    it has for them.
+
+    Raises:
+        RuntimeError: if the processes differ all the same.
+    """
+    model: nn.Module = trainer.model  # pyright: ignore[reportAssignmentType]
+    new = {id(p) for each in moved for p in each.new} - {id(p) for each in moved for p in each.old}
+    if dist.is_initialized():
+        if new and isinstance(trainer.model_wrapped, DistributedDataParallel):
+            rebuild_reducer_(trainer.model_wrapped)
+        else:
+            broadcast_([p.data for each in moved for p in each.new])
+    replace_parameters_(
+        optimizer,
+        list(model.parameters()),
+        moved,
+        state=handling,
+        spared=without_decay(trainer, model),
+    )
+    if dist.is_initialized():
+        states = [
+            value
+            for each in moved
+            for parameter in each.new
+            for value in optimizer.state.get(parameter, {}).values()
+            if isinstance(value, torch.Tensor) and value.dim()
+        ]
+        broadcast_(states)
+        check_equal(dict(model.named_parameters()), "parameters after the switch")
+
+
+def without_decay(trainer: Trainer, model: nn.Module) -> list[nn.Parameter]:
+    """The parameters to which the Trainer applies no weight decay."""
+    decayed = set(trainer.get_decay_parameter_names(model))
+    return [p for name, p in model.named_parameters() if name not in decayed]
