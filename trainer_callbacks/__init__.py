@@ -5,6 +5,7 @@ from __future__ import annotations
 from trainer_callbacks.adam_moments import CarryMomentsCallback, SaveMomentsCallback
 from trainer_callbacks.comparison import ComparisonCallback
 from trainer_callbacks.lori_calibration import LoriCalibrationCallback
+from trainer_callbacks.low_rank_checkpoints import LowRankCheckpointsCallback
 from trainer_callbacks.rank_schedule import AtEpoch, AtStep, LossPlateau, StableRankPlateau
 from trainer_callbacks.rank_switching import RankSwitchCallback
 
@@ -15,6 +16,7 @@ __all__ = [
     "ComparisonCallback",
     "LoriCalibrationCallback",
     "LossPlateau",
+    "LowRankCheckpointsCallback",
     "RankSwitchCallback",
     "SaveMomentsCallback",
     "StableRankPlateau",

@@ -11,11 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 
 from peft_svdinit.low_rank import PLAN_NAME, densify_, is_low_rank, restore_layers_
 from peft_svdinit.optim import Moved, replace_parameters_
+from trainer_callbacks.owning_trainer import trainer_of
 from trainer_callbacks.reducer import rebuild_reducer_
 from trainer_callbacks.taking_over import without_decay
 
@@ -23,14 +30,19 @@ MEMORY = "rank_switch"
 """Key under which trainer_state.json remembers switches."""
 
 
-def follow_checkpoints_(trainer: Trainer, then: Callable[[nn.Module], None]) -> None:
+def follow_checkpoints_(
+    trainer: Trainer, then: Callable[[nn.Module], None] = lambda model: None
+) -> None:
     """Make a Trainer's loading of checkpoints, to resume and of the best one, change structure.
 
     Weights are loaded into the model before an optimizer is made for it and before any hook is
     called, without strictness: dense weights beside factors would be taken in silence. So whatever
     the model is, it is made dense, given the checkpoint's dense weights, and then the very factors
-    that lie beside them. `then` is called with the model after each.
+    that lie beside them. `then` is called with the model after each. FSDP and DeepSpeed load
+    checkpoints of their own, of the structure that the model has, and are left alone.
     """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
 
     def following(load: Callable[..., None], path: str, *arguments: Any) -> None:
         model: Any = trainer.model
@@ -51,6 +63,19 @@ def follow_checkpoints_(trainer: Trainer, then: Callable[[nn.Module], None]) -> 
 
     trainer._load_from_checkpoint = load_from_checkpoint  # pyright: ignore
     trainer._load_best_model = load_best_model
+
+
+class LowRankCheckpointsCallback(TrainerCallback):
+    """For a model that is of low rank before its Trainer is made: resume, and load the best model.
+
+    Its checkpoints are dense with the factors beside them, which the Trainer by itself would not
+    read. Give it in `callbacks=[...]` when the Trainer is made. `RankSwitchCallback` does the same.
+    """
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        follow_checkpoints_(trainer_of(self))
 
 
 def plain(optimizer: Any) -> torch.optim.Optimizer:

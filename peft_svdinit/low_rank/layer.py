@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -96,6 +98,19 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         return F.linear(F.linear(x, self.Vh), self.left, self.bias)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if f"{prefix}weight" in state_dict:
+            # An error even of a load that is not strict, as the Trainer's are.
+            errors = arguments[-1]
+            errors.append(
+                f"{prefix}weight is dense, and the layer is of low rank: load_low_rank reads the "
+                "factors beside a dense checkpoint; a Trainer does with "
+                "LowRankCheckpointsCallback or RankSwitchCallback"
+            )
 
     def extra_repr(self) -> str:
         kind = ", trained D and S" if self.row_norm is not None else ""
