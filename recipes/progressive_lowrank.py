@@ -14,6 +14,7 @@ DeepSpeed the switch takes place between two Trainers (`--in_place false`).
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 "in_place=false needs a step at full rank; use switch_step of 1 or more"
             )
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("trainer_callbacks").setLevel(logging.INFO)
     if in_place:
         batches = factor_batches(materials, low, arguments)
         callback = low.callback(arguments, batches)

@@ -27,6 +27,7 @@ from peft_svdinit.training import (
     run_tasks,
 )
 from stages.fit import Materials, check_complete, fit
+from stages.lori_stages import remove_checkpoints
 from stages.lori_tasks import run_inputs
 from stages.low_rank_options import LowRankOptions
 from trainer_callbacks import LowRankCheckpointsCallback
@@ -141,6 +142,7 @@ def _train_full(
     )
     fit(load_model(model), materials, first, quiet=True)
     check_complete(folder)
+    remove_checkpoints(first)
     if not any(folder.glob("model*.safetensors")):
         raise RuntimeError(
             f"the training at full rank left no weights in one piece in {folder}: with FSDP set "
