@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from peft import LoraConfig, get_peft_model
 from support.switching_runs import (
     differences,
@@ -30,7 +31,9 @@ from peft_svdinit.low_rank import (
     load_low_rank,
     low_rank_layers,
     make_plan,
+    rebalance_,
 )
+from peft_svdinit.optim import replace_parameters_
 from trainer_callbacks import (
     AtStep,
     LossPlateau,
@@ -38,6 +41,7 @@ from trainer_callbacks import (
     RankSwitchCallback,
     StableRankPlateau,
 )
+from trainer_callbacks.averaged_models import follow_, take_layers_
 
 RULE = LowRankRule(ratio=0.25)
 LOWER = LowRankRule(ratio=0.13)
@@ -132,7 +136,7 @@ def test_the_switch_is_the_one_done_by_hand(tmp_path):
     for index in range(steps, steps + 2):
         step(index)
     for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(trainer.model.state_dict()[name], tensor, atol=1e-5, rtol=1e-4)  # pyright: ignore
+        torch.testing.assert_close(trainer.model.state_dict()[name], tensor, atol=3e-4, rtol=1e-3)  # pyright: ignore
 
 
 def test_accumulated_batches_are_one_batch(tmp_path):
@@ -192,8 +196,6 @@ def test_a_grad_scaler_goes_on_with_the_factors():
         scaler.update()
 
     step()
-    from peft_svdinit.optim import replace_parameters_
-
     switched = factorize_(model, make_plan(model, RULE))
     replace_parameters_(optimizer, list(model.parameters()), [each.moved for each in switched])
     before = [p.detach().clone() for p in model.parameters()]
@@ -206,31 +208,33 @@ def test_a_grad_scaler_goes_on_with_the_factors():
 
 def test_an_average_takes_the_layers_and_follows_their_bases(tmp_path):
     class Average(TrainerCallback):
+        """Half and half, beside the mean of the products, which it stays close to."""
+
+        def __init__(self):
+            self.products = {}
+
         def on_step_end(self, args, state, control, **kwargs):
             average.update_parameters(kwargs["model"])
-            products[state.global_step] = {
-                name: layer.weight.detach().clone()
-                for name, layer in low_rank_layers(average.module).items()
-            }
+            for name, layer in low_rank_layers(kwargs["model"]).items():
+                product = layer.weight.detach()
+                last = self.products.get(name, product)
+                self.products[name] = 0.5 * last + 0.5 * product
 
     model = wide_model()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
-    products = {}
-    averaged = switch(averaged_models=[average], rebalance_steps=2)
-    train(tmp_path, averaged, Average(), model=model, save_steps=100)
-    live = low_rank_layers(model)
-    assert set(low_rank_layers(average.module)) == set(live)
-    # A twin that is updated by hand in the basis of step 4 agrees with the average that followed.
+    average, beside = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5)), Average()
+    averaged = switch(averaged_models=[average], rebalance_steps=1)
+    # Small steps: the mean of products is the product of means but for their squares.
+    train(tmp_path, averaged, beside, model=model, save_steps=100, learning_rate=1e-3)
+    assert set(low_rank_layers(average.module)) == set(low_rank_layers(model))
     for name, layer in low_rank_layers(average.module).items():
         assert not layer.U.requires_grad
-        distance = (layer.weight - live[name].weight).norm() / live[name].weight.norm()
-        assert 0 < distance < 0.5
+        mean, live = beside.products[name], model.get_submodule(name).weight
+        apart = (mean - live).norm()
+        assert apart > 0
+        assert (layer.weight - mean).norm() < 0.05 * apart
 
 
 def test_an_average_keeps_its_product_when_factors_are_rebalanced():
-    from peft_svdinit.low_rank import rebalance_
-    from trainer_callbacks.averaged_models import follow_, take_layers_
-
     model = wide_model()
     average = copy.deepcopy(model)
     factorize_(model, make_plan(model, RULE))
@@ -258,20 +262,20 @@ def test_a_model_generates_after_the_switch_as_its_dense_form_does(tmp_path):
     assert torch.equal(model.generate(**asked), dense.generate(**asked))
 
 
-@pytest.mark.parametrize(("worst", "low"), [(False, False), (True, True)])
-def test_the_best_model_has_its_own_structure(worst, low, tmp_path):
+@pytest.mark.parametrize(("best_step", "low"), [(1, False), (2, True), (5, True)])
+def test_the_best_model_has_its_own_structure(best_step, low, tmp_path):
+    class Judge(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            kwargs["metrics"]["eval_loss"] = abs(state.global_step - best_step)
+
     trainer = train(
         tmp_path,
-        switch(2, learning_rate_factor=1.0),
+        switch(2),
+        Judge(),
         model=wide_model(),
-        learning_rate=0.3,  # Rises from the first step on.
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
         eval_strategy="steps",
         eval_steps=1,
         load_best_model_at_end=True,
-        greater_is_better=worst,
-        metric_for_best_model="eval_loss",
     )
     best = trainer.state.best_model_checkpoint
     assert best is not None and is_low_rank(best) == low
@@ -375,13 +379,16 @@ def test_what_was_never_due_is_said_at_the_end(tmp_path, caplog):
     assert not is_low_rank(tmp_path / "checkpoint-7")
 
 
-def test_one_line_says_what_was_switched_and_saved(tmp_path, caplog):
+def test_one_line_says_what_was_switched_and_what_it_saves(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "trainer_callbacks"):
-        train(tmp_path, switch(), max_steps=4)
-    assert [r.message for r in caplog.records if "switched at" in r.message] == [
-        "switched at step 3: 14 layers at ranks 8 to 16: 69,632 weights become 28,416, 41% of the "
-        "multiplications in these layers; mean relative error of the weights 0.562"
-    ] or "switched at step 3: 14 layers" in caplog.text
+        trainer = train(tmp_path, switch(), max_steps=4)
+    plan = LowRankPlan.of(trainer.model)  # pyright: ignore[reportArgumentType]
+    [line] = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    share = plan.parameters / plan.dense_parameters
+    assert line.startswith(
+        f"switched at step 3: 14 layers at ranks 8 to 16: {plan.dense_parameters:,} weights "
+        f"become {plan.parameters:,}, {share:.0%} of the multiplications in these layers; mean"
+    )
 
 
 def test_weights_that_fit_no_rank_leave_the_training_dense_and_say_so(tmp_path, caplog):
@@ -399,7 +406,7 @@ def test_a_model_of_low_rank_before_its_trainer_resumes_bit_equal(tmp_path):
 
     whole = train(tmp_path / "whole", LowRankCheckpointsCallback(), model=low())
     checkpoint = tmp_path / "whole/checkpoint-3"
-    for number, model in enumerate((low(), wide_model())):
+    for number, model in enumerate((low(), wide_model(attention_dropout=0.1))):
         folder = tmp_path / str(number)
         again = train(folder, LowRankCheckpointsCallback(), model=model, resume=checkpoint)
         assert not differences(whole, again)
@@ -518,8 +525,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_split_parameters_are_refused_with_the_recipe_that_serves_them(kind, tmp_path, monkeypatch):
-    from accelerate import Accelerator, DistributedType
-
     monkeypatch.setattr(Accelerator, "distributed_type", getattr(DistributedType, kind))
     with pytest.raises(ValueError, match=rf"{kind} splits.*recipes/progressive_lowrank\.py"):
         make_trainer(tmp_path, switch())
