@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -140,14 +141,12 @@ def test_the_switch_is_the_one_done_by_hand(tmp_path):
 
 
 def test_accumulated_batches_are_one_batch(tmp_path):
-    model = {"model": None}
-    runs = []
-    for name, options in {
-        "whole": {"per_device_train_batch_size": 4},
-        "parts": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-    }.items():
-        model["model"] = wide_model()
-        runs.append(train(tmp_path / name, switch(), save_steps=100, **model, **options))
+    whole = {"per_device_train_batch_size": 4}
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    runs = [
+        train(tmp_path / str(number), switch(), save_steps=100, model=wide_model(), **options)
+        for number, options in enumerate((whole, parts))
+    ]
     assert logged(runs[0]) == pytest.approx(logged(runs[1]), abs=1e-4)
 
 
@@ -254,12 +253,12 @@ def test_an_average_keeps_its_product_when_factors_are_rebalanced():
 
 def test_a_model_generates_after_the_switch_as_its_dense_form_does(tmp_path):
     trainer = train(tmp_path, switch(), save_steps=7)
-    model = trainer.model.eval()  # pyright: ignore[reportOptionalMemberAccess]
+    model: Any = trainer.model
     ids = examples(1)[0]["input_ids"][None]
     asked = {"input_ids": ids, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 2}
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-7")
-    assert not low_rank_layers(dense)
-    assert torch.equal(model.generate(**asked), dense.generate(**asked))
+    dense: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-7")
+    assert low_rank_layers(model) and not low_rank_layers(dense)
+    assert torch.equal(model.eval().generate(**asked), dense.generate(**asked))
 
 
 @pytest.mark.parametrize(("best_step", "low"), [(1, False), (2, True), (5, True)])

@@ -67,8 +67,8 @@ def logged(trainer: Trainer, name: str = "loss") -> list[float]:
 
 
 def plain_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
-    assert trainer.optimizer is not None
-    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer: Any = trainer.optimizer
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def differences(one: Trainer, other: Trainer) -> list[str]:
