@@ -16,6 +16,8 @@ from .planning import check_rule as check_rule
 from .planning import make_plan as make_plan
 from .planning import plan_to_shrink as plan_to_shrink
 from .planning import stable_ranks as stable_ranks
+from .quantizer import register_small_form as register_small_form
 from .rule import LowRankRule as LowRankRule
 from .saving import load_low_rank as load_low_rank
 from .saving import restore_layers_ as restore_layers_
+from .small_form import save_small_form as save_small_form

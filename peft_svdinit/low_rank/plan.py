@@ -105,19 +105,24 @@ class LowRankPlan:
         """What `as_dict` gave.
 
         Raises:
-            ValueError: if it is damaged.
+            ValueError: if it is damaged, naming the layer.
         """
-        try:
-            return cls(
-                {
-                    name: PlannedLayer(
-                        int(each["rank"]), (int(each["shape"][0]), int(each["shape"][1]))
-                    )
-                    for name, each in layers.items()
-                }
+        if not isinstance(layers, Mapping):
+            raise ValueError(
+                f"damaged plan of low-rank layers: a {type(layers).__name__} in place of names"
             )
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"damaged plan of low-rank layers ({error!r})") from error
+        found = {}
+        for name, each in layers.items():
+            try:
+                rank, (rows, cols) = each["rank"], each["shape"]
+                if any(type(number) is not int for number in (rank, rows, cols)):
+                    raise TypeError(f"rank {rank!r} and shape {each['shape']!r} are no integers")
+                found[name] = PlannedLayer(rank, (rows, cols))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"damaged plan of low-rank layers: layer {name} ({error!r})"
+                ) from error
+        return cls(found)
 
     @classmethod
     def of(cls, model: nn.Module) -> LowRankPlan:

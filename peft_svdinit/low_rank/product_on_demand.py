@@ -27,6 +27,8 @@ class ProductOnDemand(torch.Tensor):
     """
 
     form: Callable[[], Tensor]
+    # Or transformers, having read the factors, would draw it at random.
+    _is_hf_initialized = True
 
     @staticmethod
     def of(form: Callable[[], Tensor], shape: Iterable[int], like: Tensor) -> Tensor:

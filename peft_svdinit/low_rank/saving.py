@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from .plan import LowRankPlan, PlannedLayer
 def save_dense_(model: nn.Module) -> None:
     """Make `model.save_pretrained` write a dense checkpoint with the factors beside it."""
     if isinstance(model, PreTrainedModel):
-        model.save_pretrained = MethodType(_save_pretrained, model)
+        # No bound method, which a pickle would look for by its name.
+        save: Any = partial(_save_pretrained, model)
+        model.save_pretrained = save
 
 
 @torch.no_grad()
