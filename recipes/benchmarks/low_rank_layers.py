@@ -16,7 +16,8 @@ process, in reversed order every other turn; a ratio is the median over the turn
 - The loss: SmolLM2-135M on the source of a module of Python, before and right after factorising, no
   step trained in between: by plain SVD, by rows of their own size (`row_normalise="norms"`) and by
   outputs, on four batches of 2 x 256 tokens of another module. Errors are the layers' mean
-  ‖W - UV‖ / ‖W‖; the seconds are those of `factorize_`.
+  ‖W - UV‖ / ‖W‖, the seconds those of `factorize_`. At 0.50 the square layers stay dense, for low
+  rank is not cheaper there.
 - The disk: what `save_pretrained` of the switched SmolLM2 writes.
 
 `--quick` takes two shapes, switches 6 of SmolLM2's 30 blocks and takes one ratio for the loss.
