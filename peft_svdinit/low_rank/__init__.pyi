@@ -1,7 +1,6 @@
 from .approximation import RowNormalise as RowNormalise
 from .candidates import low_rank_layers as low_rank_layers
 from .candidates import replace_module_ as replace_module_
-from .factorising import Switched as Switched
 from .factorising import densify_ as densify_
 from .factorising import factorize_ as factorize_
 from .files import PLAN_NAME as PLAN_NAME
