@@ -63,7 +63,7 @@ class LowRankOptions:
         default_factory=list, metadata={"help": "Rank over min(in, out) from each of these on."}
     )
     factor_batches: int = field(
-        default=4,
+        default=32,
         metadata={
             "help": "Batches of training data by whose outputs layers are approximated; 0: by the "
             "weights alone."
