@@ -11,7 +11,7 @@ import pytest
 from support.small_forms import low_rank, registered_small_form
 from support.tiny_models import rewrite_tensors, tiny_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 from peft_svdinit.low_rank import save_small_form
 from peft_svdinit.low_rank.quantizer import SmallFormConfig
@@ -120,6 +120,19 @@ def test_a_tied_weight_in_the_plan_is_refused(tmp_path):
     save_small_form(low_rank(tie_word_embeddings=True), tmp_path)
     edit_plan(tmp_path, lambda each: each.update(lm_head={"rank": 4, "shape": [64, 16]}))
     with pytest.raises(ValueError, match=r"layer lm_head: its weight is tied to model\.embed"):
+        AutoModelForCausalLM.from_pretrained(str(tmp_path))
+
+
+def test_a_layer_with_a_forward_of_its_own_in_the_plan_is_refused(tmp_path):
+    model = FalconForCausalLM(FalconConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, bos_token_id=0,
+        eos_token_id=1,
+    ))  # fmt: skip
+    name = "transformer.h.0.mlp.dense_4h_to_h"
+    layers = {name: {"rank": 4, "shape": [16, 64]}}
+    model.config.quantization_config = {"quant_method": METHOD, "layers": layers}
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=f"{name} cannot be of low rank: a FalconLinear"):
         AutoModelForCausalLM.from_pretrained(str(tmp_path))
 
 
