@@ -65,7 +65,7 @@ class ProductOnDemand(torch.Tensor):
         return _with_products(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:
         # Reached only where __torch_function__ is switched off.
         return _with_products(func, args, kwargs)
 
