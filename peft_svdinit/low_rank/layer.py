@@ -93,7 +93,9 @@ class LowRankLinear(nn.Module):
         return ProductOnDemand.of(self._product, shape[::-1] if self.transposed else shape, self.U)
 
     def _product(self) -> Tensor:
-        product = self.left @ self.Vh
+        # Its dtype is that of U, as a dense layer's weight has one under autocast as well.
+        with torch.autocast(self.U.device.type, enabled=False):
+            product = self.left @ self.Vh
         return product.mT if self.transposed else product
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 # What models ask of a weight that they do not multiply by: none of it needs an entry.
 _DESCRIPTIONS = {
@@ -17,6 +17,11 @@ _DESCRIPTIONS = {
     ),
     *(getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "is_floating_point")),
 }
+# Of these a model may ask before it changes what it gets.
+_DETACHED = {torch.Tensor.data.__get__, torch.Tensor.detach}  # pyright: ignore
+# `weight[0] = x`, `weight.data = x` and `weight += x`.
+_OPERATORS = "add sub mul div truediv floordiv mod pow and or xor lshift rshift".split()
+_ASSIGNMENTS = {"__setitem__", "__set__", *(f"__i{name}__" for name in _OPERATORS)}
 
 
 class ProductOnDemand(torch.Tensor):
@@ -31,7 +36,9 @@ class ProductOnDemand(torch.Tensor):
     _is_hf_initialized = True
 
     @staticmethod
-    def of(form: Callable[[], Tensor], shape: Iterable[int], like: Tensor) -> Tensor:
+    def of(
+        form: Callable[[], Tensor], shape: Iterable[int], like: Tensor, *, trained: bool = True
+    ) -> Tensor:
         """A stand-in for a tensor of this shape, of the dtype and device of `like`."""
         if torch.compiler.is_compiling():
             return form()  # A compiler drops what nobody uses.
@@ -40,7 +47,7 @@ class ProductOnDemand(torch.Tensor):
             tuple(shape),
             dtype=like.dtype,
             device=like.device,
-            requires_grad=like.requires_grad,
+            requires_grad=trained and like.requires_grad,
         )
         stand_in.form = form
         return stand_in
@@ -56,8 +63,12 @@ class ProductOnDemand(torch.Tensor):
         if func in _DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func in _DETACHED:
+            form, shape = args[0].form, args[0].shape
+            return cls.of(lambda: form().detach(), shape, args[0], trained=False)
         name = getattr(func, "__name__", "")
-        if name.endswith("_") and not name.endswith("__") and isinstance(args[0], cls):
+        changed = _products(args[:1]) if _works_in_place(name) else []
+        if changed or _products((kwargs or {}).get("out")):
             raise RuntimeError(
                 f"{name} would change a product that nobody keeps; change the U and Vh of the "
                 "LowRankLinear"
@@ -65,9 +76,17 @@ class ProductOnDemand(torch.Tensor):
         return _with_products(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Reached only where __torch_function__ is switched off.
         return _with_products(func, args, kwargs)
+
+
+def _works_in_place(name: str) -> bool:
+    return name in _ASSIGNMENTS or (name.endswith("_") and not name.endswith("__"))
+
+
+def _products(values: Any) -> list[ProductOnDemand]:
+    return [each for each in tree_leaves(values) if isinstance(each, ProductOnDemand)]
 
 
 def _with_products(func: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
