@@ -91,7 +91,7 @@ def _row_sizes(
 
 def _root(moments: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     """L of C = L Lᵀ."""
-    wide = moments.double()
+    wide = moments.to(torch.float64, copy=True)
     mean = wide.diagonal().mean()
     wide.diagonal().add_(_DAMPING * mean if mean > 0 else 1.0)
     return torch.linalg.cholesky(wide).to(moments.dtype)
