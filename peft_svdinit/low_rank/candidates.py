@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..models import base_weight, is_chosen, is_plain, is_within, linear_modules
@@ -50,7 +52,8 @@ def candidates(
     """The dense linear layers that may be switched by name, and the reasons of the others.
 
     Of "all-linear" that is all that lies within the base model (`model.base_model`): the heads
-    around it stay dense. A layer outside is taken if it is named.
+    around it, those of models within it and the routers of experts stay dense. Such a layer is
+    taken if it is named.
 
     Raises:
         ValueError: if the model carries an adapter, holds low-rank layers already, no layer
@@ -70,7 +73,7 @@ def candidates(
     found = linear_modules(model, target_modules)
     named = target_modules != "all-linear"
     ties = _tied_to(model)
-    body = _base_model_name(model)
+    body, heads = _base_model_name(model), _output_heads(model)
     chosen: dict[str, Candidate] = {}
     reasons: dict[str, str] = {}
     for name, linear in found.items():
@@ -84,6 +87,10 @@ def candidates(
             reason = f"a {type(module).__name__} of {module.weight.dtype} is no dense layer"
         elif not named and body and not is_within(name, [body]):
             reason = "a head, outside the base model"
+        elif not named and (module in heads or name.endswith("lm_head")):
+            reason = "the head of a model within"
+        elif not named and _routes(model, name):
+            reason = "it chooses between experts"
         if reason is None:
             chosen[name] = Candidate(name, module, (linear.out_features, linear.in_features))
         elif named and reason != "excluded":
@@ -106,7 +113,7 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever `old` is held, for a module may be shared by several parents."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):
             if child is old:
                 setattr(parent, name, new)
 
@@ -130,6 +137,25 @@ def _tied_to(model: nn.Module) -> dict[str, str]:
         if len(set(names)) > 1
         for name in names
     }
+
+
+def _output_heads(model: nn.Module) -> set[nn.Module]:
+    inner = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    found = (module.get_output_embeddings() for module in inner)
+    return {head for head in found if head is not None}
+
+
+def _routes(model: nn.Module, name: str) -> bool:
+    """Whether it is, or lies in, a router, or a gate beside a mixture's experts."""
+    parts = name.split(".")
+    return any(
+        "router" in part
+        or (
+            re.fullmatch(r"(.*_)?gate|wg", part)
+            and hasattr(model.get_submodule(".".join(parts[:depth])), "experts")
+        )
+        for depth, part in enumerate(parts)
+    )
 
 
 def _base_model_name(model: nn.Module) -> str:
