@@ -18,10 +18,11 @@ from ..linalg import (
     svd_of_product,
     truncated_svd,
 )
+from ..models import is_chosen
 from .candidates import Candidate, candidates, low_rank_layers
 from .layer import LowRankLinear
 from .plan import LowRankPlan, PlannedLayer
-from .rule import LowRankRule, ratio_for
+from .rule import KINDS, LowRankRule, ratio_for
 
 
 def make_plan(model: nn.Module, rule: LowRankRule) -> LowRankPlan:
@@ -42,7 +43,7 @@ def plan_to_shrink(model: nn.Module, rule: LowRankRule) -> LowRankPlan:
     """Lower ranks for layers of low rank; those that the rule gives no lower one are left out.
 
     Raises:
-        ValueError: if no layer is of low rank, or none would get a lower rank.
+        ValueError: if no layer that the rule is for is of low rank, or none would get a lower rank.
     """
     layers = low_rank_layers(model)
     if not layers:
@@ -50,8 +51,10 @@ def plan_to_shrink(model: nn.Module, rule: LowRankRule) -> LowRankPlan:
     chosen = {
         name: Candidate(name, layer, (layer.out_features, layer.in_features))
         for name, layer in layers.items()
+        if layer.rank > rule.multiple_of and rule.is_for(name)
     }
-    planned = _planned(chosen, {}, rule)
+    left = {name: "not chosen, or of the least rank" for name in layers.keys() - chosen.keys()}
+    planned = _planned(chosen, left, rule)
     lower = {n: layer for n, layer in planned.layers.items() if layer.rank < layers[n].rank}
     if not lower:
         raise ValueError("no layer of low rank gets a lower rank by this rule")
@@ -76,6 +79,12 @@ def check_rule(model: nn.Module, rule: LowRankRule) -> None:
 def _planned(
     chosen: Mapping[str, Candidate], reasons: Mapping[str, str], rule: LowRankRule
 ) -> LowRankPlan:
+    for key in rule.ratios:
+        if key not in ("", *KINDS) and not any(is_chosen(n, [key]) for n in (*chosen, *reasons)):
+            raise ValueError(
+                f"ratio: no layer has the name {key!r} or one that ends so; name layers of the "
+                f"model, or the kinds {' and '.join(KINDS)}"
+            )
     considered, dense = _considered(chosen, reasons, rule)
     ranks = _budgeted(considered, rule) if rule.max_parameters is not None else {}
     for name, candidate in considered.items() if rule.max_parameters is None else ():
@@ -116,7 +125,8 @@ def _nothing_cheaper(dense: Mapping[str, str]) -> ValueError:
 
 def _most(candidate: Candidate, rule: LowRankRule) -> int:
     """The highest rank that is cheap enough, in whole multiples."""
-    highest = int(rule.max_share * candidate.break_even)
+    # Rounding must not take a whole multiple from 0.7 * 240 / 7.
+    highest = int(rule.max_share * candidate.break_even + 1e-9)
     return highest // rule.multiple_of * rule.multiple_of
 
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-ATTENTION, FEED_FORWARD = "attention", "feed_forward"
+from ..models import is_chosen
+
+KINDS = ATTENTION, FEED_FORWARD = "attention", "feed_forward"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,13 @@ class LowRankRule:
             return {}
         return dict(self.ratio) if isinstance(self.ratio, Mapping) else {"": self.ratio}
 
+    def is_for(self, name: str) -> bool:
+        """Whether a layer is among the targets and not excluded."""
+        targets = self.target_modules
+        return (targets == "all-linear" or is_chosen(name, targets)) and not is_chosen(
+            name, self.exclude_modules, "exclude_modules"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; two rules that say the same give the same."""
         found = asdict(self)
@@ -87,8 +96,6 @@ def ratio_for(name: str, ratios: Mapping[str, float]) -> float | None:
     attention = any("attn" in part or "attention" in part for part in name.lower().split(".")[:-1])
     kind = ATTENTION if attention else FEED_FORWARD
     for key, ratio in ratios.items():
-        if key in ("", kind) or (
-            key not in (ATTENTION, FEED_FORWARD) and (name == key or name.endswith(f".{key}"))
-        ):
+        if key in ("", kind) or (key not in KINDS and is_chosen(name, [key])):
             return ratio
     return None
