@@ -81,13 +81,15 @@ def _restored_(model: nn.Module, stored: StoredLayers) -> list[Moved]:
             f"the dense weights do not belong to these factors ({different}): another checkpoint's "
             "weights were put beside them, or into the model"
         )
+    # A damaged layer is to be noticed before the first one is replaced.
+    factors = {name: stored.factors(name) for name in plan.layers}
     moved = []
-    for name in plan.layers:
+    for name, tensors in factors.items():
         module = model.get_submodule(name)
         weight: nn.Parameter = module.weight  # pyright: ignore[reportAssignmentType]
         parts = {
             part: nn.Parameter(tensor.to(weight), weight.requires_grad)
-            for part, tensor in stored.factors(name).items()
+            for part, tensor in tensors.items()
         }
         layer = LowRankLinear(
             **parts, bias=getattr(module, "bias", None), transposed=isinstance(module, Conv1D)
@@ -120,9 +122,13 @@ def _save_pretrained(
     layers = {name: m for name, m in low_rank_layers(model).items() if f"{name}.U" in state}
     factors = {name: _taken(state, name) for name in layers}
     dense = {name: _product(factors[name]) for name in layers}
-    for name, layer in layers.items():
-        weight = dense[name]
-        state[f"{name}.weight"] = weight.mT.contiguous() if layer.transposed else weight
+    for names, layer in _held_as(model):
+        if names[0] in layers:
+            weight = dense[names[0]]
+            weight = weight.mT.contiguous() if layer.transposed else weight
+            for name in names:
+                _taken(state, name)
+                state[f"{name}.weight"] = weight
     stock = type(model).save_pretrained
     stock(model, save_directory, is_main_process=is_main_process, state_dict=state, **kwargs)
     if not is_main_process:
@@ -145,6 +151,15 @@ def _save_pretrained(
 def _of_upload(options: Mapping[str, Any]) -> dict[str, Any]:
     names = ("commit_message", "private", "token", "revision", "create_pr", "max_shard_size")
     return {name: options[name] for name in names if name in options}
+
+
+def _held_as(model: nn.Module) -> list[tuple[list[str], LowRankLinear]]:
+    """Each layer with all of its names: one that several parents share has several."""
+    found: dict[LowRankLinear, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LowRankLinear):
+            found.setdefault(module, []).append(name)
+    return [(names, layer) for layer, names in found.items()]
 
 
 def _taken(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
