@@ -67,7 +67,7 @@ def replace_parameters_(
 
     Raises:
         TypeError: if a state cannot be carried over; nothing is changed then.
-        ValueError: if a trained parameter is in no group, or those of one layer are in several.
+        ValueError: if a trained parameter is in no group.
     """
     groups = optimizer.param_groups
     places = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
@@ -75,22 +75,24 @@ def replace_parameters_(
     carried: list[tuple[nn.Parameter, dict[str, Any]]] = []
     for each in moved:
         trained = [p for p in each.old if p.requires_grad]
-        if not trained:
-            continue
         missing = [p for p in trained if id(p) not in places]
         if missing:
             raise ValueError(
                 f"layer {each.name}: the optimizer does not hold its parameters, so that those of "
                 "low rank would never be trained"
             )
-        home = places[id(trained[0])]
+        held = [p for p in each.old if id(p) in places]
+        if not held:
+            continue
+        home = places[id(held[0])]
         for parameter in each.new:
             vector = any(parameter is other for other in each.vectors)
-            at_home = id(parameter) in places and places[id(parameter)]
-            joining[id(parameter)] = _undecayed(groups, home, spared) if vector else at_home or home
+            if parameter.requires_grad or not trained:
+                joining[id(parameter)] = _undecayed(groups, home, spared) if vector else home
         if state == "project":
             carried += _carried(optimizer, each)
-    leaving = {id(p) for each in moved for p in each.old} - joining.keys()
+    staying = {id(p) for each in moved for p in each.new}
+    leaving = {id(p) for each in moved for p in each.old} - staying
     rank_of = {id(p): position for position, p in enumerate(order)}
     arriving = [p for each in moved for p in each.new if id(p) not in places]
     for index, group in enumerate(groups):
