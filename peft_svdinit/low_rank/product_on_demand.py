@@ -67,8 +67,9 @@ class ProductOnDemand(torch.Tensor):
             form, shape = args[0].form, args[0].shape
             return cls.of(lambda: form().detach(), shape, args[0], trained=False)
         name = getattr(func, "__name__", "")
-        changed = _products(args[:1]) if _works_in_place(name) else []
-        if changed or _products((kwargs or {}).get("out")):
+        named = kwargs or {}
+        changed = _works_in_place(name) and _products(args[:1] or named)
+        if changed or _products(named.get("out")):
             raise RuntimeError(
                 f"{name} would change a product that nobody keeps; change the U and Vh of the "
                 "LowRankLinear"
