@@ -140,7 +140,9 @@ def _train_full(
         push_to_hub=False,
         load_best_model_at_end=False,
     )
-    fit(load_model(model), materials, first, quiet=True)
+    with whole_weights():
+        dense = load_model(model)
+    fit(dense, materials, first, quiet=True)
     check_complete(folder)
     remove_checkpoints(first)
     if not any(folder.glob("model*.safetensors")):

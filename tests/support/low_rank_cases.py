@@ -9,7 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peft_svdinit.low_rank import LowRankLinear, LowRankRule, Switched, factorize_, make_plan
+from peft_svdinit.low_rank import LowRankLinear, LowRankRule, factorize_, make_plan
+from peft_svdinit.low_rank.factorising import Switched
 from support.strategies import seeds
 
 
