@@ -59,12 +59,17 @@ def approximation(
     Raises:
         ValueError: if the rank is out of range, or an entry is not finite.
     """
+    if not 1 <= rank <= min(weight.shape):
+        raise ValueError(
+            f"rank must be in [1, {min(weight.shape)}] for a weight of {tuple(weight.shape)}, got "
+            f"{rank}"
+        )
     D = _row_sizes(weight, row_normalise)
     scaled = weight if D is None else weight / D[:, None]
     if moments is None:
         found = part_of_weight(scaled, rank)
     else:
-        U = truncated_svd(scaled @ _root(moments), rank, tolerance=_TOLERANCE).U
+        U = truncated_svd(scaled @ _root(moments).to(scaled), rank, tolerance=_TOLERANCE).U
         found = LowRankFactors.from_product(U, U.mT @ scaled)
     product = found.dense() if D is None else found.dense() * D[:, None]
     norm = frobenius_norm(weight)
@@ -94,4 +99,4 @@ def _root(moments: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     wide = moments.to(torch.float64, copy=True)
     mean = wide.diagonal().mean()
     wide.diagonal().add_(_DAMPING * mean if mean > 0 else 1.0)
-    return torch.linalg.cholesky(wide).to(moments.dtype)
+    return torch.linalg.cholesky(wide)

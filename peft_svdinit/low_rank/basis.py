@@ -42,8 +42,8 @@ def rebalanced(
     found = svd_of_product(U.double(), Vh.double())
     if rank is not None:
         found = found.truncated(rank)
-    missing = (U.shape[1] if rank is None else rank) - len(found.S)
-    if missing > 0:
+    rank = U.shape[1] if rank is None else rank
+    if rank > len(found.S):
         raise ValueError(f"a product of rank {len(found.S)} has no factors of rank {rank}")
     sizes = _sizes(found.S)
     H = (Vh.double() @ found.Vh.mT) / sizes
