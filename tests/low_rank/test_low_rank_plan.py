@@ -65,7 +65,7 @@ GOOD = {"rank": 2, "shape": [8, 4]}
     ],
 )
 def test_a_damaged_plan_is_refused_by_layer(damaged):
-    with pytest.raises(ValueError, match=r"damaged plan .* at layer h\.1 "):
+    with pytest.raises(ValueError, match=r"damaged plan .*: layer h\.1 "):
         LowRankPlan.from_dict({"h.0": GOOD, "h.1": damaged})
 
 
