@@ -22,6 +22,7 @@ from peft_svdinit.optim import (
     save_moments,
 )
 from peft_svdinit.tuner import lora_scalings
+from trainer_callbacks.plain_optimizer import plain
 from trainer_callbacks.sparing import Sparing, prepare_folder
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class SaveMomentsCallback(TrainerCallback):
             path = Path(str(args.output_dir), MOMENTS_FILE_NAME)
             remedy = "Mend that and resume from the last checkpoint, which has the moments."
             with self._spared(str(path), remedy):
-                save_moments(_plain(optimizer), model, path)
+                save_moments(plain(optimizer), model, path)
 
 
 class CarryMomentsCallback(TrainerCallback):
@@ -98,7 +99,7 @@ class CarryMomentsCallback(TrainerCallback):
             return  # a resumed run has its own moments
         _check_optimizer(type(self).__name__, optimizer)
         scalings = lora_scalings(model)
-        count = install_moments(_plain(optimizer), model, self.teacher, self.moments, scalings)
+        count = install_moments(plain(optimizer), model, self.teacher, self.moments, scalings)
         logger.info("carried the Adam moments of %d layers over from the teacher", count)
 
 
@@ -110,11 +111,11 @@ def _check_optimizer(owner: str, optimizer: Any) -> None:
             f"{owner} needs the optimizer's state as it is, which {kind.value} splits among "
             "processes; use DDP"
         )
-    plain = _plain(optimizer)
-    kept = keeps_moments(plain)
+    inner = plain(optimizer)
+    kept = keeps_moments(inner)
     if kept is False:
         raise WrongKind(
-            f"{owner}: {type(plain).__name__} keeps no Adam moments of LoRA weights; use "
+            f"{owner}: {type(inner).__name__} keeps no Adam moments of LoRA weights; use "
             "optim=adamw_torch or adamw_torch_fused, or leave the callback out"
         )
     if kept is None and PartialState().is_main_process:
@@ -122,10 +123,5 @@ def _check_optimizer(owner: str, optimizer: Any) -> None:
             "%s cannot tell whether %s keeps Adam moments; optim=adamw_torch and "
             "adamw_torch_fused do",
             owner,
-            type(plain).__name__,
+            type(inner).__name__,
         )
-
-
-def _plain(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside Accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)

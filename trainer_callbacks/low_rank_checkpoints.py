@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
@@ -23,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from peft_svdinit.low_rank import PLAN_NAME, densify_, is_low_rank, restore_layers_
 from peft_svdinit.optim import Moved, replace_parameters_
 from trainer_callbacks.owning_trainer import trainer_of
+from trainer_callbacks.plain_optimizer import plain
 from trainer_callbacks.reducer import rebuild_reducer_
 from trainer_callbacks.taking_over import without_decay
 
@@ -76,11 +76,6 @@ class LowRankCheckpointsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         follow_checkpoints_(trainer_of(self))
-
-
-def plain(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside Accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _check_complete(path: str | os.PathLike) -> None:

@@ -36,8 +36,9 @@ from peft_svdinit.low_rank import (
 from peft_svdinit.optim import STATE_HANDLINGS, StateHandling
 from trainer_callbacks.averaged_models import follow_, take_layers_
 from trainer_callbacks.learning_rates import dampen_rates_, scale_rates_
-from trainer_callbacks.low_rank_checkpoints import MEMORY, follow_checkpoints_, plain
+from trainer_callbacks.low_rank_checkpoints import MEMORY, follow_checkpoints_
 from trainer_callbacks.owning_trainer import trainer_of
+from trainer_callbacks.plain_optimizer import plain
 from trainer_callbacks.rank_schedule import (
     AtEpoch,
     AtStep,
