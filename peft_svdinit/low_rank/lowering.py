@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..files import WrongKind
 from ..linalg import svd_of_product
 from ..optim import Moments, Moved
 from .basis import BasisChange, rebalanced
@@ -93,8 +94,9 @@ def _changed_with_norms(name: str, layer: LowRankLinear, rank: int) -> Changed:
     new = (layer.U, layer.Vh, layer.row_norm, layer.sv_norm)
 
     def carry(moments: Moments, squared: bool) -> Moments:
-        raise ValueError(
-            f"layer {name}: moments of factors with trained norms cannot be carried over; drop them"
+        raise WrongKind(
+            f"layer {name}: moments of factors with trained norms cannot be carried over; use "
+            "optimizer_state=drop"
         )
 
     return Changed(name, layer, None, Moved(name, old, new, carry, vectors=new[2:]))
