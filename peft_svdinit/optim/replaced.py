@@ -71,6 +71,9 @@ def replace_parameters_(
     """
     groups = optimizer.param_groups
     places = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
+    staying = {id(p) for each in moved for p in each.new}
+    leaving = {id(p) for each in moved for p in each.old} - staying
+    exempt = {id(p) for p in spared} | leaving
     joining: dict[int, int] = {}
     carried: list[tuple[nn.Parameter, dict[str, Any]]] = []
     for each in moved:
@@ -88,11 +91,9 @@ def replace_parameters_(
         for parameter in each.new:
             vector = any(parameter is other for other in each.vectors)
             if parameter.requires_grad or not trained:
-                joining[id(parameter)] = _undecayed(groups, home, spared) if vector else home
+                joining[id(parameter)] = _undecayed(groups, home, exempt) if vector else home
         if state == "project":
             carried += _carried(optimizer, each)
-    staying = {id(p) for each in moved for p in each.new}
-    leaving = {id(p) for each in moved for p in each.old} - staying
     rank_of = {id(p): position for position, p in enumerate(order)}
     arriving = [p for each in moved for p in each.new if id(p) not in places]
     for index, group in enumerate(groups):
@@ -160,13 +161,16 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _undecayed(
-    groups: Sequence[Mapping[str, Any]], home: int, spared: Collection[nn.Parameter]
-) -> int:
-    exempt = {id(parameter) for parameter in spared}
+def _undecayed(groups: Sequence[Mapping[str, Any]], home: int, exempt: Collection[int]) -> int:
+    """The group without weight decay, of the rate of `home`, all of whose ids are exempt."""
     for index, group in enumerate(groups):
         members = {id(parameter) for parameter in group["params"]}
         same_rate = group.get("lr") == groups[home].get("lr")
-        if index != home and not group.get("weight_decay") and same_rate and members <= exempt:
+        if (
+            index != home
+            and not group.get("weight_decay")
+            and same_rate
+            and members.issubset(exempt)
+        ):
             return index
     return home
