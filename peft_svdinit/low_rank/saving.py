@@ -129,6 +129,7 @@ def _save_pretrained(
             for name in names:
                 _taken(state, name)
                 state[f"{name}.weight"] = weight
+    has_weights = bool(state)  # What is saved is taken out of it.
     stock = type(model).save_pretrained
     stock(model, save_directory, is_main_process=is_main_process, state_dict=state, **kwargs)
     if not is_main_process:
@@ -142,7 +143,7 @@ def _save_pretrained(
             }
         )
         write_files(folder, plan, factors, dense)
-    elif state:
+    elif has_weights:
         remove_files(folder)
     if push_to_hub:
         model.push_to_hub(kwargs.pop("repo_id", folder.name), **_of_upload(kwargs))
