@@ -104,7 +104,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_direction_can_be_trained_after_each_change(weight, norms, dtype):
-    model = nn.Sequential(nn.Linear(10, 12, bias=False, dtype=dtype))
+    model: Any = nn.Sequential(nn.Linear(10, 12, bias=False, dtype=dtype))
     model[0].weight.data.copy_(WEIGHTS[weight])
     plan = LowRankPlan({"0": PlannedLayer(6, (12, 10))})
     (switched,) = factorize_(model, plan, train_norms=norms)
@@ -124,7 +124,9 @@ def test_every_direction_can_be_trained_after_each_change(weight, norms, dtype):
 
 @pytest.mark.parametrize("norms", [False, True])
 def test_layers_keep_their_products_and_their_parameters_are_the_same_objects(norms):
-    model = nn.Sequential(random_layer(9, 7, 4, norms=norms), random_layer(5, 9, 3, norms=norms))
+    model: Any = nn.Sequential(
+        random_layer(9, 7, 4, norms=norms), random_layer(5, 9, 3, norms=norms)
+    )
     weights = [layer.weight.clone() for layer in model]
     parameters = [id(parameter) for parameter in model.parameters()]
     changed = rebalance_(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,8 @@ def test_the_dense_layer_is_of_the_kind_that_was_replaced(layer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_weight_is_described_as_the_dense_layers(kind, dtype):
     layer = random_layer(6, 4, 2, transposed=kind == "conv1d", dtype=dtype)
-    weight, dense = layer.weight, layer.dense().weight
+    dense: Any = layer.dense().weight
+    weight = layer.weight
     assert weight.shape == dense.shape == ((4, 6) if kind == "conv1d" else (6, 4))
     assert (weight.dtype, weight.device) == (dense.dtype, dense.device)
     assert weight.requires_grad and torch.equal(weight, dense)
@@ -109,11 +111,13 @@ def test_under_autocast_it_works_in_half_precision_and_keeps_its_dtype(norms):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = layer(x)
         assert layer.weight.dtype == (layer.weight + 0).dtype == torch.float32
-        assert torch.equal(layer.weight + 0, layer.dense().weight)
+        dense: Any = layer.dense()
+        assert torch.equal(layer.weight + 0, dense.weight)
     assert found.dtype == torch.bfloat16
     assert_close(found.float(), layer(x), rtol=0.05, atol=0.2)
     found.float().sum().backward()
-    assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
+    gradients = [parameter.grad for parameter in layer.parameters()]
+    assert all(each is not None and each.dtype == torch.float32 for each in gradients)
 
 
 def test_a_layer_cast_to_bfloat16_computes_in_it():

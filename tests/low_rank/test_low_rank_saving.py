@@ -165,7 +165,8 @@ def test_the_plan_says_what_is_there_and_what_it_takes(saved, case):
 
 def test_a_loaded_model_saves_itself_again_alike(saved, tmp_path):
     _, folder = saved["llama with norms"]
-    load_low_rank(folder).save_pretrained(tmp_path)
+    model: Any = load_low_rank(folder)
+    model.save_pretrained(tmp_path)
     names = sorted(path.name for path in folder.iterdir())
     assert names == sorted(path.name for path in tmp_path.iterdir())
     for name in names:

@@ -51,11 +51,10 @@ class Attending(nn.Module):
 
 
 def t5() -> Any:
-    options = {"feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "initializer_factor": 1.0}
+    options: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "dropout_rate": 0.0}
+    options |= {"decoder_start_token_id": 0}
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
-    return T5ForConditionalGeneration(
-        T5Config(vocab_size=64, decoder_start_token_id=0, **sizes, **options)
-    )
+    return T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes, **options))
 
 
 def whisper() -> Any:
@@ -70,7 +69,8 @@ def whisper() -> Any:
 
 
 def mamba() -> Any:
-    sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 8}
+    sizes: dict[str, Any] = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2}
+    sizes |= {"time_step_rank": 8}
     return MambaForCausalLM(MambaConfig(vocab_size=64, initializer_range=0.2, **sizes))
 
 
@@ -215,7 +215,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
 class Reading(nn.Module):
     """Reads a weight's dtype as T5 does, and one weight itself."""
 
-    def __init__(self, wi: nn.Module, wo: nn.Module) -> None:
+    def __init__(self, wi: LowRankLinear, wo: LowRankLinear) -> None:
         super().__init__()
         self.wi, self.wo = wi, wo
 
@@ -240,7 +240,7 @@ def test_compiled_it_computes_the_same_in_one_graph(norms, monkeypatch):
     without_type_checks(LowRankLinear, monkeypatch)
     without_type_checks(ProductOnDemand, monkeypatch)
     layers = (random_layer(6, 4, 2, norms=norms), random_layer(3, 6, 2, transposed=True))
-    model = Reading(*layers)
+    model: Any = Reading(*layers)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(5, 4, dtype=torch.float64)
     results = []

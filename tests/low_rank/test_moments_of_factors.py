@@ -56,7 +56,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 def factorised(kind: str, train_norms: bool) -> tuple[LowRankLinear, Moved]:
     made: Any = nn.Linear(INNER, OUT) if kind == "linear" else Conv1D(OUT, INNER)
     model = nn.Sequential(made).double()
-    model[0].weight.data = drawn(*model[0].weight.shape)
+    made.weight.data = drawn(*made.weight.shape)
     plan = LowRankPlan({"0": PlannedLayer(RANK, (OUT, INNER))})
     options: dict[str, Any] = {"train_norms": train_norms, "row_normalise": "norms"}
     (switched,) = factorize_(model, plan, **options)
