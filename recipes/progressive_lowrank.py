@@ -31,6 +31,7 @@ from peft_svdinit.training import (
     RecipeArguments,
     parse_options,
     refusals_in_one_line,
+    write_run_info,
 )
 
 
@@ -63,6 +64,9 @@ def main(argv: list[str] | None = None) -> None:
         noted = {"low_rank": {"rule": low.rule.as_dict(), "in_place": True}}
         run = fit(base, materials, arguments, extra=noted, callbacks=[callback])
         trained = base
+        if run is not None:
+            run.info["extra"]["low_rank"]["switches"] = callback.switches
+            write_run_info(run.directory, run.info)
     else:
         del base
         run, trained = train_in_two(materials, model, data, low, arguments, step)

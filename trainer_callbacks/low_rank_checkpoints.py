@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,17 +15,14 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
 from peft_svdinit.low_rank import PLAN_NAME, densify_, is_low_rank, restore_layers_
 from peft_svdinit.optim import Moved, replace_parameters_
 from trainer_callbacks.owning_trainer import trainer_of
 from trainer_callbacks.plain_optimizer import plain
+from trainer_callbacks.rank_switch_memory import was_switched
 from trainer_callbacks.reducer import rebuild_reducer_
 from trainer_callbacks.taking_over import without_decay
-
-MEMORY = "rank_switch"
-"""Key under which trainer_state.json remembers switches."""
 
 
 def follow_checkpoints_(
@@ -79,11 +74,7 @@ class LowRankCheckpointsCallback(TrainerCallback):
 
 
 def _check_complete(path: str | os.PathLike) -> None:
-    state = Path(path, TRAINER_STATE_NAME)
-    if is_low_rank(path) or not state.is_file():
-        return
-    memory = json.loads(state.read_text(encoding="utf-8"))["stateful_callbacks"].get(MEMORY)
-    if memory and memory["attributes"]["switched_at"]:
+    if not is_low_rank(path) and was_switched(path):
         raise FileNotFoundError(
             f"resume_from_checkpoint: {path} was saved after a switch to low rank, but has no "
             f"{PLAN_NAME}; resume from another checkpoint"

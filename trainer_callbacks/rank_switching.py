@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -36,7 +37,7 @@ from peft_svdinit.low_rank import (
 from peft_svdinit.optim import STATE_HANDLINGS, StateHandling
 from trainer_callbacks.averaged_models import follow_, take_layers_
 from trainer_callbacks.learning_rates import dampen_rates_, scale_rates_
-from trainer_callbacks.low_rank_checkpoints import MEMORY, follow_checkpoints_
+from trainer_callbacks.low_rank_checkpoints import follow_checkpoints_
 from trainer_callbacks.owning_trainer import trainer_of
 from trainer_callbacks.plain_optimizer import plain
 from trainer_callbacks.rank_schedule import (
@@ -50,6 +51,7 @@ from trainer_callbacks.rank_schedule import (
     rewarmup,
 )
 from trainer_callbacks.rank_switch_checks import check_followers, check_processes
+from trainer_callbacks.rank_switch_memory import Memory
 from trainer_callbacks.reducer import check_equal
 from trainer_callbacks.taking_over import take_over_
 
@@ -154,11 +156,21 @@ class RankSwitchCallback(TrainerCallback):
         self.row_normalise: RowNormalise = row_normalise
         self.train_norms = train_norms
         self.averaged_models = tuple(averaged_models)
-        self.switched_at: list[int] = []
-        self._stable_ranks: list[dict[str, float]] = []
+        self._memory = Memory([[described(when), rule.as_dict()] for when, rule in self._stages])
         self._unchecked = False
         self._given_up: str | None = None
         self._trainer: Callable[[], Trainer | None] = lambda: None
+
+    @property
+    def switches(self) -> list[dict[str, Any]]:
+        """Of each switch so far its step, the seconds that it took, which are in no step's time,
+        and the parameters of its layers before and after."""
+        return self._memory.done
+
+    @property
+    def switched_at(self) -> list[int]:
+        """The steps of the switches so far."""
+        return [each["step"] for each in self.switches]
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -182,12 +194,13 @@ class RankSwitchCallback(TrainerCallback):
             rewarmup_steps=self.rewarmup_steps,
             averaged=self.averaged_models,
         )
-        remembered: Any = state.stateful_callbacks
-        memory = remembered.get(MEMORY) if state.global_step else None
-        self._recall(memory, model)
-        self._remember(state)
+        self._given_up = None
+        self._memory.recall(state)
+        self._check_stage(model)
+        self._memory.keep(state)
         if not state.global_step:
             self._switch_if_due(state, trainer, model, optimizer, kwargs["lr_scheduler"])
+            self._rewarm(state, optimizer, kwargs["lr_scheduler"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -204,11 +217,8 @@ class RankSwitchCallback(TrainerCallback):
         changed = self._switch_if_due(state, trainer, model, optimizer, scheduler)
         if self.rebalance_steps and since and since % self.rebalance_steps == 0 and not changed:
             self._rebalance(trainer, model, optimizer)
-        if self.switched_at:
-            share = rewarmup(state.global_step - self.switched_at[0], self.rewarmup_steps)
-            if share < 1:
-                dampen_rates_(optimizer, scheduler, share)
-        self._remember(state)
+        self._rewarm(state, optimizer, scheduler)
+        self._memory.keep(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -226,19 +236,9 @@ class RankSwitchCallback(TrainerCallback):
         follow_checkpoints_(trainer, lambda model: take_layers_(self.averaged_models, model))
         return trainer
 
-    def _recall(self, memory: Mapping[str, Any] | None, model: nn.Module) -> None:
+    def _check_stage(self, model: nn.Module) -> None:
+        """Refuse a model that is not in the state in which the switches so far left it."""
         low = low_rank_layers(model)
-        self._stable_ranks, self.switched_at, self._given_up = [], [], None
-        if memory is not None:
-            attributes = memory["attributes"]
-            if attributes["switches"] != self._described():
-                raise ValueError(
-                    "the checkpoint was made with other switches than this callback's: "
-                    f"{attributes['switches']} there, {self._described()} here; give the callback "
-                    "what it had"
-                )
-            self.switched_at = list(attributes["switched_at"])
-            self._stable_ranks = [dict(each) for each in attributes["stable_ranks"]]
         if low and not self.switched_at:
             raise ValueError(
                 f"the model is of low rank already ({next(iter(low))} and {len(low) - 1} other "
@@ -252,17 +252,20 @@ class RankSwitchCallback(TrainerCallback):
         first = self._stages[0][1]
         if not self.switched_at:
             # What would fail at the switch is better known now.
-            first.check(model) if isinstance(first, LowRankPlan) else check_rule(model, first)
+            if isinstance(first, LowRankPlan):
+                first.check(model)
+            else:
+                check_rule(model, first)
 
     def _look(self, state: TrainerState, model: nn.Module) -> None:
         """Take the stable ranks at the end of an epoch, if a trigger wants them."""
         wanted = any(isinstance(when, StableRankPlateau) for when, _ in self._stages)
         epochs = int((state.epoch or 0) + 1e-9)
         rule = self._stages[0][1]
-        if not wanted or self.switched_at or epochs <= len(self._stable_ranks):
+        if not wanted or self.switched_at or epochs <= len(self._memory.stable_ranks):
             return
         assert isinstance(rule, LowRankRule)
-        self._stable_ranks.append(stable_ranks(model, rule))
+        self._memory.stable_ranks.append(stable_ranks(model, rule))
 
     def _switch_if_due(
         self,
@@ -278,6 +281,7 @@ class RankSwitchCallback(TrainerCallback):
         when, rule = self._stages[stage]
         if not self._is_due(state, when):
             return False
+        began = time.perf_counter()
         try:
             found = self._planned(model, rule)
         except ValueError as error:
@@ -305,9 +309,17 @@ class RankSwitchCallback(TrainerCallback):
             error = fmean(each.error for each in switched)
             outcome = f"{plan.summary()}; mean relative error of the weights {error:.3f}"
         self._unchecked = True
-        self.switched_at.append(state.global_step)
+        self.switches.append(
+            {
+                "step": state.global_step,
+                "seconds": round(time.perf_counter() - began, 3),
+                "dense_parameters": plan.dense_parameters,
+                "parameters": plan.parameters,
+            }
+        )
         if state.is_world_process_zero:
-            logger.info("switched at step %d: %s", state.global_step, outcome)
+            taken = self.switches[-1]["seconds"]
+            logger.info("switched at step %d in %.1f s: %s", state.global_step, taken, outcome)
         return True
 
     def _planned(self, model: nn.Module, rule: LowRankRule | LowRankPlan) -> LowRankPlan:
@@ -319,8 +331,17 @@ class RankSwitchCallback(TrainerCallback):
         if isinstance(when, (AtStep, AtEpoch)):
             return when.due(Seen(state.global_step, state.epoch or 0.0))
         logs, epoch = state.log_history, state.epoch or 0.0
-        due = when.due(Seen(state.global_step, epoch, logs, self._stable_ranks))
+        due = when.due(Seen(state.global_step, epoch, logs, self._memory.stable_ranks))
         return bool(broadcast_object_list([due])[0])
+
+    def _rewarm(
+        self, state: TrainerState, optimizer: torch.optim.Optimizer, scheduler: Any
+    ) -> None:
+        if not self.switched_at:
+            return
+        share = rewarmup(state.global_step - self.switched_at[0], self.rewarmup_steps)
+        if share < 1:
+            dampen_rates_(optimizer, scheduler, share)
 
     def _rebalance(
         self, trainer: Trainer, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -328,19 +349,3 @@ class RankSwitchCallback(TrainerCallback):
         changed = rebalance_(model)
         take_over_(trainer, optimizer, [c.moved for c in changed], self.rebalance_state)
         follow_(self.averaged_models, changed)
-
-    def _described(self) -> list[Any]:
-        return [[described(when), rule.as_dict()] for when, rule in self._stages]
-
-    def _remember(self, state: TrainerState) -> None:
-        # Not as an ExportableState: the Trainer would make a new callback from it, and forget the
-        # Trainer and the batches.
-        remembered: Any = state.stateful_callbacks
-        remembered[MEMORY] = {
-            "args": {},
-            "attributes": {
-                "switches": self._described(),
-                "switched_at": list(self.switched_at),
-                "stable_ranks": self._stable_ranks,
-            },
-        }
