@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support import reference
 from support.low_rank_cases import switch
@@ -58,6 +58,7 @@ def planned(model: nn.Module, rule: LowRankRule) -> LowRankPlan | None:
 sides = st.one_of(st.integers(1, 60), st.sampled_from([80, 240, 320, 1024]))
 
 
+@example(shape=(80, 60), ratio=40, share="0.7", step=8)
 @given(shape=st.tuples(sides, sides), ratio=st.integers(1, 99), share=shares, step=steps)
 def test_a_ratio_is_rounded_down_to_multiples_and_bounded_exactly(shape, ratio, share, step):
     with torch.device("meta"):
