@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.low_rank_cases import dense_twin, product_of, switch
+from support.low_rank_cases import changed, dense_twin, product_of, same_layers, switch
 from support.peft_fixtures import logits, tiny_base, tokens
 from support.stock_process import run_without_us
 from torch import nn
@@ -69,15 +65,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def changed(model: nn.Module) -> None:
-    """As training leaves it: factors are of no SVD any more."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter += 0.02 * noise.to(parameter)
-
-
 def low_rank_model(case: str) -> Any:
     options = dict(CASES[case])
     model: Any = tiny_base(case.partition(" ")[0])
@@ -87,13 +74,6 @@ def low_rank_model(case: str) -> Any:
     switch(model, **options)
     changed(model)
     return model
-
-
-def same_layers(one: nn.Module, other: nn.Module) -> bool:
-    ours, theirs = one.state_dict(), other.state_dict()
-    return list(ours) == list(theirs) and all(
-        torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours
-    )
 
 
 @pytest.fixture(scope="module")
@@ -247,113 +227,6 @@ def test_a_module_within_and_shared_layers_are_saved_with_all_of_their_names(tmp
     assert not [key for key in stored if key.endswith((".U", ".Vh"))]
     assert f"{LAYER}.weight" in stored or "again.weight" in stored
     assert len(json.loads((tmp_path / "twice" / PLAN_NAME).read_text())["layers"]) == len(switched)
-
-
-@pytest.fixture
-def folder(saved, tmp_path) -> Path:
-    """A copy that may be damaged, of "llama"."""
-    return Path(shutil.copytree(saved["llama"][1], tmp_path / "copy"))
-
-
-def refused(folder: Path, error: type[Exception], message: str) -> None:
-    """A model that is given is not changed by what is refused."""
-    model: Any = tiny_base()
-    if (folder / "model.safetensors").is_file():
-        model = type(model).from_pretrained(folder)
-    before = copy.deepcopy(model)
-    with pytest.raises(error, match=message):
-        load_low_rank(folder, model)
-    assert same_layers(model, before) and not low_rank_layers(model)
-
-
-@pytest.mark.parametrize("missing", [PLAN_NAME, FACTORS_NAME])
-def test_a_missing_file_is_named(folder, missing):
-    (folder / missing).unlink()
-    refused(folder, FileNotFoundError, missing)
-
-
-@pytest.mark.parametrize("name", [PLAN_NAME, FACTORS_NAME])
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.99])
-def test_a_truncated_file_is_refused(folder, name, share):
-    data = (folder / name).read_bytes()
-    (folder / name).write_bytes(data[: int(share * len(data))])
-    refused(folder, ValueError, name)
-
-
-def rewrite_factors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    with safe_open(folder / FACTORS_NAME, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(folder / FACTORS_NAME)
-    edit(tensors)
-    save_file(tensors, folder / FACTORS_NAME, metadata)
-
-
-def rewrite_plan(folder: Path, layers: Any) -> None:
-    record = json.loads((folder / PLAN_NAME).read_text())
-    (folder / PLAN_NAME).write_text(json.dumps({**record, "layers": layers}))
-
-
-@pytest.mark.parametrize("layers", [None, [], {}, {LAYER: {"rank": 2, "shape": [24, 16]}}])
-def test_a_plan_that_is_not_that_of_the_factors_is_refused(folder, layers):
-    rewrite_plan(folder, layers)
-    refused(folder, ValueError, f"{PLAN_NAME} beside it is of other layers: write the folder again")
-
-
-def test_a_plan_that_is_no_mapping_is_refused(folder):
-    (folder / PLAN_NAME).write_text("[1, 2]")
-    refused(folder, ValueError, PLAN_NAME)
-
-
-@pytest.mark.parametrize("part", ["U", "Vh", "sample"])
-def test_a_layer_that_lacks_a_part_is_refused_before_any_is_restored(folder, part):
-    rewrite_factors(folder, lambda tensors: tensors.pop(f"{LAYER}.{part}"))
-    refused(folder, ValueError, LAYER)
-
-
-def test_a_part_of_another_shape_is_refused(folder):
-    def shorten(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[f"{LAYER}.U"] = tensors[f"{LAYER}.U"][:, :1].clone()
-
-    rewrite_factors(folder, shorten)
-    refused(folder, ValueError, f"the factors of layer {LAYER} are not those of its plan")
-
-
-def test_factors_beside_other_dense_weights_are_refused(folder, saved):
-    # As a training that goes on from the dense form and saves over it leaves them.
-    model: Any = type(saved["llama"][0]).from_pretrained(folder)
-    changed(model)
-    model.save_pretrained(folder)
-    assert is_low_rank(folder)
-    refused(folder, ValueError, r"the dense weights do not belong to these factors \(layer")
-    with pytest.raises(ValueError, match="do not belong to these factors"):
-        load_low_rank(folder)
-
-
-def test_a_model_with_other_weights_is_refused(saved):
-    model = tiny_base(seed=3)
-    with pytest.raises(ValueError, match="do not belong to these factors"):
-        load_low_rank(saved["llama"][1], model)
-    assert not low_rank_layers(model)
-
-
-def test_another_models_files_are_refused_by_layer(folder, saved):
-    for name in (PLAN_NAME, FACTORS_NAME):
-        shutil.copy(saved["gpt2"][1] / name, folder / name)
-    refused(folder, ValueError, r"a layer transformer\.h\.0\..*, which LlamaForCausalLM lacks")
-
-
-def test_a_model_of_low_rank_already_is_refused(saved):
-    model, folder = saved["llama"]
-    before = copy.deepcopy(model)
-    with pytest.raises(ValueError, match="of low rank already; densify_"):
-        load_low_rank(folder, model)
-    assert same_layers(model, before)
-
-
-@pytest.mark.parametrize("place", ["missing", ""])
-def test_no_folder_and_a_folder_without_a_plan_are_told(tmp_path, place):
-    with pytest.raises(FileNotFoundError, match="path"):
-        load_low_rank(tmp_path / place)
 
 
 def test_in_half_precision_a_float32_checkpoint_is_restored_in_the_models_dtype(saved):

@@ -74,3 +74,19 @@ def dense_twin(before: nn.Module, switched: list[Switched]) -> Any:
         product = product_of(each.layer).detach()
         module.weight.data = (product.mT if each.layer.transposed else product).contiguous()
     return twin
+
+
+def changed(model: nn.Module) -> None:
+    """As training leaves it: factors are of no SVD any more."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter += 0.02 * noise.to(parameter)
+
+
+def same_layers(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return list(ours) == list(theirs) and all(
+        torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours
+    )
