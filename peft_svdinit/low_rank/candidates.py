@@ -14,6 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from ..models import base_weight, is_chosen, is_plain, is_within, linear_modules
 from .layer import LowRankLinear
 
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks",
+    "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -84,7 +90,8 @@ def candidates(
         elif name in ties:
             reason = f"its weight is tied to {ties[name]}"
         elif not _is_stock(module):
-            reason = f"a {type(module).__name__} of {module.weight.dtype} is no dense layer"
+            kind = f"{type(module).__name__} of {module.weight.dtype}"
+            reason = f"a {kind}, whose weight or forward is no dense layer's"
         elif not named and body and not is_within(name, [body]):
             reason = "a head, outside the base model"
         elif not named and (module in heads or name.endswith("lm_head")):
@@ -111,7 +118,10 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 
 
 def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` is held, for a module may be shared by several parents."""
+    """Put `new` wherever `old` is held, by several parents perhaps; it takes the hooks of `old`."""
+    for name in _HOOKS:
+        # The dictionaries themselves, in which the handles of the hooks remove them.
+        setattr(new, name, getattr(old, name))
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is old:
@@ -120,7 +130,8 @@ def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def _is_stock(module: nn.Module) -> bool:
     """Whether forward and weight are those of a dense layer, whatever the class is called."""
-    forward = type(module).forward
+    # Accelerate's device maps give a module a forward of its own.
+    forward = vars(module).get("forward", type(module).forward)
     known = forward is nn.Linear.forward or forward is Conv1D.forward
     return known and is_plain(module.weight)  # pyright: ignore[reportArgumentType]
 

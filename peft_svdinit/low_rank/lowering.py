@@ -37,6 +37,8 @@ class Changed:
 def shrink_(model: nn.Module, plan: LowRankPlan) -> list[Changed]:
     """Lower the ranks of layers, each to the best approximation of its own product.
 
+    Where D and S are trained that is of the product without D, whose rows weigh alike.
+
     Raises:
         ValueError: if the plan names a layer that is not of low rank, or a rank that is not lower.
     """

@@ -8,13 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from support import reference
 from support.gradient_batches import batches, layer_inputs
 from support.low_rank_cases import product_of, switch
 from support.peft_fixtures import tiny_base
+from support.switching_runs import wide_model
 from torch import nn
 
-from peft_svdinit.low_rank import LowRankPlan, PlannedLayer, factorize_, low_rank_layers
+from peft_svdinit.low_rank import (
+    LowRankPlan,
+    LowRankRule,
+    PlannedLayer,
+    factorize_,
+    low_rank_layers,
+    make_plan,
+)
 from peft_svdinit.models import linear_modules
 
 ARCHITECTURES = ("llama", "gpt2")
@@ -152,3 +161,32 @@ def test_a_weight_that_is_not_finite_is_refused_and_nothing_changed():
     with pytest.raises(ValueError, match="infinite"):
         factorize_(model, PLAN)
     assert not low_rank_layers(model)
+
+
+def test_hooks_of_a_layer_go_with_it_and_can_be_removed():
+    model = wide_model()
+    plan = make_plan(model, LowRankRule(ratio=0.25))
+    name = next(iter(plan.layers))
+    module = model.get_submodule(name)
+    seen = []
+    handles = [
+        module.register_forward_pre_hook(lambda m, args, kwargs: seen.append(m), with_kwargs=True),
+        module.register_forward_hook(lambda m, args, out: seen.append(m)),
+        module.register_full_backward_hook(lambda m, into, out: seen.append(m)),
+    ]
+    factorize_(model, plan)
+    model(input_ids=torch.arange(4)[None]).logits.sum().backward()
+    assert seen == [model.get_submodule(name)] * 3 and seen[0] is not module
+    for handle in handles:
+        handle.remove()
+    model(input_ids=torch.arange(4)[None]).logits.sum().backward()
+    assert len(seen) == 3
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused():
+    model = wide_model()
+    plan = make_plan(model, LowRankRule(ratio=0.25))
+    module = model.get_submodule(next(iter(plan.layers)))
+    add_hook_to_module(module, ModelHook())
+    with pytest.raises(ValueError, match="whose weight or forward is no dense layer's"):
+        factorize_(model, plan)
