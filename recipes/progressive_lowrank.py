@@ -50,8 +50,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"the switch is after {step} of max_steps={arguments.max_steps} steps, so that "
                 "nothing would be trained at low rank; take more steps, or switch earlier"
             )
-        split = bool(arguments.deepspeed or arguments.fsdp)
-        in_place = not split if low.in_place is None else low.in_place
+        in_place = low.is_in_place(arguments)
         if not in_place and step == 0:
             raise ValueError(
                 "in_place=false needs a step at full rank; use switch_step of 1 or more"

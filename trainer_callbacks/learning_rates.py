@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR
 
 
 def scale_rates_(optimizer: torch.optim.Optimizer, scheduler: Any, factor: float) -> None:
@@ -31,6 +31,11 @@ def dampen_rates_(optimizer: torch.optim.Optimizer, scheduler: Any, share: float
         group["lr"] = group["lr"] * share
     for each in _all(scheduler):
         _note_rates(optimizer, each)
+
+
+def can_scale(scheduler: Any) -> bool:
+    """Whether its rates follow from the base rates and the last ones."""
+    return not any(isinstance(each, (OneCycleLR, CyclicLR)) for each in _all(scheduler))
 
 
 def sets_rates_anew(scheduler: Any) -> bool:

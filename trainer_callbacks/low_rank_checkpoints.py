@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from peft_svdinit.low_rank import PLAN_NAME, densify_, is_low_rank, restore_layers_
+from peft_svdinit.low_rank import PLAN_NAME, densify_, is_low_rank, is_small_form, restore_layers_
 from peft_svdinit.optim import Moved, replace_parameters_
 from trainer_callbacks.owning_trainer import trainer_of
 from trainer_callbacks.plain_optimizer import plain
@@ -26,32 +25,50 @@ from trainer_callbacks.taking_over import without_decay
 
 
 def follow_checkpoints_(
-    trainer: Trainer, then: Callable[[nn.Module], None] = lambda model: None
+    trainer: Trainer, resumed: Callable[[nn.Module, str], None] = lambda model, path: None
 ) -> None:
     """Make a Trainer's loading of checkpoints, to resume and of the best one, change structure.
 
     Weights are loaded into the model before an optimizer is made for it and before any hook is
     called, without strictness: dense weights beside factors would be taken in silence. So whatever
     the model is, it is made dense, given the checkpoint's dense weights, and then the very factors
-    that lie beside them. `then` is called with the model after each. FSDP and DeepSpeed load
-    checkpoints of their own, of the structure that the model has, and are left alone.
+    that lie beside them; checkpoints of the small form are loaded as they are. FSDP and DeepSpeed
+    load checkpoints of their own, of the structure that the model has, and are left alone.
+
+    Args:
+        trainer: the Trainer.
+        resumed: called with the model and the path after a checkpoint to resume from was loaded.
+
+    Raises:
+        ValueError: if another callback has done this.
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
+    if "_load_from_checkpoint" in vars(trainer):
+        raise ValueError(
+            "the Trainer has two callbacks that restore low-rank checkpoints; RankSwitchCallback "
+            "does so by itself, leave LowRankCheckpointsCallback out"
+        )
 
     def following(load: Callable[..., None], path: str, *arguments: Any) -> None:
         model: Any = trainer.model
-        _check_complete(path)
+        if is_small_form(path):
+            load(*arguments)
+            return
+        if not is_low_rank(path) and was_switched(path):
+            raise FileNotFoundError(
+                f"resume_from_checkpoint: {path} was saved after a switch to low rank, but has no "
+                f"{PLAN_NAME}; resume from another checkpoint"
+            )
         _repair(trainer, densify_(model))
         load(*arguments)
-        moved = restore_layers_(model, path) if is_low_rank(path) else []
-        _repair(trainer, moved)
-        then(model)
+        _repair(trainer, restore_layers_(model, path) if is_low_rank(path) else [])
 
     resume, best = trainer._load_from_checkpoint, trainer._load_best_model
 
     def load_from_checkpoint(path: str, model: nn.Module | None = None) -> None:
         following(resume, path, path, model)
+        resumed(trainer.model, path)  # pyright: ignore[reportArgumentType]
 
     def load_best_model() -> None:
         following(best, str(trainer.state.best_model_checkpoint))
@@ -71,14 +88,6 @@ class LowRankCheckpointsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         follow_checkpoints_(trainer_of(self))
-
-
-def _check_complete(path: str | os.PathLike) -> None:
-    if not is_low_rank(path) and was_switched(path):
-        raise FileNotFoundError(
-            f"resume_from_checkpoint: {path} was saved after a switch to low rank, but has no "
-            f"{PLAN_NAME}; resume from another checkpoint"
-        )
 
 
 def _repair(trainer: Trainer, moved: list[Moved]) -> None:

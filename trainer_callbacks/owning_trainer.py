@@ -21,7 +21,7 @@ def trainer_of(callback: TrainerCallback) -> Trainer:
         each
         for each in gc.get_objects()
         # Not isinstance: some objects answer for a class that they only stand in for.
-        if issubclass(type(each), Trainer) and callback in each.callback_handler.callbacks
+        if issubclass(type(each), Trainer) and callback in _callbacks(each)
     ]
     if len(found) != 1:
         raise RuntimeError(
@@ -29,3 +29,8 @@ def trainer_of(callback: TrainerCallback) -> Trainer:
             "callback of its own, in callbacks=[...]"
         )
     return found[0]
+
+
+def _callbacks(trainer: Trainer) -> list[TrainerCallback]:
+    """Its callbacks; none of one whose making failed and that an exception still holds."""
+    return getattr(getattr(trainer, "callback_handler", None), "callbacks", [])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from itertools import pairwise
+from math import isfinite, nan
 from statistics import fmean
 from typing import Any, Protocol
+
+from peft_svdinit.files import WrongKind
 
 StableRanks = Mapping[str, float]
 
@@ -18,8 +21,9 @@ class Seen:
     Attributes:
         step: optimizer steps taken.
         epoch: passes over the data, a fraction within one.
-        logs: the Trainer's log history: metrics by name, oldest first.
-        stable_ranks: of each layer, by name, at each epoch that has ended, oldest first.
+        logs: the Trainer's log history since the last switch: metrics by name, oldest first.
+        stable_ranks: of each layer, by name, at each epoch that has ended since then, oldest first;
+            taken only where a `StableRankPlateau` is waited for.
     """
 
     step: int
@@ -85,7 +89,7 @@ class LossPlateau:
             )
 
     def due(self, seen: Seen) -> bool:
-        values = [log[self.metric] for log in seen.logs if self.metric in log]
+        values = [log[self.metric] for log in seen.logs if isfinite(log.get(self.metric, nan))]
         before, recent = values[: -self.patience], values[-self.patience :]
         if not before:
             return False
@@ -142,10 +146,26 @@ class When:
 
 def described(trigger: Trigger) -> dict[str, Any]:
     """A trigger as JSON, for a checkpoint to tell whether a resumed run has the same; no code."""
-    if isinstance(trigger, When):
-        return {"kind": "When"}
-    fields = asdict(trigger)  # pyright: ignore[reportArgumentType]
-    return {"kind": type(trigger).__name__, **fields}
+    kind = type(trigger).__name__
+    if isinstance(trigger, When) or not is_dataclass(trigger):
+        return {"kind": kind}
+    return {"kind": kind, **asdict(trigger)}
+
+
+def as_trigger(given: Any, argument: str = "switch") -> Trigger:
+    """A trigger as it is, a function as one.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if callable(getattr(given, "due", None)) and not isinstance(given, type):
+        return given
+    if callable(given) and not isinstance(given, type):
+        return When(given)  # pyright: ignore[reportArgumentType]
+    raise WrongKind(
+        f"{argument} must be a trigger such as AtStep(500), or a function of what was Seen, got "
+        f"{given!r}"
+    )
 
 
 def rewarmup(steps_since: int, steps: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean
+from pathlib import Path
 from typing import Any
 from weakref import ref
 
@@ -20,22 +20,18 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import SCHEDULER_NAME
 
 from peft_svdinit.low_rank import (
     LowRankPlan,
     LowRankRule,
     RowNormalise,
-    check_rule,
-    factorize_,
-    low_rank_layers,
-    make_plan,
-    plan_to_shrink,
-    rebalance_,
-    shrink_,
+    save_dense_,
     stable_ranks,
 )
-from peft_svdinit.optim import STATE_HANDLINGS, StateHandling
-from trainer_callbacks.averaged_models import follow_, take_layers_
+from peft_svdinit.optim import StateHandling
+from trainer_callbacks.averaged_models import take_layers_
+from trainer_callbacks.layer_switching import agreed_plan, apply_plan_, rebalance_layers_
 from trainer_callbacks.learning_rates import dampen_rates_, scale_rates_
 from trainer_callbacks.low_rank_checkpoints import follow_checkpoints_
 from trainer_callbacks.owning_trainer import trainer_of
@@ -46,14 +42,15 @@ from trainer_callbacks.rank_schedule import (
     Seen,
     StableRankPlateau,
     Trigger,
-    When,
+    as_trigger,
     described,
     rewarmup,
 )
-from trainer_callbacks.rank_switch_checks import check_followers, check_processes
+from trainer_callbacks.rank_switch_checks import check_followers, check_model, check_processes
 from trainer_callbacks.rank_switch_memory import Memory
+from trainer_callbacks.rank_switch_options import SwitchOptions
 from trainer_callbacks.reducer import check_equal
-from trainer_callbacks.taking_over import take_over_
+from trainer_callbacks.taking_over import groups_digest
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +71,13 @@ class RankSwitchCallback(TrainerCallback):
         switch: when: an `AtStep`, `AtEpoch`, `LossPlateau`, `StableRankPlateau`, or a function of
             what was `Seen`.
         lowrank_switch_epoch: in its place, the number of epochs at full rank; 0 starts low.
-        shrink: lower ranks later: pairs of when and rule, in their order.
+        shrink: lower ranks later: pairs of when and rule, in their order. A plateau is one since
+            the switch before it.
         learning_rate_factor: of all rates after the switch.
         rewarmup_steps: steps over which the rate rises again after the switch.
-        optimizer_state: "project" carries the moments of a weight over to its factors, "drop"
-            begins anew. For Adam and SGD of torch; other optimizers need "drop".
+        optimizer_state: "project" carries the moments of a weight over to its factors, and on to
+            those of a lower rank; "drop" begins anew. For Adam (without amsgrad) and SGD of torch;
+            other optimizers need "drop".
         rebalance_steps: after so many steps, ever again, bring the factors of each product to equal
             size (arXiv:2505.22922).
         rebalance_state: what becomes of the moments then, likewise.
@@ -118,54 +117,30 @@ class RankSwitchCallback(TrainerCallback):
     ) -> None:
         if (switch is None) == (lowrank_switch_epoch is None):
             raise ValueError("give one of switch and lowrank_switch_epoch: when to switch")
-        if not 0 < learning_rate_factor <= 1:
-            raise ValueError(f"learning_rate_factor must be in (0, 1], got {learning_rate_factor}")
-        for name, value in (
-            ("rewarmup_steps", rewarmup_steps),
-            ("rebalance_steps", rebalance_steps),
-        ):
-            if value is not None and value < (1 if name == "rebalance_steps" else 0):
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name, value in (
-            ("optimizer_state", optimizer_state),
-            ("rebalance_state", rebalance_state),
-        ):
-            if value not in STATE_HANDLINGS:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(STATE_HANDLINGS)}, got {value!r}"
-                )
-        if train_norms and (rebalance_steps or shrink) and rebalance_state != "drop":
-            raise ValueError(
-                "the moments of factors with train_norms cannot be carried to other factors; use "
-                "rebalance_state=drop"
-            )
-        if isinstance(rule, LowRankPlan) and not rule.layers:
-            raise ValueError("the plan names no layer")
         first = AtEpoch(lowrank_switch_epoch) if lowrank_switch_epoch is not None else switch
-        assert first is not None
-        self._stages: list[tuple[Trigger, LowRankRule | LowRankPlan]] = [
-            (when if hasattr(when, "due") else When(when), each)  # pyright: ignore
-            for when, each in [(first, rule), *shrink]
-        ]
-        self.learning_rate_factor = learning_rate_factor
-        self.rewarmup_steps = rewarmup_steps
-        self.optimizer_state: StateHandling = optimizer_state
-        self.rebalance_steps = rebalance_steps
-        self.rebalance_state: StateHandling = rebalance_state
-        self.batches = None if batches is None else list(batches)
-        self.row_normalise: RowNormalise = row_normalise
-        self.train_norms = train_norms
-        self.averaged_models = tuple(averaged_models)
-        self._memory = Memory([[described(when), rule.as_dict()] for when, rule in self._stages])
+        later = [(as_trigger(when, "shrink"), each) for when, each in shrink]
+        self.options = SwitchOptions(
+            stages=[(as_trigger(first), rule), *later],
+            learning_rate_factor=learning_rate_factor,
+            rewarmup_steps=rewarmup_steps,
+            optimizer_state=optimizer_state,
+            rebalance_steps=rebalance_steps,
+            rebalance_state=rebalance_state,
+            batches=None if batches is None else list(batches),
+            row_normalise=row_normalise,
+            train_norms=train_norms,
+            averaged_models=tuple(averaged_models),
+        )
+        self._memory = Memory(self.options.as_dict())
         self._unchecked = False
-        self._given_up: str | None = None
+        self._resumed_from: str | None = None
         self._trainer: Callable[[], Trainer | None] = lambda: None
 
     @property
     def switches(self) -> list[dict[str, Any]]:
         """Of each switch so far its step, the seconds that it took, which are in no step's time,
         and the parameters of its layers before and after."""
-        return self._memory.done
+        return [each for each in self._memory.done if "reason" not in each]
 
     @property
     def switched_at(self) -> list[int]:
@@ -182,25 +157,25 @@ class RankSwitchCallback(TrainerCallback):
     ) -> None:
         trainer = self._trainer() or self._attach()
         model, optimizer = kwargs["model"], plain(kwargs["optimizer"])
-        lowers = self.rebalance_steps is not None or len(self._stages) > 1
-        check_followers(
-            trainer,
-            model,
-            optimizer,
-            kwargs["lr_scheduler"],
-            carries=self.optimizer_state == "project"
-            or (lowers and self.rebalance_state == "project"),
-            factor=self.learning_rate_factor,
-            rewarmup_steps=self.rewarmup_steps,
-            averaged=self.averaged_models,
-        )
-        self._given_up = None
+        scheduler = kwargs["lr_scheduler"]
+        check_followers(trainer, model, optimizer, scheduler, self.options)
         self._memory.recall(state)
-        self._check_stage(model)
+        check_model(model, optimizer, self.options, bool(self.switches))
+        if self._memory.groups and self._memory.groups != groups_digest(model, optimizer):
+            raise ValueError(
+                "the optimizer holds its parameters in another order than when the checkpoint was "
+                "saved, so that their state went to others; build its groups in the order of "
+                "model.named_parameters(), as the Trainer does"
+            )
+        # From now on, for what an earlier run left beside checkpoints of the same names.
+        save_dense_(model)
         self._memory.keep(state)
         if not state.global_step:
-            self._switch_if_due(state, trainer, model, optimizer, kwargs["lr_scheduler"])
-            self._rewarm(state, optimizer, kwargs["lr_scheduler"])
+            self._switch_if_due(state, trainer, model, optimizer, scheduler)
+            self._rewarm(state, trainer, optimizer, scheduler)
+        elif self.switches and not Path(self._resumed_from or "", SCHEDULER_NAME).is_file():
+            # A checkpoint of the model alone: the schedule began anew, at the rates of before.
+            scale_rates_(optimizer, scheduler, self.options.learning_rate_factor)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -213,59 +188,53 @@ class RankSwitchCallback(TrainerCallback):
             check_equal(dict(model.named_parameters()), "parameters a step after the switch")
         self._unchecked = False
         self._look(state, model)
-        since = state.global_step - self.switched_at[0] if self.switched_at else 0
+        since = state.global_step - self.switched_at[0] if self.switches else 0
         changed = self._switch_if_due(state, trainer, model, optimizer, scheduler)
-        if self.rebalance_steps and since and since % self.rebalance_steps == 0 and not changed:
-            self._rebalance(trainer, model, optimizer)
-        self._rewarm(state, optimizer, scheduler)
+        every = self.options.rebalance_steps
+        if every and since and since % every == 0 and not changed:
+            rebalance_layers_(trainer, optimizer, self.options)
+        self._rewarm(state, trainer, optimizer, scheduler)
         self._memory.keep(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        missed = self._stages[len(self.switched_at) :]
-        if missed and state.is_world_process_zero:
-            what = "stayed dense" if not self.switched_at else "kept its ranks"
-            why = self._given_up or f"{described(missed[0][0])} was never due"
+        if not state.is_world_process_zero:
+            return
+        missed = [
+            f"{each['reason']}, at step {each['step']}"
+            for each in self._memory.done[:]
+            if "reason" in each
+        ]
+        missed += [
+            f"{described(when)} was never due"
+            for when, _ in self.options.stages[len(self._memory.done) :][:1]
+        ]
+        what = "kept its ranks" if self.switches else "stayed dense"
+        for why in missed:
             logger.warning("the training ended and the model %s: %s", what, why)
 
     def _attach(self) -> Trainer:
         trainer = trainer_of(self)
         check_processes(trainer)
         self._trainer = ref(trainer)
-        follow_checkpoints_(trainer, lambda model: take_layers_(self.averaged_models, model))
+        follow_checkpoints_(trainer, self._follow_resume)
         return trainer
 
-    def _check_stage(self, model: nn.Module) -> None:
-        """Refuse a model that is not in the state in which the switches so far left it."""
-        low = low_rank_layers(model)
-        if low and not self.switched_at:
-            raise ValueError(
-                f"the model is of low rank already ({next(iter(low))} and {len(low) - 1} other "
-                "layers), and nothing is left to switch; train it without this callback"
-            )
-        if self.switched_at and not low:
-            raise ValueError(
-                "the checkpoint was saved after a switch to low rank, but the model is dense: pass "
-                "the callback when the Trainer is made, in callbacks=[...]"
-            )
-        first = self._stages[0][1]
-        if not self.switched_at:
-            # What would fail at the switch is better known now.
-            if isinstance(first, LowRankPlan):
-                first.check(model)
-            else:
-                check_rule(model, first)
+    def _follow_resume(self, model: nn.Module, path: str) -> None:
+        self._resumed_from = path
+        take_layers_(self.options.averaged_models, model)
 
     def _look(self, state: TrainerState, model: nn.Module) -> None:
-        """Take the stable ranks at the end of an epoch, if a trigger wants them."""
-        wanted = any(isinstance(when, StableRankPlateau) for when, _ in self._stages)
-        epochs = int((state.epoch or 0) + 1e-9)
-        rule = self._stages[0][1]
-        if not wanted or self.switched_at or epochs <= len(self._memory.stable_ranks):
+        """Take the stable ranks at the end of an epoch, if the next trigger wants them."""
+        epoch = int((state.epoch or 0) + 1e-9)
+        waiting = self.options.stages[len(self._memory.done) :]
+        if not waiting or epoch <= self._memory.epoch:
             return
-        assert isinstance(rule, LowRankRule)
-        self._memory.stable_ranks.append(stable_ranks(model, rule))
+        when, rule = waiting[0]
+        if isinstance(when, StableRankPlateau) and isinstance(rule, LowRankRule):
+            self._memory.epoch = epoch
+            self._memory.stable_ranks.append(stable_ranks(model, rule))
 
     def _switch_if_due(
         self,
@@ -275,77 +244,49 @@ class RankSwitchCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer,
         scheduler: Any,
     ) -> bool:
-        stage = len(self.switched_at)
-        if self._given_up or stage == len(self._stages):
-            return False
-        when, rule = self._stages[stage]
-        if not self._is_due(state, when):
+        waiting = self.options.stages[len(self._memory.done) :]
+        if not waiting or not self._is_due(state, waiting[0][0]):
             return False
         began = time.perf_counter()
-        try:
-            found = self._planned(model, rule)
-        except ValueError as error:
+        plan, reason = agreed_plan(model, waiting[0][1])
+        done: dict[str, Any] = {"step": state.global_step}
+        if plan is None:
             # Weights have come to be such that the rule fits none: no reason to lose the training.
-            self._given_up = f"at step {state.global_step} {error}"
-            logger.warning("nothing is switched: %s", self._given_up)
-            return False
-        [plan] = broadcast_object_list([found])  # The first process decides.
-        if stage:
-            changed = shrink_(model, plan)
-            take_over_(trainer, optimizer, [c.moved for c in changed], self.rebalance_state)
-            follow_(self.averaged_models, changed)
-            outcome = plan.summary()
+            done["reason"] = reason
+            said = f"nothing is switched at step {state.global_step}: {reason}"
         else:
-            switched = factorize_(
-                model,
-                plan,
-                batches=self.batches,
-                row_normalise=self.row_normalise,
-                train_norms=self.train_norms,
-            )
-            take_over_(trainer, optimizer, [s.moved for s in switched], self.optimizer_state)
-            take_layers_(self.averaged_models, model)
-            scale_rates_(optimizer, scheduler, self.learning_rate_factor)
-            error = fmean(each.error for each in switched)
-            outcome = f"{plan.summary()}; mean relative error of the weights {error:.3f}"
-        self._unchecked = True
-        self.switches.append(
-            {
-                "step": state.global_step,
-                "seconds": round(time.perf_counter() - began, 3),
-                "dense_parameters": plan.dense_parameters,
-                "parameters": plan.parameters,
-            }
-        )
+            outcome = apply_plan_(trainer, optimizer, scheduler, plan, self.options)
+            done["seconds"] = round(time.perf_counter() - began, 3)
+            done["dense_parameters"] = plan.dense_parameters
+            done["parameters"] = plan.parameters
+            said = f"switched at step {state.global_step} in {done['seconds']:.1f} s: {outcome}"
+            self._unchecked = True
+            self._memory.groups = groups_digest(model, optimizer)
+        self._memory.done.append(done)
+        self._memory.epoch = int((state.epoch or 0) + 1e-9)
+        self._memory.stable_ranks = []
         if state.is_world_process_zero:
-            taken = self.switches[-1]["seconds"]
-            logger.info("switched at step %d in %.1f s: %s", state.global_step, taken, outcome)
-        return True
-
-    def _planned(self, model: nn.Module, rule: LowRankRule | LowRankPlan) -> LowRankPlan:
-        if isinstance(rule, LowRankPlan):
-            return rule
-        return plan_to_shrink(model, rule) if self.switched_at else make_plan(model, rule)
+            logger.log(logging.WARNING if plan is None else logging.INFO, said)
+        return plan is not None
 
     def _is_due(self, state: TrainerState, when: Trigger) -> bool:
         if isinstance(when, (AtStep, AtEpoch)):
             return when.due(Seen(state.global_step, state.epoch or 0.0))
-        logs, epoch = state.log_history, state.epoch or 0.0
-        due = when.due(Seen(state.global_step, epoch, logs, self._memory.stable_ranks))
-        return bool(broadcast_object_list([due])[0])
+        last = self._memory.done[-1]["step"] if self._memory.done else -1
+        logs = [log for log in state.log_history if log.get("step", 0) > last]
+        seen = Seen(state.global_step, state.epoch or 0.0, logs, self._memory.stable_ranks)
+        return bool(broadcast_object_list([when.due(seen)])[0])
 
     def _rewarm(
-        self, state: TrainerState, optimizer: torch.optim.Optimizer, scheduler: Any
+        self,
+        state: TrainerState,
+        trainer: Trainer,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
     ) -> None:
-        if not self.switched_at:
+        # Where the optimizer's step was skipped, the scheduler's was too: its rate is the last one.
+        if not self.switches or trainer.accelerator.optimizer_step_was_skipped:
             return
-        share = rewarmup(state.global_step - self.switched_at[0], self.rewarmup_steps)
+        share = rewarmup(state.global_step - self.switched_at[0], self.options.rewarmup_steps)
         if share < 1:
             dampen_rates_(optimizer, scheduler, share)
-
-    def _rebalance(
-        self, trainer: Trainer, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
-        changed = rebalance_(model)
-        take_over_(trainer, optimizer, [c.moved for c in changed], self.rebalance_state)
-        follow_(self.averaged_models, changed)

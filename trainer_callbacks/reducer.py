@@ -25,17 +25,22 @@ def check_reducer(wrapper: nn.Module) -> None:
             "cannot be replaced in place; use DDP without torch_compile, or "
             "recipes/progressive_lowrank.py, which goes on in a new Trainer"
         )
-    if wrapper.mixed_precision is not None or wrapper._delay_all_reduce_params:
+    # PowerSGD's hook, say, keeps errors and matrices of each bucket.
+    plain = (dist.ProcessGroup, type(None))
+    keeps = any(not isinstance(state, plain) for _, state in wrapper._comm_hooks)
+    if wrapper.mixed_precision is not None or wrapper._delay_all_reduce_params or keeps:
         raise ValueError(
-            "DDP with mixed_precision or delay_all_reduce_named_params cannot follow a switch in "
-            "place; leave these options out, or use recipes/progressive_lowrank.py"
+            "DDP with mixed_precision, delay_all_reduce_named_params or a communication hook that "
+            "keeps a state cannot follow a switch in place; leave that out, or use "
+            "recipes/progressive_lowrank.py"
         )
 
 
 def rebuild_reducer_(wrapper: DistributedDataParallel) -> None:
     """Let DDP reduce the gradients of the parameters that its module has now.
 
-    The object stays, for a training loop holds it, and so do its options and communication hooks.
+    The object stays, for a training loop holds it, and so do its options and the communication
+    hooks that keep no state.
     Parameters and buffers are those of the first process afterwards. Without it the processes
     would go on apart, in silence where unused parameters are looked for. All processes take part.
     """

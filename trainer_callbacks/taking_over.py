@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 import torch
@@ -58,3 +60,10 @@ def without_decay(trainer: Trainer, model: nn.Module) -> list[nn.Parameter]:
     """The parameters to which the Trainer applies no weight decay."""
     decayed = set(trainer.get_decay_parameter_names(model))
     return [p for name, p in model.named_parameters() if name not in decayed]
+
+
+def groups_digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """By which two optimizers are told to hold the same parameters in the same order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+    return hashlib.sha256(json.dumps(groups).encode()).hexdigest()[:16]

@@ -11,6 +11,7 @@ from .lowering import rebalance_ as rebalance_
 from .lowering import shrink_ as shrink_
 from .plan import LowRankPlan as LowRankPlan
 from .plan import PlannedLayer as PlannedLayer
+from .planning import check_plan as check_plan
 from .planning import check_rule as check_rule
 from .planning import make_plan as make_plan
 from .planning import plan_to_shrink as plan_to_shrink
@@ -19,4 +20,6 @@ from .quantizer import register_small_form as register_small_form
 from .rule import LowRankRule as LowRankRule
 from .saving import load_low_rank as load_low_rank
 from .saving import restore_layers_ as restore_layers_
+from .saving import save_dense_ as save_dense_
+from .small_form import is_small_form as is_small_form
 from .small_form import save_small_form as save_small_form

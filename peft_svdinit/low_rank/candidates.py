@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -77,6 +77,8 @@ def candidates(
             "shrink_ lowers their ranks"
         )
     found = linear_modules(model, target_modules)
+    _check_names(found, target_modules, "target_modules")
+    _check_names(linear_modules(model, ".*"), exclude_modules, "exclude_modules")
     named = target_modules != "all-linear"
     ties = _tied_to(model)
     body, heads = _base_model_name(model), _output_heads(model)
@@ -112,6 +114,16 @@ def candidates(
     return chosen, reasons
 
 
+def _check_names(names: Iterable[str], choice: str | Sequence[str], argument: str) -> None:
+    """Refuse a name of a list that no linear layer has: what it was to keep dense would not be."""
+    for each in () if isinstance(choice, str) else choice:
+        if not any(is_chosen(name, [each]) for name in names):
+            raise ValueError(
+                f"{argument}: no linear layer has the name {each!r} or one that ends so; correct "
+                "it, or leave it out"
+            )
+
+
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     """The layers of low rank by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
@@ -133,7 +145,9 @@ def _is_stock(module: nn.Module) -> bool:
     # Accelerate's device maps give a module a forward of its own.
     forward = vars(module).get("forward", type(module).forward)
     known = forward is nn.Linear.forward or forward is Conv1D.forward
-    return known and is_plain(module.weight)  # pyright: ignore[reportArgumentType]
+    # A parametrised weight, weight_norm's say, is computed from parameters of other names.
+    weight = module._parameters.get("weight")
+    return known and weight is not None and is_plain(weight)
 
 
 def _tied_to(model: nn.Module) -> dict[str, str]:

@@ -16,10 +16,11 @@ from ..models import base_weight
 from ..optim import Moved
 from .approximation import Approximation, RowNormalise, approximation
 from .basis import split
-from .candidates import candidates, low_rank_layers, replace_module_
+from .candidates import low_rank_layers, replace_module_
 from .layer import LowRankLinear
 from .moments import to_dense, to_factors
 from .plan import LowRankPlan
+from .planning import check_plan
 from .saving import save_dense_
 
 
@@ -73,8 +74,7 @@ def factorize_(
 
     Cost: an SVD for each layer; with `batches` a forward pass for each batch too.
     """
-    plan.check(model)
-    candidates(model, list(plan.layers))
+    check_plan(model, plan)
     layers = plan.layers
     found: dict[str, Approximation] = {}
     with tqdm(total=len(layers), desc="Low rank", unit="layer", disable=None) as progress:

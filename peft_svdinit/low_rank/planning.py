@@ -61,19 +61,31 @@ def plan_to_shrink(model: nn.Module, rule: LowRankRule) -> LowRankPlan:
     return LowRankPlan(lower, planned.dense)
 
 
-def check_rule(model: nn.Module, rule: LowRankRule) -> None:
-    """Refuse a rule that can switch no layer of the model, whatever the weights will be.
+def check_rule(model: nn.Module, rule: LowRankRule) -> list[str]:
+    """The dense layers that a rule may switch, whatever the weights will be.
 
     Raises:
-        ValueError: as `make_plan` does.
+        ValueError: as `make_plan` does, if there are none or a budget is below the least.
     """
     if rule.ratio is not None:
-        make_plan(model, rule)
-        return
+        return list(make_plan(model, rule).layers)
     chosen, reasons = candidates(model, rule.target_modules, rule.exclude_modules)
     considered, dense = _considered(chosen, reasons, rule)
     if not considered:
         raise _nothing_cheaper(dense)
+    _check_budget(considered, rule)
+    return list(considered)
+
+
+def check_plan(model: nn.Module, plan: LowRankPlan) -> list[str]:
+    """The layers of a plan, all of which the model has and can switch.
+
+    Raises:
+        ValueError: as `LowRankPlan.check` and `candidates` do.
+    """
+    plan.check(model)
+    candidates(model, list(plan.layers))
+    return list(plan.layers)
 
 
 def _planned(
@@ -149,6 +161,16 @@ def _rank(candidate: Candidate, rule: LowRankRule) -> int | None:
     return max(step, math.ceil(needed / step) * step)
 
 
+def _check_budget(chosen: Mapping[str, Candidate], rule: LowRankRule) -> None:
+    step = rule.multiple_of
+    least = step * sum(sum(candidate.shape) for candidate in chosen.values())
+    if rule.max_parameters is not None and rule.max_parameters < least:
+        raise ValueError(
+            f"max_parameters must be at least {least:,} to give all {len(chosen)} layers rank "
+            f"{step}, got {rule.max_parameters:,}; raise it, or switch fewer layers"
+        )
+
+
 def _budgeted(chosen: Mapping[str, Candidate], rule: LowRankRule) -> dict[str, int]:
     """The ranks that keep the most energy for the budget.
 
@@ -159,12 +181,7 @@ def _budgeted(chosen: Mapping[str, Candidate], rule: LowRankRule) -> dict[str, i
     if not chosen:
         return {}
     step = rule.multiple_of
-    least = step * sum(sum(candidate.shape) for candidate in chosen.values())
-    if rule.max_parameters < least:
-        raise ValueError(
-            f"max_parameters must be at least {least:,} to give all {len(chosen)} layers rank "
-            f"{step}, got {rule.max_parameters:,}; raise it, or switch fewer layers"
-        )
+    _check_budget(chosen, rule)
     blocks = {}
     for name, candidate in tqdm(chosen.items(), desc="Spectra", unit="layer", disable=None):
         S, norm = singular_values_of(candidate)
@@ -199,8 +216,11 @@ def stable_rank_of(candidate: Candidate) -> float:
 
 
 def stable_ranks(model: nn.Module, rule: LowRankRule) -> dict[str, float]:
-    """The stable rank of every layer that `rule` looks at."""
-    chosen, _ = candidates(model, rule.target_modules, rule.exclude_modules)
+    """The stable rank of every layer that `rule` looks at; of low-rank ones once there are any."""
+    low = low_rank_layers(model)
+    chosen = {n: Candidate(n, m, (m.out_features, m.in_features)) for n, m in low.items()}
+    if not low:
+        chosen, _ = candidates(model, rule.target_modules, rule.exclude_modules)
     return {
         name: stable_rank_of(candidate)
         for name, candidate in chosen.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..models import is_chosen
@@ -84,7 +84,9 @@ class LowRankRule:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; two rules that say the same give the same."""
-        found = asdict(self)
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.ratio, Mapping):
+            found["ratio"] = dict(self.ratio)
         for name in ("target_modules", "exclude_modules"):
             if not isinstance(found[name], str):
                 found[name] = list(found[name])

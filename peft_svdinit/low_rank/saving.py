@@ -78,8 +78,8 @@ def _restored_(model: nn.Module, stored: StoredLayers) -> list[Moved]:
     )
     if different:
         raise ValueError(
-            f"the dense weights do not belong to these factors ({different}): another checkpoint's "
-            "weights were put beside them, or into the model"
+            f"the dense weights do not belong to these factors ({different}): the model has "
+            "not the weights of this checkpoint, or others were put beside the factors"
         )
     # A damaged layer is to be noticed before the first one is replaced.
     factors = {name: stored.factors(name) for name in plan.layers}

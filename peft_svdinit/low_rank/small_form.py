@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..files import WrongKind
+from ..files import WrongKind, read_json
 from .candidates import low_rank_layers
 from .files import remove_files
 from .plan import LowRankPlan, PlannedLayer
@@ -63,6 +63,15 @@ def save_small_form(
     if Path(folder).is_file():
         raise ValueError(f"folder must be a folder, got the file {os.fspath(folder)}")
     _write(model, folder, model.state_dict(), max_shard_size=max_shard_size)
+
+
+def is_small_form(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds a model in the small form."""
+    config = Path(folder, "config.json")
+    if not config.is_file():
+        return False
+    found = read_json(config, "checkpoint").get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == METHOD
 
 
 def save_small_(model: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ StateHandling = Literal["project", "drop"]
 STATE_HANDLINGS: tuple[StateHandling, ...] = get_args(StateHandling)
 # Running means of gradients, and of their squares: what a change of basis is defined for.
 _FIRST, _SECOND = ("exp_avg", "momentum_buffer"), ("exp_avg_sq", "square_avg")
-_COUNTS = ("step",)
+_COUNTS = ("step", "mu_product")
 
 Moments = Sequence[Tensor]
 
@@ -107,8 +107,12 @@ def replace_parameters_(
         optimizer.state[parameter] = found
 
 
-def check_can_carry(optimizer: torch.optim.Optimizer, names: Collection[str]) -> None:
+def check_can_carry(
+    optimizer: torch.optim.Optimizer, names: Collection[str], argument: str = "optimizer_state"
+) -> None:
     """Refuse an optimizer whose state of a matrix has these entries, if one cannot be carried.
+
+    `argument` is by which the user asked for it.
 
     Raises:
         TypeError: naming optimizer, entry and remedy.
@@ -116,9 +120,9 @@ def check_can_carry(optimizer: torch.optim.Optimizer, names: Collection[str]) ->
     unknown = sorted(set(names) - {*_FIRST, *_SECOND, *_COUNTS})
     if unknown:
         raise WrongKind(
-            f"optimizer_state=project: the state of {type(optimizer).__name__} has "
-            f"{', '.join(unknown)}, which no change of basis is defined for; use an Adam or SGD of "
-            "torch, or optimizer_state=drop"
+            f"{argument}=project: the state of {type(optimizer).__name__} has "
+            f"{', '.join(unknown)}, which no change of basis is defined for; use an Adam (without "
+            f"amsgrad) or SGD of torch, or {argument}=drop"
         )
 
 

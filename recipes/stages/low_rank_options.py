@@ -79,7 +79,7 @@ class LowRankOptions:
         default=None, metadata={"help": "Balance the factors again every so many steps."}
     )
     optimizer_state: Literal["project", "drop"] = field(
-        default="project", metadata={"help": "What becomes of the optimizer's moments."}
+        default="project", metadata={"help": "What becomes of the optimizer's moments, in place."}
     )
     in_place: bool | None = field(
         default=None,
@@ -98,7 +98,8 @@ class LowRankOptions:
                     f"switch={kind} and {option} belong together, got switch={self.switch} and "
                     f"{option}={value}"
                 )
-        shares = [self.switch_share, *self.shrink_shares]
+        at = [self.switch_share] if self.switch == "share" else []
+        shares = [*at, *self.shrink_shares]
         if not all(0 <= share < 1 for share in shares) or shares != sorted(shares):
             raise ValueError(
                 "switch_share and shrink_shares must ascend within [0, 1), got "
@@ -111,12 +112,28 @@ class LowRankOptions:
             )
         if self.factor_batches < 0:
             raise ValueError(f"factor_batches must not be negative, got {self.factor_batches}")
-        if self.in_place is False and (self.shrink_shares or "plateau" in self.switch):
+        if not 0 < self.learning_rate_factor <= 1:
             raise ValueError(
-                "in_place=false switches once, after a known number of steps; leave out "
-                "shrink_shares, and use switch=share, step or epoch"
+                f"learning_rate_factor must be in (0, 1], got {self.learning_rate_factor}"
             )
         self.rule  # noqa: B018  Refuses what contradicts itself.
+
+    def is_in_place(self, arguments: RecipeArguments) -> bool:
+        """Whether one Trainer does it all.
+
+        Raises:
+            ValueError: for options that two Trainers cannot follow.
+        """
+        split = bool(arguments.deepspeed or arguments.fsdp)
+        if not split if self.in_place is None else self.in_place:
+            return True
+        if self.shrink_shares or self.rebalance_steps or "plateau" in self.switch:
+            why = "FSDP and DeepSpeed need" if self.in_place is None else "in_place=false means"
+            raise ValueError(
+                f"{why} a switch between two Trainers, once and after a known number of steps; "
+                "leave out shrink_shares and rebalance_steps, and use switch=share, step or epoch"
+            )
+        return False
 
     @property
     def rule(self) -> LowRankRule:

@@ -68,3 +68,8 @@ def test_processes_that_drift_apart_are_noticed(reports):
 @pytest.mark.slow
 def test_a_compiled_model_in_several_processes_is_refused(reports):
     assert "DDP without torch_compile" in reports[0]["compiled"]
+
+
+@pytest.mark.slow
+def test_the_first_process_decides_and_none_waits_for_another(reports):
+    assert [each["refused"] for each in reports] == [["process 0 finds nothing"]] * 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import progressive_lowrank
 import pytest
@@ -111,3 +113,17 @@ def test_energy_and_parameters_take_the_place_of_ratios():
     assert LowRankOptions(rank_energy=0.5).rule.energy == 0.5
     assert LowRankOptions(rank_parameters=10**6).rule.ratio is None
     assert LowRankOptions(attention_ratio=None).rule.ratio == {"feed_forward": 0.15}
+
+
+def test_two_trainers_where_parameters_are_split_and_only_what_they_can_follow():
+    split: Any = SimpleNamespace(deepspeed=None, fsdp=["full_shard"])
+    whole: Any = SimpleNamespace(deepspeed=None, fsdp=[])
+    assert LowRankOptions().is_in_place(whole) and not LowRankOptions().is_in_place(split)
+    for options in (
+        LowRankOptions(switch="loss_plateau"),
+        LowRankOptions(rebalance_steps=2),
+        LowRankOptions(shrink_shares=[0.5], shrink_ratios=[0.05]),
+    ):
+        assert options.is_in_place(whole)
+        with pytest.raises(ValueError, match="FSDP and DeepSpeed need a switch between two"):
+            options.is_in_place(split)

@@ -16,7 +16,7 @@ from stages.processes import leave_process_group
 
 from peft_svdinit.low_rank import LowRankRule, low_rank_layers
 from support.switching_runs import differences, logged, make_trainer, train, wide_model
-from trainer_callbacks import AtStep, RankSwitchCallback
+from trainer_callbacks import AtStep, RankSwitchCallback, layer_switching
 from trainer_callbacks.reducer import check_equal
 
 
@@ -46,6 +46,21 @@ def naive(folder: Path) -> str:
     return ""
 
 
+def refused(folder: Path, rank: int) -> list[str]:
+    """The reasons in each process when the first one alone finds that nothing can be switched."""
+
+    def fails(*arguments: object) -> None:
+        raise ValueError(f"process {rank} finds nothing")
+
+    made = layer_switching.make_plan
+    layer_switching.make_plan = fails  # pyright: ignore[reportAttributeAccessIssue]
+    callback = RankSwitchCallback(LowRankRule(energy=0.5), AtStep(3))
+    trainer = train(folder, callback, per_device_train_batch_size=2)
+    layer_switching.make_plan = made
+    assert trainer.state.global_step == 7
+    return [each["reason"] for each in callback._memory.done]
+
+
 def main() -> None:
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     report: dict = {"rank": rank}
@@ -68,6 +83,7 @@ def main() -> None:
             del resumed
         del whole
     report["apart"] = naive(folder / "apart")
+    report["refused"] = refused(folder / "refused", rank)
     compiled = make_trainer(
         folder / "compiled",
         switch(),
