@@ -53,7 +53,10 @@ def take_over_(
             if isinstance(value, torch.Tensor) and value.dim()
         ]
         broadcast_(states)
-        check_equal(dict(model.named_parameters()), "parameters after the switch")
+        check_equal(
+            {f"{each.name} ({n})": p for each in moved for n, p in enumerate(each.new)},
+            "factors after the switch",
+        )
 
 
 def without_decay(trainer: Trainer, model: nn.Module) -> list[nn.Parameter]:
