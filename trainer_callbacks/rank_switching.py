@@ -201,15 +201,10 @@ class RankSwitchCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        missed = [
-            f"{each['reason']}, at step {each['step']}"
-            for each in self._memory.done[:]
-            if "reason" in each
-        ]
-        missed += [
-            f"{described(when)} was never due"
-            for when, _ in self.options.stages[len(self._memory.done) :][:1]
-        ]
+        done, stages = self._memory.done, self.options.stages
+        missed = [f"{each['reason']}, at step {each['step']}" for each in done if "reason" in each]
+        if len(done) < len(stages):
+            missed.append(f"{described(stages[len(done)][0])} was never due")
         what = "kept its ranks" if self.switches else "stayed dense"
         for why in missed:
             logger.warning("the training ended and the model %s: %s", what, why)
