@@ -39,6 +39,17 @@ def take_layers_(averaged: Sequence[nn.Module], model: nn.Module) -> None:
             _replace(inner, name, layer)
 
 
+def drop_layers_(averaged: Sequence[nn.Module], model: nn.Module) -> None:
+    """Put copies of dense layers where an average has low-rank ones that the model has not."""
+    kept = low_rank_layers(model)
+    for each in averaged:
+        inner = _inner(each)
+        for name, layer in low_rank_layers(inner).items():
+            if name not in kept:
+                dense = copy.deepcopy(model.get_submodule(name)).requires_grad_(False)
+                replace_module_(inner, layer, dense)
+
+
 @torch.no_grad()
 def follow_(averaged: Sequence[nn.Module], changed: Iterable[Changed]) -> None:
     """Bring the averages of factors into the new basis; exact where the rank stays."""

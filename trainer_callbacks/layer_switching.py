@@ -28,25 +28,42 @@ from trainer_callbacks.taking_over import take_over_
 
 
 def agreed_plan(
-    model: nn.Module, rule: LowRankRule | LowRankPlan
+    model: nn.Module, rule: LowRankRule | LowRankPlan, *, first: bool
 ) -> tuple[LowRankPlan | None, str]:
     """The plan that the first process makes, or why the weights allow none.
 
-    All processes take part; whatever fails in the first one is said in all.
+    All processes take part, and whatever fails in the first one is said in all.
+
+    Args:
+        model: the model.
+        rule: of the switch, if it is the `first` stage, or of lower ranks.
+
+    Raises:
+        RuntimeError: if planning fails for another reason than what the weights are.
     """
-    found: tuple[LowRankPlan | None, str] = (None, "")
+    found: tuple[LowRankPlan | None, str, bool] = (None, "", False)
     if PartialState().is_main_process:
         try:
             if isinstance(rule, LowRankPlan):
-                found = rule, ""
-            elif low_rank_layers(model):
-                found = plan_to_shrink(model, rule), ""
+                found = rule, "", False
             else:
-                found = make_plan(model, rule), ""
+                found = (make_plan if first else plan_to_shrink)(model, rule), "", False
         except ValueError as error:
-            found = None, str(error)
-    [agreed] = broadcast_object_list([found])
-    return agreed
+            found = None, str(error), False
+        except Exception as error:  # In one process alone it would leave the others waiting.
+            found = None, f"{type(error).__name__}: {error}", True
+    [(plan, reason, failed)] = broadcast_object_list([found])
+    if failed:
+        raise RuntimeError(f"the ranks of a switch could not be chosen: {reason}")
+    return plan, reason
+
+
+def parameters_in(model: nn.Module, plan: LowRankPlan) -> int:
+    """Entries of the planned layers' weights or factors, as they are."""
+    low = low_rank_layers(model)
+    if not low:
+        return plan.dense_parameters
+    return sum(low[name].rank * sum(layer.shape) for name, layer in plan.layers.items())
 
 
 def apply_plan_(
@@ -59,10 +76,12 @@ def apply_plan_(
     """Switch the layers of the plan, or lower their ranks; what was done, in words."""
     model: nn.Module = trainer.model  # pyright: ignore[reportAssignmentType]
     if low_rank_layers(model):
+        before = parameters_in(model, plan)
         changed = shrink_(model, plan)
         take_over_(trainer, optimizer, [c.moved for c in changed], options.optimizer_state)
         follow_(options.averaged_models, changed)
-        return plan.summary()
+        after = f"{plan.parameters:,}"
+        return f"{len(changed)} layers at lower ranks: {before:,} weights become {after}"
     switched = factorize_(
         model,
         plan,

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR
 
 
 def scale_rates_(optimizer: torch.optim.Optimizer, scheduler: Any, factor: float) -> None:
-    """Multiply the rates of now and of all steps to come by `factor`.
+    """Multiply the rates of now and of all steps to come by `factor`; floors stay.
 
     The scheduler's base rates are part of its saved state, and the groups' of the optimizer's, so
     that a resumed run has the lower rates too.

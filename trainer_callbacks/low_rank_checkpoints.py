@@ -21,23 +21,30 @@ from trainer_callbacks.owning_trainer import trainer_of
 from trainer_callbacks.plain_optimizer import plain
 from trainer_callbacks.rank_switch_memory import was_switched
 from trainer_callbacks.reducer import rebuild_reducer_
+from trainer_callbacks.renamed_weights import load_renamed_
 from trainer_callbacks.taking_over import without_decay
 
 
 def follow_checkpoints_(
-    trainer: Trainer, resumed: Callable[[nn.Module, str], None] = lambda model, path: None
+    trainer: Trainer,
+    resumed: Callable[[nn.Module, str], None] = lambda model, path: None,
+    *,
+    always_low: bool = False,
 ) -> None:
     """Make a Trainer's loading of checkpoints, to resume and of the best one, change structure.
 
     Weights are loaded into the model before an optimizer is made for it and before any hook is
     called, without strictness: dense weights beside factors would be taken in silence. So whatever
     the model is, it is made dense, given the checkpoint's dense weights, and then the very factors
-    that lie beside them; checkpoints of the small form are loaded as they are. FSDP and DeepSpeed
-    load checkpoints of their own, of the structure that the model has, and are left alone.
+    that lie beside them; checkpoints of the small form are loaded as they are. Weights that the
+    checkpoint keeps under other names, which the Trainer would leave out, are loaded as
+    `from_pretrained` does. FSDP and DeepSpeed load checkpoints of their own, of the structure that
+    the model has, and are left alone.
 
     Args:
         trainer: the Trainer.
         resumed: called with the model and the path after a checkpoint to resume from was loaded.
+        always_low: whether a checkpoint without low-rank layers is one whose plan is missing.
 
     Raises:
         ValueError: if another callback has done this.
@@ -55,13 +62,14 @@ def follow_checkpoints_(
         if is_small_form(path):
             load(*arguments)
             return
-        if not is_low_rank(path) and was_switched(path):
+        if not is_low_rank(path) and (always_low or was_switched(path)):
             raise FileNotFoundError(
-                f"resume_from_checkpoint: {path} was saved after a switch to low rank, but has no "
-                f"{PLAN_NAME}; resume from another checkpoint"
+                f"checkpoint: {path} is of a model with low-rank layers, but has no {PLAN_NAME}; "
+                "take another checkpoint"
             )
         _repair(trainer, densify_(model))
         load(*arguments)
+        load_renamed_(model, path)
         _repair(trainer, restore_layers_(model, path) if is_low_rank(path) else [])
 
     resume, best = trainer._load_from_checkpoint, trainer._load_best_model
@@ -87,7 +95,7 @@ class LowRankCheckpointsCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        follow_checkpoints_(trainer_of(self))
+        follow_checkpoints_(trainer_of(self), always_low=True)
 
 
 def _repair(trainer: Trainer, moved: list[Moved]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from itertools import pairwise
 from math import isfinite, nan
+from numbers import Real
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -45,7 +46,7 @@ class AtStep:
     step: int
 
     def __post_init__(self) -> None:
-        if self.step < 0:
+        if not self.step >= 0:
             raise ValueError(f"step must not be negative, got {self.step}")
 
     def due(self, seen: Seen) -> bool:
@@ -59,7 +60,7 @@ class AtEpoch:
     epoch: float
 
     def __post_init__(self) -> None:
-        if self.epoch < 0:
+        if not self.epoch >= 0:
             raise ValueError(f"lowrank_switch_epoch must not be negative, got {self.epoch}")
 
     def due(self, seen: Seen) -> bool:
@@ -149,7 +150,14 @@ def described(trigger: Trigger) -> dict[str, Any]:
     kind = type(trigger).__name__
     if isinstance(trigger, When) or not is_dataclass(trigger):
         return {"kind": kind}
-    return {"kind": kind, **asdict(trigger)}
+    return {"kind": kind, **{name: _as_json(value) for name, value in vars(trigger).items()}}
+
+
+def _as_json(value: Any) -> Any:
+    """A number or text as it is, of anything else its type."""
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    return float(value) if isinstance(value, Real) else type(value).__name__
 
 
 def as_trigger(given: Any, argument: str = "switch") -> Trigger:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from peft_svdinit.files import WrongKind
-from peft_svdinit.low_rank import LowRankPlan, check_plan, check_rule, low_rank_layers
+from peft_svdinit.low_rank import LowRankPlan, check_names, check_plan, check_rule, low_rank_layers
 from peft_svdinit.optim import check_can_carry, state_of_a_matrix
 from trainer_callbacks.averaged_models import check_averaged
 from trainer_callbacks.learning_rates import can_scale, sets_rates_anew
@@ -107,9 +107,15 @@ def check_model(
         return
     # What would fail at the switch is better known now.
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for _, rule in options.stages:
-        plan = isinstance(rule, LowRankPlan)
-        names = check_plan(model, rule) if plan else check_rule(model, rule)
+    for number, (_, rule) in enumerate(options.stages):
+        if isinstance(rule, LowRankPlan):
+            names = check_plan(model, rule)
+        elif not number:
+            names = check_rule(model, rule)
+        else:
+            # Which layers and ranks there will be to lower is not known yet, but their names are.
+            check_names(model, rule)
+            continue
         for name in names:
             weight: Any = model.get_submodule(name).weight
             if weight.requires_grad and id(weight) not in held:

@@ -68,5 +68,5 @@ def was_switched(checkpoint: str | os.PathLike) -> bool:
     path = Path(checkpoint, TRAINER_STATE_NAME)
     if not path.is_file():
         return False
-    kept = json.loads(path.read_text(encoding="utf-8"))["stateful_callbacks"].get(_KEY)
+    kept = json.loads(path.read_text(encoding="utf-8")).get("stateful_callbacks", {}).get(_KEY)
     return bool(kept and any("reason" not in each for each in kept["attributes"]["done"]))

@@ -82,13 +82,18 @@ class SwitchOptions:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready: what a resumed run must have as it was."""
+        every = self.rebalance_steps
         return {
-            "stages": [[described(when), rule.as_dict()] for when, rule in self.stages],
+            "stages": [
+                # The order of ratios counts, and is lost where JSON is sorted.
+                [described(when), rule.as_dict(), list(getattr(rule, "ratios", ()))]
+                for when, rule in self.stages
+            ],
             "learning_rate_factor": self.learning_rate_factor,
-            "rewarmup_steps": self.rewarmup_steps,
+            "rewarmup_steps": int(self.rewarmup_steps),
             "optimizer_state": self.optimizer_state,
-            "rebalance_steps": self.rebalance_steps,
-            "rebalance_state": self.rebalance_state,
+            "rebalance_steps": every and int(every),
+            "rebalance_state": every and self.rebalance_state,
             "batches": None if self.batches is None else len(self.batches),
             "row_normalise": self.row_normalise,
             "train_norms": self.train_norms,

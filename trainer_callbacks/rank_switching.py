@@ -20,7 +20,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from peft_svdinit.low_rank import (
     LowRankPlan,
@@ -30,8 +30,13 @@ from peft_svdinit.low_rank import (
     stable_ranks,
 )
 from peft_svdinit.optim import StateHandling
-from trainer_callbacks.averaged_models import take_layers_
-from trainer_callbacks.layer_switching import agreed_plan, apply_plan_, rebalance_layers_
+from trainer_callbacks.averaged_models import drop_layers_, take_layers_
+from trainer_callbacks.layer_switching import (
+    agreed_plan,
+    apply_plan_,
+    parameters_in,
+    rebalance_layers_,
+)
 from trainer_callbacks.learning_rates import dampen_rates_, scale_rates_
 from trainer_callbacks.low_rank_checkpoints import follow_checkpoints_
 from trainer_callbacks.owning_trainer import trainer_of
@@ -88,6 +93,8 @@ class RankSwitchCallback(TrainerCallback):
             layers are switched along. They begin anew in these layers, and go on exactly when
             factors are rebalanced. Averages made by other callbacks are not seen.
 
+    A run that is resumed must be given all of this as it was.
+
     Raises:
         ValueError: for wrong options, here. Where training begins: for a rule or plan that fits no
             layer of the model, a model of low rank already, an optimizer or scheduler that cannot
@@ -121,7 +128,7 @@ class RankSwitchCallback(TrainerCallback):
         later = [(as_trigger(when, "shrink"), each) for when, each in shrink]
         self.options = SwitchOptions(
             stages=[(as_trigger(first), rule), *later],
-            learning_rate_factor=learning_rate_factor,
+            learning_rate_factor=float(learning_rate_factor),
             rewarmup_steps=rewarmup_steps,
             optimizer_state=optimizer_state,
             rebalance_steps=rebalance_steps,
@@ -135,6 +142,8 @@ class RankSwitchCallback(TrainerCallback):
         self._unchecked = False
         self._resumed_from: str | None = None
         self._trainer: Callable[[], Trainer | None] = lambda: None
+        # The optimizer whose rates are lowered: the Trainer keeps it for a training after this.
+        self._lowered: Callable[[], torch.optim.Optimizer | None] = lambda: None
 
     @property
     def switches(self) -> list[dict[str, Any]]:
@@ -161,7 +170,12 @@ class RankSwitchCallback(TrainerCallback):
         check_followers(trainer, model, optimizer, scheduler, self.options)
         self._memory.recall(state)
         check_model(model, optimizer, self.options, bool(self.switches))
-        if self._memory.groups and self._memory.groups != groups_digest(model, optimizer):
+        drop_layers_(self.options.averaged_models, model)
+        # The Trainer loads either both of these or none.
+        files = (OPTIMIZER_NAME, SCHEDULER_NAME)
+        loaded = all(Path(self._resumed_from or "", name).is_file() for name in files)
+        self._resumed_from = None
+        if loaded and self._memory.groups not in ("", groups_digest(model, optimizer)):
             raise ValueError(
                 "the optimizer holds its parameters in another order than when the checkpoint was "
                 "saved, so that their state went to others; build its groups in the order of "
@@ -169,13 +183,17 @@ class RankSwitchCallback(TrainerCallback):
             )
         # From now on, for what an earlier run left beside checkpoints of the same names.
         save_dense_(model)
-        self._memory.keep(state)
+        factor = self.options.learning_rate_factor
+        if not loaded and self._lowered() is optimizer:
+            scale_rates_(optimizer, scheduler, 1 / factor)  # What an earlier training left.
+        if not loaded and self.switches:
+            scale_rates_(optimizer, scheduler, factor)
+        self._lowered = ref(optimizer) if self.switches else lambda: None
         if not state.global_step:
             self._switch_if_due(state, trainer, model, optimizer, scheduler)
+        if not loaded:
             self._rewarm(state, trainer, optimizer, scheduler)
-        elif self.switches and not Path(self._resumed_from or "", SCHEDULER_NAME).is_file():
-            # A checkpoint of the model alone: the schedule began anew, at the rates of before.
-            scale_rates_(optimizer, scheduler, self.options.learning_rate_factor)
+        self._memory.keep(state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -243,16 +261,19 @@ class RankSwitchCallback(TrainerCallback):
         if not waiting or not self._is_due(state, waiting[0][0]):
             return False
         began = time.perf_counter()
-        plan, reason = agreed_plan(model, waiting[0][1])
+        first = not self._memory.done
+        plan, reason = agreed_plan(model, waiting[0][1], first=first)
         done: dict[str, Any] = {"step": state.global_step}
         if plan is None:
             # Weights have come to be such that the rule fits none: no reason to lose the training.
             done["reason"] = reason
             said = f"nothing is switched at step {state.global_step}: {reason}"
         else:
+            before = parameters_in(model, plan)
             outcome = apply_plan_(trainer, optimizer, scheduler, plan, self.options)
+            self._lowered = ref(optimizer)
             done["seconds"] = round(time.perf_counter() - began, 3)
-            done["dense_parameters"] = plan.dense_parameters
+            done["parameters_before"] = before
             done["parameters"] = plan.parameters
             said = f"switched at step {state.global_step} in {done['seconds']:.1f} s: {outcome}"
             self._unchecked = True

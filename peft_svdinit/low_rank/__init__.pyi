@@ -11,6 +11,7 @@ from .lowering import rebalance_ as rebalance_
 from .lowering import shrink_ as shrink_
 from .plan import LowRankPlan as LowRankPlan
 from .plan import PlannedLayer as PlannedLayer
+from .planning import check_names as check_names
 from .planning import check_plan as check_plan
 from .planning import check_rule as check_rule
 from .planning import make_plan as make_plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -77,8 +77,8 @@ def candidates(
             "shrink_ lowers their ranks"
         )
     found = linear_modules(model, target_modules)
-    _check_names(found, target_modules, "target_modules")
-    _check_names(linear_modules(model, ".*"), exclude_modules, "exclude_modules")
+    _check_names(model, target_modules, "target_modules")
+    _check_names(model, exclude_modules, "exclude_modules")
     named = target_modules != "all-linear"
     ties = _tied_to(model)
     body, heads = _base_model_name(model), _output_heads(model)
@@ -114,10 +114,14 @@ def candidates(
     return chosen, reasons
 
 
-def _check_names(names: Iterable[str], choice: str | Sequence[str], argument: str) -> None:
-    """Refuse a name of a list that no linear layer has: what it was to keep dense would not be."""
+def _check_names(model: nn.Module, choice: str | Sequence[str], argument: str) -> None:
+    """Refuse a name of a list that says nothing: what it was to keep dense would not be."""
+    linear = linear_modules(model, ".*")
     for each in () if isinstance(choice, str) else choice:
-        if not any(is_chosen(name, [each]) for name in names):
+        # An embedding is none, and stays dense; of a block that holds some, more was meant.
+        others = [name for name, _ in model.named_modules() if is_chosen(name, [each])]
+        holds = any(is_within(name, others) for name in linear)
+        if not any(is_chosen(name, [each]) for name in linear) and (holds or not others):
             raise ValueError(
                 f"{argument}: no linear layer has the name {each!r} or one that ends so; correct "
                 "it, or leave it out"

@@ -21,6 +21,7 @@ class PlannedLayer:
     shape: tuple[int, int]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
         if not 1 <= self.rank <= min(self.shape):
             raise ValueError(
                 f"rank must be in [1, {min(self.shape)}] for a weight of {self.shape}, got "

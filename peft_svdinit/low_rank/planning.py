@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,16 @@ def check_rule(model: nn.Module, rule: LowRankRule) -> list[str]:
     return list(considered)
 
 
+def check_names(model: nn.Module, rule: LowRankRule) -> None:
+    """Refuse a rule that names layers which a dense model lacks.
+
+    Raises:
+        ValueError: naming them.
+    """
+    chosen, reasons = candidates(model, rule.target_modules, rule.exclude_modules)
+    _check_ratios((*chosen, *reasons), rule)
+
+
 def check_plan(model: nn.Module, plan: LowRankPlan) -> list[str]:
     """The layers of a plan, all of which the model has and can switch.
 
@@ -88,15 +98,19 @@ def check_plan(model: nn.Module, plan: LowRankPlan) -> list[str]:
     return list(plan.layers)
 
 
-def _planned(
-    chosen: Mapping[str, Candidate], reasons: Mapping[str, str], rule: LowRankRule
-) -> LowRankPlan:
+def _check_ratios(names: Sequence[str], rule: LowRankRule) -> None:
     for key in rule.ratios:
-        if key not in ("", *KINDS) and not any(is_chosen(n, [key]) for n in (*chosen, *reasons)):
+        if key not in ("", *KINDS) and not any(is_chosen(name, [key]) for name in names):
             raise ValueError(
                 f"ratio: no layer has the name {key!r} or one that ends so; name layers of the "
                 f"model, or the kinds {' and '.join(KINDS)}"
             )
+
+
+def _planned(
+    chosen: Mapping[str, Candidate], reasons: Mapping[str, str], rule: LowRankRule
+) -> LowRankPlan:
+    _check_ratios((*chosen, *reasons), rule)
     considered, dense = _considered(chosen, reasons, rule)
     ranks = _budgeted(considered, rule) if rule.max_parameters is not None else {}
     for name, candidate in considered.items() if rule.max_parameters is None else ():
@@ -218,7 +232,11 @@ def stable_rank_of(candidate: Candidate) -> float:
 def stable_ranks(model: nn.Module, rule: LowRankRule) -> dict[str, float]:
     """The stable rank of every layer that `rule` looks at; of low-rank ones once there are any."""
     low = low_rank_layers(model)
-    chosen = {n: Candidate(n, m, (m.out_features, m.in_features)) for n, m in low.items()}
+    chosen = {
+        name: Candidate(name, layer, (layer.out_features, layer.in_features))
+        for name, layer in low.items()
+        if rule.is_for(name)
+    }
     if not low:
         chosen, _ = candidates(model, rule.target_modules, rule.exclude_modules)
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -18,7 +19,13 @@ from support.switching_runs import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from peft_svdinit.low_rank import (
     LowRankPlan,
@@ -44,23 +51,29 @@ RULE, LOWER = LowRankRule(ratio=0.25), LowRankRule(ratio=0.13)
 NEVER = LowRankRule(energy=0.9999)
 
 
-def switch(at: int = 3, rule: Any = RULE, **options: Any) -> RankSwitchCallback:
+def switch(at: Any = 3, rule: Any = RULE, **options: Any) -> RankSwitchCallback:
     return RankSwitchCallback(rule, AtStep(at), **options)
 
 
 def test_a_stage_that_fits_nothing_is_passed_over_for_good(tmp_path, caplog):
     def stages():
-        return switch(2, NEVER, shrink=[(AtStep(4), RULE), (AtStep(5), RULE), (AtStep(6), LOWER)])
+        return switch(2, shrink=[(AtStep(4), RULE), (AtStep(6), LOWER)])
 
     first = stages()
     whole = train(tmp_path / "whole", first)
-    assert first.switched_at == [4, 6]
-    assert "kept its ranks: no layer is cheaper" in caplog.text
-    assert "kept its ranks: no layer of low rank gets a lower rank" in caplog.text
+    assert first.switched_at == [2, 6]
+    assert "kept its ranks: no layer of low rank gets a lower rank by this rule, at" in caplog.text
     for step in (3, 5):
         checkpoint = tmp_path / f"whole/checkpoint-{step}"
         assert not differences(whole, train(tmp_path / str(step), stages(), resume=checkpoint))
-    assert logged(whole, "learning_rate")[4] == pytest.approx(0.5 * 1e-2 * 3 / 7)
+
+
+def test_lower_ranks_wait_for_a_switch_that_fits_nothing(tmp_path, caplog):
+    narrow = LowRankRule(energy=0.9999, target_modules=["q_proj"])
+    callback = switch(2, narrow, shrink=[(AtStep(4), LOWER)])
+    trainer = train(tmp_path, callback)
+    assert not callback.switches and not low_rank_layers(trainer.model)  # pyright: ignore
+    assert "has no layer of low rank that could be shrunk, at step 4" in caplog.text
 
 
 def test_averages_are_not_overwritten_by_the_best_model(tmp_path):
@@ -94,11 +107,105 @@ def test_each_plateau_is_one_since_the_switch_before_it(tmp_path):
     assert callback.switched_at == [4, 8]
 
 
-def test_a_checkpoint_of_the_model_alone_goes_on_at_the_lower_rate(tmp_path):
-    options = {"save_only_model": True, "lr_scheduler_type": "constant"}
-    train(tmp_path / "whole", switch(), **options)
-    again = train(tmp_path / "r", switch(), resume=tmp_path / "whole/checkpoint-5", **options)
-    assert logged(again, "learning_rate")[5:] == pytest.approx([5e-3, 5e-3])
+@pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_of_the_model_alone_goes_on_at_the_lower_rate(missing, tmp_path):
+    options = {"lr_scheduler_type": "constant"}
+    whole = train(tmp_path / "whole", switch(rewarmup_steps=3), **options)
+    checkpoint = tmp_path / "whole/checkpoint-5"
+    (checkpoint / missing).unlink()
+    again = train(tmp_path / "r", switch(rewarmup_steps=3), resume=checkpoint, **options)
+    assert logged(again, "learning_rate") == pytest.approx(logged(whole, "learning_rate"))
+
+
+def test_a_second_training_begins_at_the_full_rate(tmp_path):
+    class Judge(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            kwargs["metrics"]["eval_loss"] = state.global_step
+
+    average = AveragedModel(model := wide_model())
+    trainer = make_trainer(
+        tmp_path,
+        switch(averaged_models=[average]),
+        Judge(),
+        model=model,
+        lr_scheduler_type="constant",
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+    )
+    for _ in range(2):  # The best model is that of step 1, so that it is dense again.
+        trainer.train()
+        rates = logged(trainer, "learning_rate")
+        assert rates[-7:] == pytest.approx([1e-2] * 3 + [5e-3] * 4)
+        assert not low_rank_layers(model)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert logged(trainer, "learning_rate")[-2:] == pytest.approx([5e-3] * 2)
+
+
+def test_a_model_whose_checkpoints_keep_other_names_resumes(tmp_path):
+    def run(folder, **options):
+        torch.manual_seed(0)
+        config = ViTConfig(
+            image_size=8, patch_size=4, hidden_size=64, intermediate_size=96,
+            num_hidden_layers=2, num_attention_heads=2,
+        )  # fmt: skip
+        model = ViTForImageClassification(config)
+        trainer: Any = make_trainer(folder, switch(), model=model)
+        pixels = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        trainer.train_dataset = [{"pixel_values": x, "labels": i % 2} for i, x in enumerate(pixels)]
+        trainer.train(**options)
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    for step in (2, 3, 5):
+        checkpoint = str(tmp_path / f"whole/checkpoint-{step}")
+        assert not differences(whole, run(tmp_path / str(step), resume_from_checkpoint=checkpoint))
+
+
+def test_a_checkpoint_that_lacks_layers_is_refused(tmp_path):
+    train(tmp_path / "whole", switch(), save_only_model=True)
+    for step in (2, 5):
+        checkpoint = tmp_path / f"whole/checkpoint-{step}"
+        with pytest.raises(ValueError, match=r"no weights for model\.layers\.2\."):
+            train(
+                tmp_path / "r", switch(), resume=checkpoint, model=wide_model(num_hidden_layers=3)
+            )
+
+
+def test_a_low_rank_checkpoint_whose_plan_is_gone_is_refused(tmp_path):
+    model = wide_model()
+    factorize_(model, make_plan(model, RULE))
+    train(tmp_path / "whole", LowRankCheckpointsCallback(), model=model, save_only_model=True)
+    checkpoint = tmp_path / "whole/checkpoint-4"
+    (checkpoint / "low_rank.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no low_rank\.json"):
+        train(tmp_path / "r", LowRankCheckpointsCallback(), resume=checkpoint)
+
+
+def test_the_order_of_ratios_is_part_of_a_rule(tmp_path):
+    first = LowRankRule(ratio={"q_proj": 0.25, "attention": 0.13})
+    second = LowRankRule(ratio={"attention": 0.13, "q_proj": 0.25})
+    train(tmp_path / "whole", switch(rule=first))
+    with pytest.raises(ValueError, match="made with other switches"):
+        train(tmp_path / "r", switch(rule=second), resume=tmp_path / "whole/checkpoint-2")
+
+
+def test_options_of_other_number_types_are_saved_and_resumed(tmp_path):
+    def made():
+        return switch(np.int64(3), learning_rate_factor=np.float32(0.5))
+
+    whole = train(tmp_path / "whole", made())
+    again = train(tmp_path / "r", made(), resume=tmp_path / "whole/checkpoint-2")
+    assert not differences(whole, again)
+
+
+def test_shrinking_is_checked_by_names_alone(tmp_path):
+    narrow = LowRankRule(ratio=0.25, target_modules=["q_proj"])
+    callback = switch(rule=narrow, shrink=[(AtStep(5), LowRankRule(max_parameters=2048))])
+    train(tmp_path, callback)
+    assert callback.switched_at == [3, 5]
+    first, second = callback.switches
+    assert second["parameters_before"] == first["parameters"] > second["parameters"]
 
 
 def test_groups_in_another_order_than_saved_are_refused(tmp_path):

@@ -48,7 +48,7 @@ def test_a_run_leaves_a_dense_model_with_its_factors_and_a_record(options, tmp_p
     assert run.completed and run.info["steps"] == 5
     [switch] = run.info["extra"]["low_rank"]["switches"]
     assert switch["step"] == 1 and switch["seconds"] > 0
-    assert switch["dense_parameters"] > 2 * switch["parameters"]
+    assert switch["parameters_before"] > 2 * switch["parameters"]
     assert "14 layers at ranks 8 to 16" in capsys.readouterr().out
     low, dense = load_low_rank(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
     assert len(low_rank_layers(low)) == 14 and not low_rank_layers(dense)
