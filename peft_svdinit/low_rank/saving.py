@@ -21,6 +21,7 @@ from .files import PARTS, StoredLayers, remove_files, stored_layers, write_files
 from .layer import LowRankLinear
 from .moments import to_factors
 from .plan import LowRankPlan, PlannedLayer
+from .small_form import is_small_form
 
 
 def save_dense_(model: nn.Module) -> None:
@@ -45,9 +46,15 @@ def load_low_rank(
 
     Raises:
         FileNotFoundError: if there is no such folder or it holds no low-rank layers.
-        ValueError: if a file is damaged, or the layers are of another model or of other weights.
+        ValueError: if a file is damaged, the folder holds the small form, or the layers are of
+            another model or of other weights.
     """
     folder = resolve_folder(path, argument="path", revision=revision)
+    if is_small_form(folder):
+        raise ValueError(
+            f"path: {folder} holds the small form; call register_small_form() and load it by "
+            "from_pretrained of transformers"
+        )
     with stored_layers(folder, "path") as stored:
         if model is None:
             kind: Any = type(model_skeleton(folder, "path"))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from support.small_forms import registered_small_form
 from support.switching_runs import (
     differences,
     logged,
@@ -35,7 +36,6 @@ from peft_svdinit.low_rank import (
     is_low_rank,
     low_rank_layers,
     make_plan,
-    register_small_form,
     save_small_form,
 )
 from trainer_callbacks import (
@@ -326,7 +326,6 @@ def test_other_options_than_the_checkpoint_had_are_refused(tmp_path):
 
 
 def test_a_small_form_resumes_and_has_its_best_model(tmp_path):
-    register_small_form()
     low = wide_model()
     factorize_(low, make_plan(low, RULE))
     save_small_form(low, tmp_path / "small")
@@ -336,9 +335,10 @@ def test_a_small_form_resumes_and_has_its_best_model(tmp_path):
         return train(folder, LowRankCheckpointsCallback(), model=model, **options)
 
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
-    whole = run(tmp_path / "whole", **best)
-    assert len(low_rank_layers(whole.model)) == 14  # pyright: ignore[reportArgumentType]
-    again = run(tmp_path / "r", resume=tmp_path / "whole/checkpoint-3", **best)
+    with registered_small_form():
+        whole = run(tmp_path / "whole", **best)
+        assert len(low_rank_layers(whole.model)) == 14  # pyright: ignore[reportArgumentType]
+        again = run(tmp_path / "r", resume=tmp_path / "whole/checkpoint-3", **best)
     assert logged(again) == logged(whole)
 
 

@@ -13,7 +13,7 @@ from support.tiny_models import rewrite_tensors, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
-from peft_svdinit.low_rank import save_small_form
+from peft_svdinit.low_rank import load_low_rank, save_small_form
 from peft_svdinit.low_rank.quantizer import SmallFormConfig
 from peft_svdinit.low_rank.small_form import METHOD
 
@@ -166,3 +166,9 @@ def test_a_dense_checkpoint_is_not_read_as_a_small_form(tmp_path):
     plan = SmallFormConfig({LAYER: {"rank": 4, "shape": [24, 16]}})
     with pytest.raises(ValueError, match=METHOD):
         AutoModelForCausalLM.from_pretrained(str(tmp_path), quantization_config=plan)
+
+
+def test_a_small_form_is_not_read_as_a_dense_checkpoint(tmp_path):
+    save_small_form(low_rank(), tmp_path)
+    with pytest.raises(ValueError, match=r"holds the small form; call register_small_form\(\)"):
+        load_low_rank(tmp_path)
