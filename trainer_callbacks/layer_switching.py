@@ -58,7 +58,7 @@ def agreed_plan(
     return plan, reason
 
 
-def parameters_in(model: nn.Module, plan: LowRankPlan) -> int:
+def _parameters_in(model: nn.Module, plan: LowRankPlan) -> int:
     """Entries of the planned layers' weights or factors, as they are."""
     low = low_rank_layers(model)
     if not low:
@@ -72,16 +72,20 @@ def apply_plan_(
     scheduler: Any,
     plan: LowRankPlan,
     options: SwitchOptions,
-) -> str:
-    """Switch the layers of the plan, or lower their ranks; what was done, in words."""
+) -> tuple[int, str]:
+    """Switch the layers of the plan, or lower their ranks.
+
+    Returns:
+        The parameters that the layers had, and what was done, in words.
+    """
     model: nn.Module = trainer.model  # pyright: ignore[reportAssignmentType]
+    before = _parameters_in(model, plan)
     if low_rank_layers(model):
-        before = parameters_in(model, plan)
         changed = shrink_(model, plan)
         take_over_(trainer, optimizer, [c.moved for c in changed], options.optimizer_state)
         follow_(options.averaged_models, changed)
         after = f"{plan.parameters:,}"
-        return f"{len(changed)} layers at lower ranks: {before:,} weights become {after}"
+        return before, f"{len(changed)} layers at lower ranks: {before:,} weights become {after}"
     switched = factorize_(
         model,
         plan,
@@ -93,7 +97,7 @@ def apply_plan_(
     take_layers_(options.averaged_models, model)
     scale_rates_(optimizer, scheduler, options.learning_rate_factor)
     error = fmean(each.error for each in switched)
-    return f"{plan.summary()}; mean relative error of the weights {error:.3f}"
+    return before, f"{plan.summary()}; mean relative error of the weights {error:.3f}"
 
 
 def rebalance_layers_(

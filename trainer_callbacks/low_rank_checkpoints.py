@@ -16,13 +16,13 @@ from transformers import (
 )
 
 from peft_svdinit.low_rank import PLAN_NAME, densify_, is_low_rank, is_small_form, restore_layers_
-from peft_svdinit.optim import Moved, replace_parameters_
+from peft_svdinit.optim import Moved
 from trainer_callbacks.owning_trainer import trainer_of
 from trainer_callbacks.plain_optimizer import plain
 from trainer_callbacks.rank_switch_memory import was_switched
 from trainer_callbacks.reducer import rebuild_reducer_
 from trainer_callbacks.renamed_weights import load_renamed_
-from trainer_callbacks.taking_over import without_decay
+from trainer_callbacks.taking_over import replace_
 
 
 def follow_checkpoints_(
@@ -102,14 +102,7 @@ def _repair(trainer: Trainer, moved: list[Moved]) -> None:
     """Let an optimizer that was made before, and DDP, see what is in the model now."""
     if not moved:
         return
-    model: Any = trainer.model
     if trainer.optimizer is not None:
-        replace_parameters_(
-            plain(trainer.optimizer),
-            list(model.parameters()),
-            moved,
-            state="drop",
-            spared=without_decay(trainer, model),
-        )
+        replace_(trainer, plain(trainer.optimizer), moved, "drop")
     if isinstance(trainer.model_wrapped, DistributedDataParallel):
         rebuild_reducer_(trainer.model_wrapped)

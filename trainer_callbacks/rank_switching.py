@@ -34,7 +34,6 @@ from trainer_callbacks.averaged_models import drop_layers_, take_layers_
 from trainer_callbacks.layer_switching import (
     agreed_plan,
     apply_plan_,
-    parameters_in,
     rebalance_layers_,
 )
 from trainer_callbacks.learning_rates import dampen_rates_, scale_rates_
@@ -269,8 +268,7 @@ class RankSwitchCallback(TrainerCallback):
             done["reason"] = reason
             said = f"nothing is switched at step {state.global_step}: {reason}"
         else:
-            before = parameters_in(model, plan)
-            outcome = apply_plan_(trainer, optimizer, scheduler, plan, self.options)
+            before, outcome = apply_plan_(trainer, optimizer, scheduler, plan, self.options)
             self._lowered = ref(optimizer)
             done["seconds"] = round(time.perf_counter() - began, 3)
             done["parameters_before"] = before

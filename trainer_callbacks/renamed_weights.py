@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
+
+from peft_svdinit.models import Checkpoint
 
 
 @torch.no_grad()
@@ -21,13 +22,9 @@ def load_renamed_(model: nn.Module, path: str) -> None:
     Raises:
         ValueError: if the checkpoint has no weights for a parameter, by whatever name.
     """
-    files = sorted(Path(path).glob("model*.safetensors"))
-    if not isinstance(model, PreTrainedModel) or not files:
+    if not isinstance(model, PreTrainedModel) or not any(Path(path).glob("model*.safetensors")):
         return
-    stored: set[str] = set()
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            stored |= set(opened.keys())
+    stored = set(Checkpoint(path, argument="checkpoint").shapes)
     optional = set(getattr(model, "all_tied_weights_keys", {}) or ())
     optional |= set(model._keys_to_ignore_on_save or ())
     if set(model.state_dict()) - stored <= optional:

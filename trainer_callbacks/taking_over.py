@@ -30,20 +30,13 @@ def take_over_(
     Raises:
         RuntimeError: if the processes differ all the same.
     """
-    model: nn.Module = trainer.model  # pyright: ignore[reportAssignmentType]
     new = {id(p) for each in moved for p in each.new} - {id(p) for each in moved for p in each.old}
     if dist.is_initialized():
         if new and isinstance(trainer.model_wrapped, DistributedDataParallel):
             rebuild_reducer_(trainer.model_wrapped)
         else:
             broadcast_([p.data for each in moved for p in each.new])
-    replace_parameters_(
-        optimizer,
-        list(model.parameters()),
-        moved,
-        state=handling,
-        spared=without_decay(trainer, model),
-    )
+    replace_(trainer, optimizer, moved, handling)
     if dist.is_initialized():
         states = [
             value
@@ -59,10 +52,22 @@ def take_over_(
         )
 
 
-def without_decay(trainer: Trainer, model: nn.Module) -> list[nn.Parameter]:
-    """The parameters to which the Trainer applies no weight decay."""
+def replace_(
+    trainer: Trainer,
+    optimizer: torch.optim.Optimizer,
+    moved: Sequence[Moved],
+    handling: StateHandling,
+) -> None:
+    """Put the new parameters into the optimizer as the Trainer would."""
+    model: nn.Module = trainer.model  # pyright: ignore[reportAssignmentType]
     decayed = set(trainer.get_decay_parameter_names(model))
-    return [p for name, p in model.named_parameters() if name not in decayed]
+    replace_parameters_(
+        optimizer,
+        list(model.parameters()),
+        moved,
+        state=handling,
+        spared=[p for name, p in model.named_parameters() if name not in decayed],
+    )
 
 
 def groups_digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:

@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -45,7 +46,7 @@ class Candidate:
         """The rank from which on two thin matrices cost as much as the dense one."""
         return self.size / sum(self.shape)
 
-    def weight(self):
+    def weight(self) -> Float[Tensor, "out in"]:
         """The dense layer's weight as an (out, in) copy in float32."""
         return base_weight(self.module, self.name, transposed=isinstance(self.module, Conv1D))
 

@@ -12,11 +12,10 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..factors import held_batches, input_covariances, named_layers
-from ..models import base_weight
 from ..optim import Moved
 from .approximation import Approximation, RowNormalise, approximation
 from .basis import split
-from .candidates import low_rank_layers, replace_module_
+from .candidates import Candidate, low_rank_layers, replace_module_
 from .layer import LowRankLinear
 from .moments import to_dense, to_factors
 from .plan import LowRankPlan
@@ -74,11 +73,11 @@ def factorize_(
 
     Cost: an SVD for each layer; with `batches` a forward pass for each batch too.
     """
-    check_plan(model, plan)
+    chosen = check_plan(model, plan)
     layers = plan.layers
     found: dict[str, Approximation] = {}
     with tqdm(total=len(layers), desc="Low rank", unit="layer", disable=None) as progress:
-        for name, weight, moments in _weights(model, list(layers), batches, memory_gb):
+        for name, weight, moments in _weights(model, chosen, batches, memory_gb):
             found[name] = approximation(
                 weight, layers[name].rank, moments=moments, row_normalise=row_normalise
             )
@@ -101,19 +100,18 @@ def densify_(model: nn.Module) -> list[Moved]:
 
 def _weights(
     model: nn.Module,
-    names: list[str],
+    chosen: Mapping[str, Candidate],
     batches: Iterable[Mapping[str, Any]] | None,
     memory_gb: float,
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """(name, weight as (out, in) in float32, second moments of its inputs or None)."""
     if batches is None:
-        for name in names:
-            module = model.get_submodule(name)
-            yield name, base_weight(module, name, transposed=isinstance(module, Conv1D)), None
+        for name, candidate in chosen.items():
+            yield name, candidate.weight(), None
         return
     for sharing, moments in input_covariances(
         model,
-        named_layers(model, names),
+        named_layers(model, chosen),
         held_batches(batches),
         centred=False,
         positions="attended",

@@ -19,7 +19,6 @@ PLAN_NAME = "low_rank.json"
 FACTORS_NAME = "low_rank.safetensors"
 PARTS = ("U", "Vh", "row_norm", "sv_norm")
 _FILE = HeadedFile("low_rank", FACTORS_NAME, "factors of low-rank layers")
-_ARGUMENT = "low_rank"
 
 
 def write_files(
@@ -106,7 +105,7 @@ class StoredLayers:
 
 
 @contextmanager
-def stored_layers(folder: Path, argument: str = _ARGUMENT) -> Iterator[StoredLayers]:
+def stored_layers(folder: Path, argument: str) -> Iterator[StoredLayers]:
     """The low-rank layers of a folder.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .layer import LowRankLinear
@@ -133,6 +133,16 @@ class LowRankPlan:
                 name: PlannedLayer(module.rank, (module.out_features, module.in_features))
                 for name, module in model.named_modules()
                 if isinstance(module, LowRankLinear)
+            }
+        )
+
+    @classmethod
+    def of_factors(cls, factors: Mapping[str, Mapping[str, Tensor]]) -> LowRankPlan:
+        """The ranks of layers whose U (out, rank) and Vh (rank, in) are at hand."""
+        return cls(
+            {
+                name: PlannedLayer(len(parts["Vh"]), (len(parts["U"]), parts["Vh"].shape[1]))
+                for name, parts in factors.items()
             }
         )
 

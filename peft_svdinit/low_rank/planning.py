@@ -49,9 +49,9 @@ def plan_to_shrink(model: nn.Module, rule: LowRankRule) -> LowRankPlan:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer of low rank that could be shrunk")
     chosen = {
-        name: Candidate(name, layer, (layer.out_features, layer.in_features))
-        for name, layer in layers.items()
-        if layer.rank > rule.multiple_of and rule.is_for(name)
+        name: candidate
+        for name, candidate in _low_candidates(model, rule).items()
+        if layers[name].rank > rule.multiple_of
     }
     left = {name: "not chosen, or of the least rank" for name in layers.keys() - chosen.keys()}
     planned = _planned(chosen, left, rule)
@@ -87,15 +87,15 @@ def check_names(model: nn.Module, rule: LowRankRule) -> None:
     _check_ratios((*chosen, *reasons), rule)
 
 
-def check_plan(model: nn.Module, plan: LowRankPlan) -> list[str]:
-    """The layers of a plan, all of which the model has and can switch.
+def check_plan(model: nn.Module, plan: LowRankPlan) -> dict[str, Candidate]:
+    """The dense layers of a plan, all of which the model has and can switch.
 
     Raises:
         ValueError: as `LowRankPlan.check` and `candidates` do.
     """
     plan.check(model)
-    candidates(model, list(plan.layers))
-    return list(plan.layers)
+    chosen, _ = candidates(model, list(plan.layers))
+    return {name: chosen[name] for name in plan.layers}
 
 
 def _check_ratios(names: Sequence[str], rule: LowRankRule) -> None:
@@ -105,6 +105,15 @@ def _check_ratios(names: Sequence[str], rule: LowRankRule) -> None:
                 f"ratio: no layer has the name {key!r} or one that ends so; name layers of the "
                 f"model, or the kinds {' and '.join(KINDS)}"
             )
+
+
+def _low_candidates(model: nn.Module, rule: LowRankRule) -> dict[str, Candidate]:
+    """The low-rank layers that a rule is for."""
+    return {
+        name: Candidate(name, layer, (layer.out_features, layer.in_features))
+        for name, layer in low_rank_layers(model).items()
+        if rule.is_for(name)
+    }
 
 
 def _planned(
@@ -231,13 +240,9 @@ def stable_rank_of(candidate: Candidate) -> float:
 
 def stable_ranks(model: nn.Module, rule: LowRankRule) -> dict[str, float]:
     """The stable rank of every layer that `rule` looks at; of low-rank ones once there are any."""
-    low = low_rank_layers(model)
-    chosen = {
-        name: Candidate(name, layer, (layer.out_features, layer.in_features))
-        for name, layer in low.items()
-        if rule.is_for(name)
-    }
-    if not low:
+    if low_rank_layers(model):
+        chosen = _low_candidates(model, rule)
+    else:
         chosen, _ = candidates(model, rule.target_modules, rule.exclude_modules)
     return {
         name: stable_rank_of(candidate)

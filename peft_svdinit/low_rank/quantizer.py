@@ -20,9 +20,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .candidates import candidates, low_rank_layers, replace_module_
+from .candidates import low_rank_layers, replace_module_
 from .layer import LowRankLinear
 from .plan import LowRankPlan, PlannedLayer
+from .planning import check_plan
 from .small_form import METHOD, PLACEHOLDER_SHAPE, save_small_
 
 
@@ -106,8 +107,7 @@ class SmallFormQuantizer(HfQuantizer):
         placed = LowRankPlan({new: plan.layers[old] for old, new in places.items()})
         if not placed.layers:
             return  # The heads that are of low rank are not those of this model.
-        placed.check(model)
-        candidates(model, list(placed.layers))
+        check_plan(model, placed)
         ties = dict(model.all_tied_weights_keys)
         ties |= {one: other for other, one in ties.items()}
         tied = [name for name in placed.layers if f"{name}.weight" in ties]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,15 @@ from .candidates import low_rank_layers, replace_module_
 from .files import PARTS, StoredLayers, remove_files, stored_layers, write_files
 from .layer import LowRankLinear
 from .moments import to_factors
-from .plan import LowRankPlan, PlannedLayer
+from .own_save import save_by_
+from .plan import LowRankPlan
 from .small_form import is_small_form
 
 
 def save_dense_(model: nn.Module) -> None:
     """Make `model.save_pretrained` write a dense checkpoint with the factors beside it."""
     if isinstance(model, PreTrainedModel):
-        # No bound method, which a pickle would look for by its name.
-        save: Any = partial(_save_pretrained, model)
-        model.save_pretrained = save
+        save_by_(model, _save_pretrained)
 
 
 @torch.no_grad()
@@ -143,13 +141,7 @@ def _save_pretrained(
         return
     folder = Path(save_directory)
     if layers:
-        plan = LowRankPlan(
-            {
-                name: PlannedLayer(len(parts["Vh"]), (len(parts["U"]), parts["Vh"].shape[1]))
-                for name, parts in factors.items()
-            }
-        )
-        write_files(folder, plan, factors, dense)
+        write_files(folder, LowRankPlan.of_factors(factors), factors, dense)
     elif has_weights:
         remove_files(folder)
     if push_to_hub:

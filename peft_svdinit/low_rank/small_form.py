@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from transformers import PreTrainedModel
 from ..files import WrongKind, read_json
 from .candidates import low_rank_layers
 from .files import remove_files
-from .plan import LowRankPlan, PlannedLayer
+from .own_save import save_by_
+from .plan import LowRankPlan
 
 METHOD = "svdinit_low_rank"
 # Stands in the file where the dense weight of a layer would: without `register_small_form`,
@@ -76,9 +76,7 @@ def is_small_form(folder: str | os.PathLike) -> bool:
 
 def save_small_(model: PreTrainedModel) -> None:
     """Make `model.save_pretrained` write the small form, as long as the model is of low rank."""
-    # No bound method, which a pickle would look for by its name.
-    save: Any = partial(_save_pretrained, model)
-    model.save_pretrained = save
+    save_by_(model, _save_pretrained)
 
 
 def _save_pretrained(
@@ -112,7 +110,8 @@ def _write(
     **options: Any,
 ) -> None:
     names = _names(model, state)
-    described = _plan(state, names).as_dict()
+    factors = {name: {part: state[f"{name}.{part}"] for part in ("U", "Vh")} for name in names}
+    described = LowRankPlan.of_factors(factors).as_dict()
     for name in names:
         if f"{name}.sv_norm" in state:
             described[name]["norms"] = True
@@ -129,10 +128,3 @@ def _write(
         )
     finally:
         model.config = config
-
-
-def _plan(state: Mapping[str, Tensor], names: list[str]) -> LowRankPlan:
-    shapes = {name: (state[f"{name}.U"].shape, state[f"{name}.Vh"].shape) for name in names}
-    return LowRankPlan(
-        {name: PlannedLayer(left[1], (left[0], right[1])) for name, (left, right) in shapes.items()}
-    )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from peft_svdinit import (
     FactorsFile,
@@ -27,7 +26,7 @@ from peft_svdinit import (
     weight_norms,
 )
 from peft_svdinit.factors import FACTORS_FILE_NAME
-from peft_svdinit.training import RecipeArguments, completion_collator
+from peft_svdinit.training import RecipeArguments
 from stages.fit import Materials
 from stages.lora_options import LoraOptions
 
@@ -51,13 +50,8 @@ def factors_from_data(
                 return folder, source["cost"]
         if not getattr(model, "is_quantized", False):
             model.to(arguments.device)
-        loader = DataLoader(
-            materials.train,  # pyright: ignore[reportArgumentType]
-            batch_size=size,
-            collate_fn=completion_collator(materials.tokenizer),
-        )
         with _counted(model) as cost:
-            factors, notes = _factors(model, options, iter(loader))
+            factors, notes = _factors(model, options, iter(materials.batches(size)))
         source = {"kind": options.svd_source, "options": wanted, "cost": cost, **notes}
         metadata = FactorsMetadata(
             base_model_name_or_path=getattr(model, "name_or_path", None), source=source

@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -65,6 +66,14 @@ class Materials:
         while len(order) < first + count:
             order = torch.cat([order, torch.randperm(size, generator=generator)])
         return replace(self, train=self.train.select(order[first : first + count].tolist()))
+
+    def batches(self, size: int) -> DataLoader:
+        """The training examples in their order, `size` at a time."""
+        return DataLoader(
+            self.train,  # pyright: ignore[reportArgumentType]
+            batch_size=size,
+            collate_fn=completion_collator(self.tokenizer),
+        )
 
 
 class QuietProgress(ProgressCallback):

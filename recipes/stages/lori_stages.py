@@ -12,7 +12,6 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from torch.utils.data import DataLoader
 
 from peft_svdinit import FactorsFile, LoriConfig
 from peft_svdinit.masks import (
@@ -30,7 +29,6 @@ from peft_svdinit.training import (
     ModelOptions,
     RecipeArguments,
     Run,
-    completion_collator,
     load_model,
     resolve_model,
 )
@@ -150,15 +148,10 @@ def uncalibrated_scores(
         return replace(drawn, scores=scores, source={"kind": "teacher"})
     size = arguments.train_batch_size
     part = materials.part(arguments.seed, 0, lori.init_batches * size)
-    loader = DataLoader(
-        part.train,  # pyright: ignore[reportArgumentType]
-        batch_size=size,
-        collate_fn=completion_collator(materials.tokenizer),
-    )
     dense = lori_model(model, lori.config(seed=lori.lori_seed, start=lori.lori_start))
     if not getattr(dense, "is_quantized", False):
         dense.to(arguments.device)
-    scores = gradient_scores(dense, islice(loader, lori.init_batches))
+    scores = gradient_scores(dense, islice(part.batches(size), lori.init_batches))
     return replace(drawn, scores=scores, source={"kind": "gradient", "batches": lori.init_batches})
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from accelerate import PartialState
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers.integrations import deepspeed
 
 from peft_svdinit.low_rank import factorize_, load_low_rank, make_plan
@@ -22,7 +21,6 @@ from peft_svdinit.training import (
     RecipeArguments,
     Run,
     Task,
-    completion_collator,
     load_model,
     run_tasks,
 )
@@ -39,11 +37,7 @@ def factor_batches(
     """The batches by whose outputs layers are approximated, the same on all processes."""
     if not low.factor_batches:
         return None
-    loader = DataLoader(
-        materials.train,  # pyright: ignore[reportArgumentType]
-        batch_size=arguments.per_device_train_batch_size,
-        collate_fn=completion_collator(materials.tokenizer),
-    )
+    loader = materials.batches(arguments.per_device_train_batch_size)
     return list(islice(loader, low.factor_batches))
 
 
