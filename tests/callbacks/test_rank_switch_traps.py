@@ -291,6 +291,7 @@ def test_an_optimizer_without_a_layer_is_refused_at_the_start(tmp_path):
     held = [p for name, p in model.named_parameters() if "layers.1" not in name]
     with pytest.raises(ValueError, match=r"layer model\.layers\.1\.\w+\.q_proj: the optimizer"):
         train(tmp_path, switch(), model=model, optimizers=(torch.optim.SGD(held, lr=1e-2), None))
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_rates_that_a_schedule_holds_itself_are_refused(tmp_path):

@@ -256,6 +256,21 @@ def test_an_average_keeps_its_product_when_factors_are_rebalanced():
         assert layer.bias is biases[name]
 
 
+def test_factors_are_balanced_at_the_switch_and_after_so_many_steps(tmp_path):
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            apart = [
+                (layer.U.T @ layer.U - layer.Vh @ layer.Vh.T).norm() / layer.U.norm() ** 2
+                for layer in low_rank_layers(kwargs["model"]).values()
+            ]
+            if apart and max(apart) < 1e-5:
+                balanced.append(state.global_step)
+
+    balanced = []
+    train(tmp_path, switch(2, rebalance_steps=2), Look(), save_steps=100)
+    assert balanced == [2, 4, 6]
+
+
 def test_a_model_generates_after_the_switch_as_its_dense_form_does(tmp_path):
     trainer = train(tmp_path, switch(), save_steps=7)
     model: Any = trainer.model
