@@ -8,6 +8,7 @@ from trainer_callbacks.lori_calibration import LoriCalibrationCallback
 from trainer_callbacks.low_rank_checkpoints import LowRankCheckpointsCallback
 from trainer_callbacks.rank_schedule import AtEpoch, AtStep, LossPlateau, StableRankPlateau
 from trainer_callbacks.rank_switching import RankSwitchCallback
+from trainer_callbacks.running import RunsAsCallback
 
 __all__ = [
     "AtEpoch",
@@ -18,6 +19,7 @@ __all__ = [
     "LossPlateau",
     "LowRankCheckpointsCallback",
     "RankSwitchCallback",
+    "RunsAsCallback",
     "SaveMomentsCallback",
     "StableRankPlateau",
 ]

@@ -20,6 +20,7 @@ from peft_svdinit.training import (
     RUN_INFO,
     TRAINING_LOG,
     Row,
+    RunsAs,
     TrainingLog,
     describe_environment,
     peak_memory_mb,
@@ -28,6 +29,7 @@ from peft_svdinit.training import (
     write_run_info,
 )
 from trainer_callbacks.logged_rows import row_of, rows_to_keep
+from trainer_callbacks.owning_trainer import trainer_of
 from trainer_callbacks.sparing import Sparing, prepare_folder
 from trainer_callbacks.step_clock import StepClock, step_clock
 
@@ -168,6 +170,7 @@ class ComparisonCallback(TrainerCallback, ExportableState):
             "trainable_parameters": trainable,
             "total_parameters": total,
             "world_size": args.world_size,
+            "runs_as": self._runs_as(),
             **describe_environment(args.device),
             "started": _started(directory) if resumed else _now(),
             "extra": self.extra,
@@ -239,6 +242,13 @@ class ComparisonCallback(TrainerCallback, ExportableState):
         directory = args.output_dir if self.output_dir is None else self.output_dir
         assert directory is not None  # TrainingArguments fills its own in
         return Path(directory)
+
+    def _runs_as(self) -> dict[str, Any] | None:
+        """None where the callback was given to several Trainers, and cannot tell whose it is."""
+        try:
+            return RunsAs.of(trainer_of(self)).as_dict()
+        except RuntimeError:
+            return None
 
     def _measure_memory(self, device: torch.device) -> None:
         peak = peak_memory_mb(device)

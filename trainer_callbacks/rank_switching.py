@@ -30,6 +30,7 @@ from peft_svdinit.low_rank import (
     stable_ranks,
 )
 from peft_svdinit.optim import StateHandling
+from trainer_callbacks.agreement import check_equal
 from trainer_callbacks.averaged_models import drop_layers_, take_layers_
 from trainer_callbacks.layer_switching import (
     agreed_plan,
@@ -53,7 +54,6 @@ from trainer_callbacks.rank_schedule import (
 from trainer_callbacks.rank_switch_checks import check_followers, check_model, check_processes
 from trainer_callbacks.rank_switch_memory import Memory
 from trainer_callbacks.rank_switch_options import SwitchOptions
-from trainer_callbacks.reducer import check_equal
 from trainer_callbacks.taking_over import groups_digest
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,8 @@ class RankSwitchCallback(TrainerCallback):
         model, optimizer = kwargs["model"], plain(kwargs["optimizer"])
         scheduler = kwargs["lr_scheduler"]
         if self._unchecked and dist.is_initialized():
-            check_equal(dict(model.named_parameters()), "parameters a step after the switch")
+            what = "parameters a step after the switch, whose gradients are not reduced together"
+            check_equal(dict(model.named_parameters()), what)
         self._unchecked = False
         self._look(state, model)
         since = state.global_step - self.switched_at[0] if self.switches else 0

@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from peft_svdinit.optim import Moved, StateHandling, replace_parameters_
-from trainer_callbacks.reducer import broadcast_, check_equal, rebuild_reducer_
+from trainer_callbacks.agreement import check_equal
+from trainer_callbacks.reducer import broadcast_, rebuild_reducer_
 
 
 def take_over_(

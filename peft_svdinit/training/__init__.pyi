@@ -21,6 +21,8 @@ from .pipeline import selected_steps as selected_steps
 from .refusal import REFUSALS as REFUSALS
 from .refusal import as_typed as as_typed
 from .refusal import refusals_in_one_line as refusals_in_one_line
+from .running import NotAsExpected as NotAsExpected
+from .running import RunsAs as RunsAs
 from .runs import LOSS_CURVE as LOSS_CURVE
 from .runs import RUN_INFO as RUN_INFO
 from .runs import Run as Run

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+
+from .deepspeed_ops import COMMUNICATION, CPU_ADAM, prepare_op
+
+_LAUNCHED_WITH_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+_LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 @dataclass
@@ -53,6 +59,13 @@ class RecipeArguments(TrainingArguments):
     report_to: str = field(
         default="none", metadata={"help": "Integrations to report to, such as tensorboard."}
     )
+    total_train_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Examples per optimizer step over all processes and accumulated batches; "
+            "per_device_train_batch_size follows from it."
+        },
+    )
     expected_processes: int | None = field(
         default=None,
         metadata={
@@ -60,14 +73,73 @@ class RecipeArguments(TrainingArguments):
             "one where two were asked for."
         },
     )
+    expected_wrapper: str | None = field(
+        default=None,
+        metadata={
+            "help": "Refuse to train within another class: DistributedDataParallel, "
+            "DeepSpeedEngine, FSDPModule or none."
+        },
+    )
+    expected_stage: int | None = field(
+        default=None,
+        metadata={
+            "help": "Refuse to train at another stage of sharding: 0 to 3, as ZeRO counts them."
+        },
+    )
 
     def __post_init__(self) -> None:
         # Pinning without an accelerator only warns.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        if self.total_train_batch_size is not None:
+            self._divide_batch(self.total_train_batch_size)
+        launched = os.environ.get(_LAUNCHED_WITH_DEEPSPEED, "false").lower() == "true"
+        if self.deepspeed or launched:
+            self._prepare_deepspeed(launched)
         super().__post_init__()
+        if self.deepspeed_plugin is not None:
+            self._check_deepspeed()
         if self.expected_processes not in (None, self.world_size):
             raise ValueError(
                 f"expected_processes is {self.expected_processes}, but {self.world_size} run; "
                 "`accelerate launch --cpu` starts one whatever is asked: use torchrun "
                 "--nproc_per_node, or accelerate launch --multi_gpu --num_processes with --use_cpu"
             )
+
+    def _prepare_deepspeed(self, launched: bool) -> None:
+        """What DeepSpeed needs before the processes meet."""
+        if self.use_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if launched and os.environ.get(_LAUNCHED_PRECISION) == "bf16" and not self.fp16:
+            # The Trainer takes the precision of a launch file everywhere but here.
+            self.bf16 = True
+        prepare_op(COMMUNICATION)
+
+    def _check_deepspeed(self) -> None:
+        import deepspeed.comm as communication
+
+        if not communication.is_initialized() and self.world_size > 1:
+            # Else models that are loaded in shards take the processes for one.
+            communication.init_distributed("gloo" if self.use_cpu else None, verbose=False)
+        zero = self.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        if (zero.get("offload_optimizer") or {}).get("device") == "cpu":
+            prepare_op(CPU_ADAM)
+        gathers = zero.get("stage3_gather_16bit_weights_on_model_save")
+        if zero.get("stage") == 3 and not gathers:
+            raise ValueError(
+                "deepspeed: ZeRO-3 saves a model only in shards that nothing else loads; set "
+                "zero3_save_16bit_model to true in a file for accelerate, or "
+                "stage3_gather_16bit_weights_on_model_save in DeepSpeed's own"
+            )
+
+    def _divide_batch(self, total: int) -> None:
+        # Before transformers writes the batch of a device into DeepSpeed's configuration.
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        devices = torch.cuda.device_count() if processes == 1 and not self.use_cpu else 1
+        parts = processes * max(devices, 1) * self.gradient_accumulation_steps
+        if total < 1 or total % parts:
+            raise ValueError(
+                f"total_train_batch_size={total} cannot be divided among {processes} processes of "
+                f"{max(devices, 1)} devices that accumulate {self.gradient_accumulation_steps} "
+                f"batches; use a multiple of {parts}"
+            )
+        self.per_device_train_batch_size = total // parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,15 +27,20 @@ from transformers.trainer_utils import get_last_checkpoint
 from peft_svdinit.training import (
     DataOptions,
     ModelOptions,
+    NotAsExpected,
     RecipeArguments,
     Run,
+    as_typed,
     completion_collator,
     load_tokenizer,
     prepare_examples,
     read_run,
     read_run_info,
 )
-from trainer_callbacks.comparison import ComparisonCallback
+from stages.processes import check_same_start
+from trainer_callbacks import ComparisonCallback, RunsAsCallback
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,12 +104,26 @@ def fit(
 
     Returns:
         The run's record, on the main process.
+
+    Raises:
+        SystemExit: with one line, where the training would run as something else than the
+            arguments expect.
+        RuntimeError: if the processes would begin with different numbers.
     """
+    # New ones, for a process may train twice, and DeepSpeed's plugin makes one Accelerator.
+    arguments = replace(arguments)
+    check_same_start(model)
     folder = Path(str(arguments.output_dir))
     resume = arguments.resume_from_checkpoint
     if resume == "last":
         resume = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     record = ComparisonCallback(name=folder.name, extra=extra)
+    runs_as = RunsAsCallback(
+        expected_processes=arguments.expected_processes,
+        expected_wrapper=arguments.expected_wrapper,
+        expected_stage=arguments.expected_stage,
+        report=logger.info if quiet else print,
+    )
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -111,14 +131,17 @@ def fit(
         train_dataset=_rest(materials.train, arguments, resume),
         eval_dataset=materials.evaluation,
         processing_class=materials.tokenizer,
-        callbacks=[record, *callbacks],
+        callbacks=[runs_as, record, *callbacks],
     )
     if quiet:
         shown = QuietProgress if trainer.pop_callback(ProgressCallback) else None
         trainer.remove_callback(PrinterCallback)
         if shown:
             trainer.add_callback(shown)
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except NotAsExpected as error:
+        raise SystemExit(f"error: {as_typed(str(error), [arguments])}") from error
     trainer.save_model()
     if arguments.push_to_hub:
         trainer.push_to_hub()

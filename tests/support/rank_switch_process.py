@@ -17,7 +17,7 @@ from stages.processes import leave_process_group
 from peft_svdinit.low_rank import LowRankRule, low_rank_layers
 from support.switching_runs import differences, logged, make_trainer, train, wide_model
 from trainer_callbacks import AtStep, RankSwitchCallback, layer_switching
-from trainer_callbacks.reducer import check_equal
+from trainer_callbacks.agreement import check_equal
 
 
 def switch() -> RankSwitchCallback:

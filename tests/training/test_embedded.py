@@ -22,6 +22,7 @@ from peft_svdinit.training.builtin.docstrings import stdlib_docstrings
 from peft_svdinit.training.builtin.registry import BUILTIN_DATASETS, find_builtin
 from peft_svdinit.training.builtin.signatures import stdlib_names
 from peft_svdinit.training.builtin.topics import python_topics
+from peft_svdinit.training.cache import cache_root
 
 NAME = "builtin:smollm2-135m"
 
@@ -110,7 +111,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_repeated(wheel, convers
     monkeypatch.setattr(embedded_model, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
         resolve_model(NAME)
-    cache = embedded_model._cache_root()
+    cache = cache_root()
     assert [file.suffix for file in cache.iterdir()] == [".lock"]
     monkeypatch.setattr(embedded_model, "_convert", convert)
     assert Path(resolve_model(NAME)).is_dir()
@@ -140,7 +141,7 @@ def test_the_cache_is_where_the_environment_says(variables, expected, monkeypatc
         monkeypatch.delenv(variable, raising=False)
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
-    assert embedded_model._cache_root() == expected
+    assert cache_root() == expected
 
 
 def test_a_missing_wheel_names_the_command_that_installs_it(monkeypatch):

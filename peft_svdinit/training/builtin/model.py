@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from huggingface_hub.utils import WeakFileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from ...files import replacing
+from ..cache import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def resolve_model(name: str, argument: str = "model_name_or_path") -> str:
         raise ValueError(f"{argument}: unknown built-in model {name!r}; known ones: {known}")
     source, version = _locate(f"{argument}: {name}", wheel)
     digest = hashlib.sha256(f"{source.stat().st_size} {version}".encode()).hexdigest()[:10]
-    folder = _cache_root() / f"{name.removeprefix(_PREFIX)}-{digest}"
+    folder = cache_root() / f"{name.removeprefix(_PREFIX)}-{digest}"
     if not _is_complete(folder):
         _convert_once(f"{argument}: {name}", source, folder)
     return str(folder)
@@ -83,13 +83,6 @@ def _locate(model: str, wheel: _Wheel) -> tuple[Path, str]:
             f"not have at {source}; run: {remedy} --force-reinstall"
         )
     return source, distribution.version
-
-
-def _cache_root() -> Path:
-    if own := os.environ.get("PEFT_SVDINIT_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(shared).expanduser() / "peft_svdinit"
 
 
 def _is_complete(folder: Path) -> bool:
