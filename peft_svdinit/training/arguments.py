@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from .deepspeed_ops import COMMUNICATION, CPU_ADAM, prepare_op
 
 _LAUNCHED_WITH_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+_LAUNCHED_WITH_FSDP = "ACCELERATE_USE_FSDP"
 _LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
@@ -104,6 +105,12 @@ class RecipeArguments(TrainingArguments):
                 "`accelerate launch --cpu` starts one whatever is asked: use torchrun "
                 "--nproc_per_node, or accelerate launch --multi_gpu --num_processes with --use_cpu"
             )
+
+    @property
+    def splits_state(self) -> bool:
+        """Whether optimizer, gradients or weights are split among processes: DeepSpeed or FSDP."""
+        launched = os.environ.get(_LAUNCHED_WITH_FSDP, "false").lower() == "true"
+        return self.deepspeed_plugin is not None or bool(self.fsdp) or launched
 
     def _prepare_deepspeed(self, launched: bool) -> None:
         """What DeepSpeed needs before the processes meet."""

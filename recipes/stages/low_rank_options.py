@@ -124,8 +124,7 @@ class LowRankOptions:
         Raises:
             ValueError: for options that two Trainers cannot follow.
         """
-        split = bool(arguments.deepspeed or arguments.fsdp)
-        if not split if self.in_place is None else self.in_place:
+        if not arguments.splits_state if self.in_place is None else self.in_place:
             return True
         if self.shrink_shares or self.rebalance_steps or "plateau" in self.switch:
             why = "FSDP and DeepSpeed need" if self.in_place is None else "in_place=false means"

@@ -1,0 +1,136 @@
+"""Every recipe under every launch file that runs without a GPU, as the table of the README says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.every_recipe import EVERY, save_inputs
+
+from peft_svdinit.training import read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = ROOT / "recipes" / "accelerate"
+DEEPSPEED = [path.stem for path in sorted(FILES.glob("zero*.yaml"))]
+TESTED = [path.stem for path in sorted(FILES.glob("*.yaml")) if path.stem != "fsdp2"]
+# Precision as one process has it, so that losses can be compared.
+EXACT = ("ddp", "multi_node", "zero1", "zero2", "zero3")
+
+pytestmark = pytest.mark.slow
+
+
+def documented(name: str) -> list[str]:
+    """The options of a recipe in the command at the head of a launch file."""
+    text = (FILES / f"{name}.yaml").read_text(encoding="utf-8")
+    command = " ".join(line.strip("# \\") for line in text.splitlines() if line.startswith("#"))
+    return re.findall(r"--expected_\w+ \S+", command)
+
+
+def launched(name: str, script: Path, options: list[str], **launcher: Any) -> list[str]:
+    """What the processes of all machines said; fails with the first that fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", port]
+    command += ["--config_file", str(FILES / f"{name}.yaml")]
+    if name in EXACT:
+        command += ["--mixed_precision", "no"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
+    }
+    machines = [[]]
+    if name == "multi_node":
+        machines = [["--main_process_ip", "127.0.0.1", "--num_processes", "2"] for _ in range(2)]
+        for rank, machine in enumerate(machines):
+            machine += ["--machine_rank", str(rank)]
+    running = [
+        subprocess.Popen(
+            [*command, *machine, str(script), *options],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for machine in machines
+    ]
+    said = [each.communicate(timeout=600)[0] for each in running]
+    for each, text in zip(running, said, strict=True):
+        assert each.returncode == 0, text
+    return said
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    save_inputs(folder)
+    return folder
+
+
+def run_every_recipe(name: str, inputs: Path, outputs: Path) -> Path:
+    expected = " ".join(documented(name)).split()
+    if name == "multi_node":
+        expected[expected.index("--expected_processes") + 1] = "2"
+    options = [str(inputs), str(outputs), "--use_cpu", "true", *expected]
+    launched(name, ROOT / "tests" / "support" / "every_recipe.py", options)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, inputs) -> Path:
+    """What one process leaves, with the batch of several."""
+    return run_every_recipe("cpu", inputs, tmp_path_factory.mktemp("alone"))
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_run(folder).log if row["loss"] is not None]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.deepspeed] * (n in DEEPSPEED)) for n in TESTED],
+)
+def test_every_recipe_runs_as_the_launch_file_says(name, inputs, alone, tmp_path):
+    outputs = alone if name == "cpu" else run_every_recipe(name, inputs, tmp_path)
+    options = dict(option.removeprefix("--expected_").split() for option in documented(name))
+    for recipe in EVERY:
+        records = [json.loads(path.read_text()) for path in (outputs / recipe).rglob("run.json")]
+        assert records and all(record["status"] == "completed" for record in records), recipe
+        for runs_as in (record["runs_as"] for record in records):
+            assert runs_as["wrapper"] == options["wrapper"], recipe
+            assert runs_as["stage"] == int(options.get("stage", 0)), recipe
+            assert bool(runs_as["offloaded"]) == ("offload" in name), recipe
+    whole, resumed = adapter(outputs / "train_lora"), adapter(outputs / "killed")
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    for recipe in ("train_lora", "train_lori"):
+        expected, found = adapter(alone / recipe), adapter(outputs / recipe)
+        assert found.keys() == expected.keys()
+        if name in EXACT:
+            assert losses(outputs / recipe) == pytest.approx(losses(alone / recipe), abs=1e-3)
+            assert max((found[key] - expected[key]).abs().max() for key in found) < 1e-5
+
+
+def test_fsdp_that_runs_as_ddp_is_refused(inputs, tmp_path):
+    options = ["--model_name_or_path", str(inputs / "model"), "--use_cpu", "true"]
+    options += ["--dataset_name", str(inputs / "data.jsonl"), "--max_steps", "1"]
+    options += ["--output_dir", str(tmp_path), *" ".join(documented("fsdp2")).split()]
+    with pytest.raises(AssertionError) as failed:
+        launched("fsdp2", ROOT / "recipes" / "train_lora.py", options)
+    assert "error: --expected_wrapper is FSDPModule, but the training runs as 2" in str(
+        failed.value
+    )
+    assert not list(tmp_path.glob("adapter*"))
