@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, PartialState
-from peft.utils.integrations import gather_params_ctx
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -31,6 +30,7 @@ from peft_svdinit.masks import (
     save_mask,
     save_scores,
 )
+from peft_svdinit.models import whole_copy, whole_shape
 from peft_svdinit.tuner import dense_factors, gradients_of, input_sizes
 from trainer_callbacks.sparing import Sparing, prepare_folder
 
@@ -126,8 +126,7 @@ class LoriCalibrationCallback(TrainerCallback):
                     "the adapter with is_trainable=True, or make it active"
                 )
         if self.selection is not None:
-            with gather_params_ctx(list(factors.values())):
-                shapes = {name: (len(part), part.shape[1]) for name, part in factors.items()}
+            shapes = {name: whole_shape(part) for name, part in factors.items()}
             # What cannot be chosen at the end is better known before training.
             self._layers(model, random_scores(shapes, 0), 0).mask(self.selection)
         self._sums = GradientScores(weighted=self._sums.weighted)
@@ -257,15 +256,14 @@ class LoriCalibrationCallback(TrainerCallback):
 
     def _scores(self, model: torch.nn.Module, state: TrainerState) -> dict[str, Tensor]:
         factors = dense_factors(model, self.adapter_name)
-        with torch.no_grad(), gather_params_ctx(list(factors.values())):
-            if not any(factor.any() for factor in factors.values()):
-                raise ValueError(
-                    "lora_B is zero everywhere after the calibration, which ranks nothing: give it "
-                    "more steps or a higher learning rate"
-                )
-            if self.score != "magnitude":
-                return self._complete_sums(state).scores()
-            trained = {name: factor.detach().float().cpu() for name, factor in factors.items()}
+        trained = {name: whole_copy(factor).float().cpu() for name, factor in factors.items()}
+        if not any(factor.any() for factor in trained.values()):
+            raise ValueError(
+                "lora_B is zero everywhere after the calibration, which ranks nothing: give it "
+                "more steps or a higher learning rate"
+            )
+        if self.score != "magnitude":
+            return self._complete_sums(state).scores()
         start = self._checked_config(model).lori_start
         if start is not None:
             began = LoraAdapter(start, argument="lori_start")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..models import base_weight, is_chosen, is_plain, is_within, linear_modules
+from ..models import base_weight, is_chosen, is_plain, is_split, is_within, linear_modules
 from .layer import LowRankLinear
 
 _HOOKS = (
@@ -152,7 +152,7 @@ def _is_stock(module: nn.Module) -> bool:
     known = forward is nn.Linear.forward or forward is Conv1D.forward
     # A parametrised weight, weight_norm's say, is computed from parameters of other names.
     weight = module._parameters.get("weight")
-    return known and weight is not None and is_plain(weight)
+    return known and weight is not None and is_plain(weight) and not is_split(weight)
 
 
 def _tied_to(model: nn.Module) -> dict[str, str]:

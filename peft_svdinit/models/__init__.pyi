@@ -29,6 +29,15 @@ from .recognition import recognition_sample as recognition_sample
 from .recognition import sampled_positions as sampled_positions
 from .saved_whole import WholeModules as WholeModules
 from .saved_whole import whole_modules as whole_modules
+from .sharded_forward import layers_gathered as layers_gathered
+from .sharding import gathered as gathered
+from .sharding import is_split as is_split
+from .sharding import overwrite_ as overwrite_
+from .sharding import refuse_tensor_parallel as refuse_tensor_parallel
+from .sharding import reshard as reshard
+from .sharding import whole as whole
+from .sharding import whole_copy as whole_copy
+from .sharding import whole_shape as whole_shape
 from .stored_parameters import StoredParameters as StoredParameters
 from .task_types import heads_of_task as heads_of_task
 from .task_types import loadable_task_type as loadable_task_type

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .sharding import whole_copy, whole_shape
 from .weights import is_plain
 
 
@@ -104,9 +106,9 @@ def linear_modules(
     found: dict[str, LinearModule] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and _maps_rows(module):
-            shape, transposed = tuple(module.weight.shape), False
+            shape, transposed = whole_shape(module.weight), False
         elif isinstance(module, Conv1D):
-            shape, transposed = tuple(module.weight.shape)[::-1], True
+            shape, transposed = whole_shape(module.weight)[::-1], True
         else:
             continue
         if _matches(name, target_modules, is_head=module is head):
@@ -127,7 +129,9 @@ def _maps_rows(module: nn.Linear) -> bool:
         return True
     try:
         with torch.no_grad():
-            found: Any = module(module.weight.new_zeros(1, 1, module.in_features))
+            parameters = {key: whole_copy(own) for key, own in module.named_parameters()}
+            given = parameters["weight"].new_zeros(1, 1, module.in_features)
+            found: Any = functional_call(module, parameters, (given,))
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
         return False
     return isinstance(found, Tensor) and found.shape == (1, 1, module.out_features)

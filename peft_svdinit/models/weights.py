@@ -5,16 +5,20 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..files import WrongKind
+from .sharding import gathered, whole
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BITSANDBYTES = ("Params4bit", "Int8Params")
 
 
 def is_plain(weight: Tensor) -> bool:
-    """Whether a weight is numbers of 16 bits or more as they are, not quantised nor sharded."""
-    # torchao's, quanto's and sharded tensors say that they are of the dtype that they stand for.
+    """Whether a weight is numbers of 16 bits or more as they are, not quantised."""
+    if isinstance(weight, DTensor):
+        weight = weight.to_local()
+    # torchao's and quanto's tensors say that they are of the dtype that they stand for.
     return (
         weight.dtype in _PLAIN
         and type(weight).__name__ not in _BITSANDBYTES
@@ -23,7 +27,9 @@ def is_plain(weight: Tensor) -> bool:
 
 
 def dequantised_weight(module: nn.Module) -> Tensor:
-    """The weight as the layer stores it, dequantised; no copy where it is not quantised.
+    """The weight as the layer stores it, dequantised; no copy where it is not quantised nor split.
+
+    Shards of FSDP2 are put together; those of ZeRO-3 must be `gathered`.
 
     bitsandbytes' own are dequantised without PEFT's `dequantize_module_weight`, which on the CPU
     replaces an 8-bit layer's weight by one that has lost its scales.
@@ -46,12 +52,14 @@ def dequantised_weight(module: nn.Module) -> Tensor:
             weight,  # pyright: ignore[reportArgumentType]
             state=getattr(module, "state", None),
         )
-    return dequantize_module_weight(module)
+    return whole(dequantize_module_weight(module))
 
 
 @torch.no_grad()
 def base_weight(module: nn.Module, name: str, *, transposed: bool) -> Float[Tensor, "out in"]:
     """A float32 copy of a linear layer's weight: dequantised, gathered from shards, (out, in).
+
+    Of a split weight all processes get it, and all must ask.
 
     Args:
         module: the linear layer itself, not PEFT's layer around it.
@@ -73,11 +81,13 @@ def base_weight(module: nn.Module, name: str, *, transposed: bool) -> Float[Tens
             f"layer {name}: its weight is on the meta device, so there is nothing to factorise; "
             "load the model's weights first"
         )
-    from peft.utils.integrations import gather_params_ctx
-
-    with gather_params_ctx(module.parameters()):
+    with gathered(module.parameters()):
         found = dequantised_weight(module)
-        if found.dim() != 2 or found.dtype not in _PLAIN:
+        packed = isinstance(module, nn.Linear) and found.shape != (
+            module.out_features,
+            module.in_features,
+        )
+        if found.dim() != 2 or found.dtype not in _PLAIN or packed:
             raise WrongKind(
                 f"layer {name}: a {type(module).__name__} with a weight of {found.dtype} cannot be "
                 "dequantised here; take factors from the model in 16 or 32 bits, save them and use "

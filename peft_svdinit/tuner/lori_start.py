@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import _register_frozen_peft_weight
-from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from ..factors import LoraAdapter
@@ -20,6 +19,7 @@ from ..masks import (
     random_projection,
     tensor_hash,
 )
+from ..models import overwrite_, refuse_tensor_parallel
 from .adapter_layers import given_memory, is_linear, lora_layers, module_name, shortened
 from .config.lori import RANDOM, LoriConfig
 from .layers.parts import lora_linears
@@ -57,11 +57,7 @@ class LoriStart:
                     f"layer {name} is a {type(layer).__name__}, whose B is no matrix; LoRI is for "
                     "linear layers: leave it out of target_modules"
                 )
-            if getattr(layer.get_base_layer(), "_hf_device_mesh", None) is not None:
-                raise WrongKind(
-                    f"layer {name} is split by tensor parallelism, which LoRI does not know: its "
-                    "values are not rows of B; load the base without a tensor-parallel plan"
-                )
+        refuse_tensor_parallel(model, {n: layer.get_base_layer() for n, layer in layers.items()})
         shapes = {
             name: (layer.out_features or 0, layer.r[adapter_name]) for name, layer in layers.items()
         }
@@ -170,16 +166,12 @@ def _write(
 ) -> None:
     part_A, part_B = lora_linears(layer, adapter_name)
     given_memory(part_A, layer)
-    with gather_params_ctx(part_A.parameters()):
-        part_A.weight.copy_(lora_A)
+    overwrite_(part_A.weight, lora_A)
     _register_frozen_peft_weight(layer, adapter_name, "lora_A")
     if mask is None:
         given_memory(part_B, layer)
-        with gather_params_ctx(part_B.parameters()):
-            if start is None:
-                part_B.weight.zero_()
-            else:
-                part_B.weight.copy_(start)
+        shape = (layer.out_features or 0, layer.r[adapter_name])
+        overwrite_(part_B.weight, torch.zeros(shape) if start is None else start)
     else:
         like = part_A.weight
         sparse = SparseFactor(mask, start, dtype=like.dtype, device=like.device)

@@ -7,9 +7,8 @@ from typing import cast
 
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
-from peft.utils.integrations import gather_params_ctx
 
-from ..models import dequantised_weight
+from ..models import dequantised_weight, gathered, overwrite_, whole
 from .adapter_layers import given_memory
 from .layers.parts import lora_linears
 
@@ -21,9 +20,8 @@ def refresh_magnitude(layer: LoraLayer, adapter_name: str) -> None:
     base_layer = layer.get_base_layer()
     given_memory(magnitude, layer)
     read = [part.parameters() for part in (lora_A, lora_B, base_layer)]
-    with gather_params_ctx(chain.from_iterable(read)):
+    with gathered(chain.from_iterable(read)):
         weight = dequantised_weight(base_layer).to(lora_A.weight.device)
-        product = lora_B.weight @ lora_A.weight
+        product = whole(lora_B.weight) @ whole(lora_A.weight)
         norm = magnitude.get_weight_norm(weight, product, layer.scaling[adapter_name])
-    with gather_params_ctx(magnitude.parameters()):
-        magnitude.weight.copy_(norm)
+    overwrite_(magnitude.weight, norm)

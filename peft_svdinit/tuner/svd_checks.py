@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from peft.tuners.lora.layer import LoraLayer
-from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from ..factors import FactorsFile, LowRankFactors, WeightFactors
 from ..files import WrongKind
-from ..models import BaseSample, entries_at, first_difference, is_plain
+from ..models import BaseSample, entries_at, first_difference, gathered, is_plain, whole
 from .adapter_layers import is_linear, shortened
 from .config.svd import Coverage
 from .layers.reference import ReferenceVariant
@@ -126,8 +125,9 @@ def _base_entries(
         if not is_plain(weight):
             continue
         shape = factors.shape_of(name)
-        with gather_params_ctx(base.parameters()):
-            matrix = weight.mT if getattr(layer, "fan_in_fan_out", False) else weight
+        with gathered(base.parameters()):
+            matrix = whole(weight.detach())
+            matrix = matrix.mT if getattr(layer, "fan_in_fan_out", False) else matrix
             if matrix.shape != shape:  # Packed, in a way unknown here.
                 continue
             found = entries_at(matrix, sample.positions(shape))

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..factors import FactorsFile, LowRankFactors, SvdGuided, WeightFactors, WeightSource
-from ..models import base_weight
+from ..models import base_weight, refuse_tensor_parallel, reshard
 from .adapter_layers import lora_layers, module_name
 from .config.svd import Coverage, SvdLoraConfig
 from .svd_checks import (
@@ -99,6 +99,8 @@ def initialize_layers(
     layers = {module_name(name): layer for name, layer in lora_layers(model, adapter_name)}
     if not layers:
         raise ValueError(f"adapter_name={adapter_name!r}: the model has no LoRA layer of that name")
+    reshard(model)
+    refuse_tensor_parallel(model, {name: each.get_base_layer() for name, each in layers.items()})
     check_coverage(layers, factors, coverage)
     matched = {name: layer for name, layer in layers.items() if name in factors}
     for name, layer in layers.items():

@@ -6,10 +6,10 @@ from itertools import chain
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
 from ..factors import LoraInit, Start
+from ..models import gathered, overwrite_, whole_shape
 from .adapter_layers import given_memory, is_linear, lora_layers, module_name
 from .layers.parts import lora_linears
 from .layers.reference import (
@@ -29,8 +29,7 @@ def write_start(layer: LoraLayer, adapter_name: str, init: LoraInit) -> None:
     for module, value in zip(lora_linears(layer, adapter_name), values, strict=True):
         if given_memory(module, layer) and module.bias is not None:
             module.bias.zero_()
-        with gather_params_ctx(module.parameters()):
-            module.weight.copy_(value)
+        overwrite_(module.weight, value)
     if init.subtract_initial:
         attach_reference(layer, adapter_name)
     elif isinstance(layer.lora_variant.get(adapter_name), ReferenceVariant):
@@ -48,7 +47,7 @@ def start_without_factors(layer: LoraLayer, adapter_name: str, start: Start) -> 
     subtracts = isinstance(layer.lora_variant.get(adapter_name), ReferenceVariant)
     # A and B that mean the difference to a reference mean nothing without it.
     if any(given) or (subtracts and reference_of(layer, adapter_name)[1].any()):
-        with gather_params_ctx(chain.from_iterable(part.parameters() for part in parts)):
+        with gathered(chain.from_iterable(part.parameters() for part in parts), written=True):
             layer.reset_lora_parameters(adapter_name, True)
     if adapter_name in layer.lora_magnitude_vector:
         refresh_magnitude(layer, adapter_name)
@@ -68,8 +67,7 @@ def leave_to_saved_weights(model: nn.Module, adapter_name: str, start: Start) ->
             continue
         for part in lora_linears(layer, adapter_name):
             given_memory(part, layer)
-            with gather_params_ctx(part.parameters()):
-                part.weight.fill_(torch.nan)
+            overwrite_(part.weight, torch.full(whole_shape(part.weight), torch.nan))
         if start == "reference":
             attach_reference(layer, adapter_name)
         if adapter_name in layer.lora_magnitude_vector:

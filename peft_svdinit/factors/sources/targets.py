@@ -11,7 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...models import base_weight, is_plain, linear_modules, recognition_sample
+from ...models import (
+    base_weight,
+    is_plain,
+    layers_gathered,
+    linear_modules,
+    recognition_sample,
+    refuse_tensor_parallel,
+    reshard,
+)
 
 Batch = Mapping[str, Any]
 
@@ -44,6 +52,7 @@ def target_layers(
             f"model is a {type(model).__name__} that carries an adapter; take factors from the "
             "base model, before get_peft_model or add_adapter"
         )
+    reshard(model)
     layers = {}
     for name, linear in linear_modules(model, target_modules).items():
         module = model.get_submodule(name)
@@ -52,6 +61,7 @@ def target_layers(
         rows = module.out_features if packed else linear.out_features
         cols = module.in_features if packed else linear.in_features
         layers[name] = TargetLayer(name, module, rows, cols, linear.transposed)
+    refuse_tensor_parallel(model, {name: layer.module for name, layer in layers.items()})
     return layers
 
 
@@ -140,9 +150,12 @@ def input_device(model: nn.Module) -> torch.device:
 def reading(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None]:
     """Parameters frozen, dropout off, no cache; all of it as it was afterwards.
 
+    A model split by ZeRO-3 or FSDP2 can be run within, by all processes on the same batches.
+
     With `checkpointing`, gradient checkpointing stays on where it is: transformers asks the
     checkpointed module itself whether it is training, so that this one flag is set, and no other.
     """
+    reshard(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     modes = [(module, module.training) for module in model.modules()]
     config = getattr(model, "config", None)
@@ -156,7 +169,8 @@ def reading(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None]:
             )
         if cache is not None:
             config.use_cache = False  # pyright: ignore[reportOptionalMemberAccess]
-        yield
+        with layers_gathered(model):
+            yield
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)

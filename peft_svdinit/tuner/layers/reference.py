@@ -17,6 +17,7 @@ from peft.utils.other import transpose
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ...models import whole_copy, whole_shape
 from .parts import lora_linears
 
 _BUFFERS = ("svd_reference_A", "svd_reference_B")
@@ -61,13 +62,17 @@ class ReferenceVariant(LoraVariant):
 def attach_reference(module: LoraLayer, adapter_name: str) -> None:
     """Freeze copies of the adapter's present factors on the layer, and subtract their product."""
     factors = lora_linears(module, adapter_name)
-    _attach(module, adapter_name, [factor.weight.detach().clone() for factor in factors])
+    _attach(module, adapter_name, [whole_copy(factor.weight) for factor in factors])
 
 
 def attach_zero_reference(module: LoraLayer, adapter_name: str) -> None:
     """Subtract nothing: for a layer whose update begins at zero, among others that do subtract."""
     factors = lora_linears(module, adapter_name)
-    _attach(module, adapter_name, [torch.zeros_like(factor.weight) for factor in factors])
+    _attach(
+        module,
+        adapter_name,
+        [factor.weight.new_zeros(whole_shape(factor.weight)) for factor in factors],
+    )
 
 
 def _attach(module: LoraLayer, adapter_name: str, reference: list[Tensor]) -> None:

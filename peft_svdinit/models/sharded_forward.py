@@ -1,0 +1,112 @@
+"""Running a model that ZeRO-3 has split without an engine around it, one layer whole at a time.
+
+The hooks that fetch parameters are the engine's; a model that was just loaded has none, and an
+adapter's factors are taken before there is an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from .sharding import gathered, is_of_zero, reshard
+
+
+@contextmanager
+def layers_gathered(model: nn.Module) -> Iterator[None]:
+    """Within, the model can be called, and gradients passed back through it, by all processes.
+
+    Each module's own parameters are gathered for its forward pass, and each once more when an
+    operation's backward pass asks for it. Parameters that were whole stay so, as those that an
+    engine fetches do. FSDP2 fetches for itself; its outermost parameters are put back.
+
+    Memory: one layer; with gradient checkpointing, in the backward pass, one checkpointed block.
+    """
+    reshard(model)
+    owners = [
+        (module, own)
+        for module in model.modules()
+        if (own := [each for each in module.parameters(recurse=False) if is_of_zero(each)])
+    ]
+    lent = _Lent()
+    handles = []
+    for module, own in owners:
+        before, after = lent.hooks(own)
+        handles.append(module.register_forward_pre_hook(before))
+        handles.append(module.register_forward_hook(after, always_call=True))
+    try:
+        if owners:
+            with saved_tensors_hooks(lent.pack, lent.unpack):
+                yield
+        else:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        reshard(model)
+
+
+class _Piece(NamedTuple):
+    """What autograd keeps of a parameter in the place of its numbers."""
+
+    parameter: Tensor
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Lent:
+    """The parameters that are whole at present because a module of theirs is running."""
+
+    def __init__(self) -> None:
+        self._by_storage: dict[int, Tensor] = {}
+
+    def hooks(self, own: list[Tensor]) -> tuple[Any, Any]:
+        """To be called before and after the forward pass of the module whose own these are."""
+        running: list[ExitStack] = []
+
+        def before(module: nn.Module, args: tuple) -> None:
+            running.append(ExitStack())
+            for parameter in own:
+                # One by one, so that each has a storage of its own.
+                running[-1].enter_context(self._one(parameter))
+
+        def after(module: nn.Module, args: tuple, output: Any) -> None:
+            if running:  # A hook before ours may have failed.
+                running.pop().close()
+
+        return before, after
+
+    @contextmanager
+    def _one(self, parameter: Tensor) -> Iterator[None]:
+        was_empty = not parameter.numel()
+        with gathered([parameter]):
+            storage = parameter.untyped_storage().data_ptr()
+            if was_empty:
+                self._by_storage[storage] = parameter
+            try:
+                yield
+            finally:
+                if was_empty:
+                    del self._by_storage[storage]
+
+    def pack(self, tensor: Tensor) -> Tensor | _Piece:
+        """Keep no numbers of a parameter that is to be released."""
+        parameter = self._by_storage.get(tensor.untyped_storage().data_ptr())
+        if parameter is None:
+            return tensor
+        offset = tensor.storage_offset() - parameter.storage_offset()
+        return _Piece(parameter, tuple(tensor.shape), tensor.stride(), offset)
+
+    def unpack(self, packed: Tensor | _Piece) -> Tensor:
+        """The numbers again; they last as long as the operation that asks for them."""
+        if isinstance(packed, Tensor):
+            return packed
+        parameter, size, stride, offset = packed
+        with gathered([parameter]):
+            data = parameter.detach()
+            return data.as_strided(size, stride, data.storage_offset() + offset)

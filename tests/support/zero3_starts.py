@@ -1,0 +1,116 @@
+"""Starts on bases that ZeRO-3 has split, in one of two processes; run by a test.
+
+Argument: a folder with `<architecture>` (a base), `<architecture>.safetensors` (factors), and
+`zero3.json`. Each process leaves `report-<rank>.json`, the first one an adapter in `final`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from stages.processes import leave_process_group
+from transformers import AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+
+from peft_svdinit import LoriConfig, SvdLoraConfig, initialize_lora_from_factors
+from peft_svdinit.models import whole_copy
+from support.sharded_starts import digest, largest_difference, taken
+from support.tiny_models import ARCHITECTURES, TARGETS
+
+R = 5
+STARTS: dict[str, dict[str, Any]] = {
+    "delta": {},
+    "reference": {"svd_start": "reference"},
+    "dora": {"use_dora": True},
+    "weight": {"svd_source": "weight", "svd_start": "reference", "svd_split": "balanced"},
+    "lori": {"use_dora": True},
+}
+
+
+def base(folder: Path, architecture: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder / architecture)
+
+
+def config(folder: Path, architecture: str, start: str) -> LoraConfig:
+    shared: Any = {"r": R, "target_modules": TARGETS[architecture], "task_type": "CAUSAL_LM"}
+    shared["fan_in_fan_out"] = architecture == "gpt2"
+    if start == "lori":
+        return LoriConfig(**shared, **STARTS[start], lori_density=0.3)
+    options = dict(STARTS[start])
+    if start != "weight":
+        options["svd_factors"] = str(folder / f"{architecture}.safetensors")
+    return SvdLoraConfig(**shared, **options)
+
+
+def adapter(model: Any) -> dict[str, torch.Tensor]:
+    """All that belongs to the adapter, frozen copies included, put together."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: whole_copy(each) for name, each in tensors if "lora_" in name or "svd_" in name}
+
+
+def posthoc(folder: Path, *, split: bool) -> dict[str, torch.Tensor]:
+    """An adapter that is split itself, started afterwards."""
+    options = {"r": R, "target_modules": TARGETS["llama"], "use_dora": True}
+    torch.manual_seed(dist.get_rank())  # The first process's A would win where this one's did not.
+    model = get_peft_model(base(folder, "llama"), LoraConfig(**options))
+    if split:
+        deepspeed.zero.Init(module=model, config_dict_or_path=str(folder / "zero3.json"))
+    initialize_lora_from_factors(model, folder / "llama.safetensors")
+    found = adapter(model)
+    if split:
+        assert all(hasattr(each, "ds_id") and not each.numel() for each in model.parameters())
+    return found
+
+
+def everything(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    found = {}
+    for architecture in ARCHITECTURES:
+        found[architecture] = taken(base(folder, architecture), TARGETS[architecture])
+        for start in STARTS:
+            model = get_peft_model(base(folder, architecture), config(folder, architecture, start))
+            found[f"{architecture} {start}"] = adapter(model)
+            if (architecture, start) == ("llama", "reference"):
+                model.save_pretrained(
+                    str(folder / "final"), is_main_process=dist.get_rank() == 0
+                )
+    return found
+
+
+def main(folder: Path) -> None:
+    """Compare split models with whole ones."""
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(dist_backend="gloo")
+    expected = everything(folder) | {"posthoc": posthoc(folder, split=False)}
+    alive = HfDeepSpeedConfig(str(folder / "zero3.json"))
+    parameters = list(base(folder, "llama").parameters())
+    report: dict[str, Any] = {
+        "world_size": dist.get_world_size(),
+        "empty": sum(not each.numel() for each in parameters) / len(parameters),
+    }
+    found = everything(folder) | {"posthoc": posthoc(folder, split=True)}
+    assert alive.is_zero3()
+    report["differences"] = {
+        name: largest_difference(tensors, expected[name]) for name, tensors in found.items()
+    }
+    report["digests"] = {name: digest(tensors) for name, tensors in found.items()}
+    other = base(folder, "llama")
+    weight = other.model.layers[1].self_attn.v_proj.weight
+    with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+        weight.data.mul_(1.1)
+    try:
+        get_peft_model(other, config(folder, "llama", "delta"))
+    except ValueError as error:
+        report["other_base"] = str(error)
+    (folder / f"report-{dist.get_rank()}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    leave_process_group()
