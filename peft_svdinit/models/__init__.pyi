@@ -31,6 +31,7 @@ from .saved_whole import WholeModules as WholeModules
 from .saved_whole import whole_modules as whole_modules
 from .sharded_forward import layers_gathered as layers_gathered
 from .sharding import gathered as gathered
+from .sharding import is_of_engine as is_of_engine
 from .sharding import is_split as is_split
 from .sharding import overwrite_ as overwrite_
 from .sharding import refuse_tensor_parallel as refuse_tensor_parallel

@@ -27,15 +27,15 @@ def layers_gathered(model: nn.Module) -> Iterator[None]:
     Memory: one layer; with gradient checkpointing, in the backward pass, one checkpointed block.
     """
     reshard(model)
-    owners = [
-        (module, own)
-        for module in model.modules()
-        if (own := [each for each in module.parameters(recurse=False) if is_of_zero(each)])
-    ]
+    owners: dict[nn.Module, dict[str, Tensor]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_of_zero(parameter):
+                owners.setdefault(module, {})[name] = parameter
     lent = _Lent()
     handles = []
-    for module, own in owners:
-        before, after = lent.hooks(own)
+    for module, own in owners.items():
+        before, after = lent.hooks(module, own)
         handles.append(module.register_forward_pre_hook(before))
         handles.append(module.register_forward_hook(after, always_call=True))
     try:
@@ -65,15 +65,15 @@ class _Lent:
     def __init__(self) -> None:
         self._by_storage: dict[int, Tensor] = {}
 
-    def hooks(self, own: list[Tensor]) -> tuple[Any, Any]:
+    def hooks(self, owner: nn.Module, own: dict[str, Tensor]) -> tuple[Any, Any]:
         """To be called before and after the forward pass of the module whose own these are."""
         running: list[ExitStack] = []
 
         def before(module: nn.Module, args: tuple) -> None:
             running.append(ExitStack())
-            for parameter in own:
+            for name, parameter in own.items():
                 # One by one, so that each has a storage of its own.
-                running[-1].enter_context(self._one(parameter))
+                running[-1].enter_context(self._one(owner, name, parameter))
 
         def after(module: nn.Module, args: tuple, output: Any) -> None:
             if running:  # A hook before ours may have failed.
@@ -82,17 +82,23 @@ class _Lent:
         return before, after
 
     @contextmanager
-    def _one(self, parameter: Tensor) -> Iterator[None]:
-        was_empty = not parameter.numel()
+    def _one(self, owner: nn.Module, name: str, parameter: Tensor) -> Iterator[None]:
+        if parameter.numel():
+            yield
+            return
         with gathered([parameter]):
             storage = parameter.untyped_storage().data_ptr()
-            if was_empty:
-                self._by_storage[storage] = parameter
+            self._by_storage[storage] = parameter
+            # Checkpointing keeps the tensors that a layer computes with themselves, and the
+            # parameter is to be empty again.
+            lent: Any = parameter.detach()
+            owner._parameters[name] = lent
+            del lent
             try:
                 yield
             finally:
-                if was_empty:
-                    del self._by_storage[storage]
+                owner._parameters[name] = parameter  # pyright: ignore[reportArgumentType]
+                del self._by_storage[storage]
 
     def pack(self, tensor: Tensor) -> Tensor | _Piece:
         """Keep no numbers of a parameter that is to be released."""

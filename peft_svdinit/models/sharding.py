@@ -28,6 +28,12 @@ def is_of_zero(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def is_of_engine(parameter: Tensor) -> bool:
+    """Whether a DeepSpeed engine's optimizer has copies, from which its steps write over it."""
+    linked = getattr(parameter, "_hp_mapping", None) is not None
+    return linked or hasattr(parameter, "_z3_optimizer")
+
+
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """Its shape when put together."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -123,8 +129,8 @@ def refuse_tensor_parallel(model: nn.Module, layers: Mapping[str, nn.Module]) ->
         if getattr(layer, "_hf_device_mesh", None) is not None or any(foreign):
             raise WrongKind(
                 f"layer {name} is split by tensor parallelism, under which factors, SVD starts and "
-                "LoRI do not work: load the base without a tensor-parallel plan (tp_plan, tp_size);"
-                " ZeRO-3 and fully_shard split it in ways that do"
+                "LoRI do not work: load the base without a tensor-parallel plan (tp_plan, tp_size),"
+                " or split it by ZeRO-3 or fully_shard instead"
             )
 
 

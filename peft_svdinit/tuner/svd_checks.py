@@ -9,9 +9,18 @@ from torch import Tensor, nn
 
 from ..factors import FactorsFile, LowRankFactors, WeightFactors
 from ..files import WrongKind
-from ..models import BaseSample, entries_at, first_difference, gathered, is_plain, whole
+from ..models import (
+    BaseSample,
+    entries_at,
+    first_difference,
+    gathered,
+    is_of_engine,
+    is_plain,
+    whole,
+)
 from .adapter_layers import is_linear, shortened
 from .config.svd import Coverage
+from .layers.parts import lora_linears
 from .layers.reference import ReferenceVariant
 
 
@@ -60,6 +69,13 @@ def check_layer(
         raise RuntimeError(
             f"layer {name}: adapter {adapter_name!r} is merged into the base weight; call "
             "unmerge_adapter() before initialising it"
+        )
+    parts = lora_linears(layer, adapter_name)
+    if any(is_of_engine(each) for part in parts for each in part.parameters()):
+        raise RuntimeError(
+            f"layer {name}: adapter {adapter_name!r} is in a DeepSpeed engine, whose optimizer has "
+            "copies of its own, and would undo a start with the first step; start it before the "
+            "engine is made"
         )
     rank = layer.r[adapter_name]
     if isinstance(factors, FactorsFile | WeightFactors):
@@ -118,17 +134,23 @@ def _base_entries(
     """What the file remembers of each weight and what is there; nothing of quantised weights."""
     for name, layer in layers.items():
         sample = factors.base_sample(name)
-        base = layer.get_base_layer()
-        weight = getattr(base, "weight", None)
-        if sample is None or not isinstance(weight, Tensor) or weight.is_meta:
+        if sample is None:
             continue
-        if not is_plain(weight):
-            continue
-        shape = factors.shape_of(name)
-        with gathered(base.parameters()):
-            matrix = whole(weight.detach())
-            matrix = matrix.mT if getattr(layer, "fan_in_fan_out", False) else matrix
-            if matrix.shape != shape:  # Packed, in a way unknown here.
-                continue
-            found = entries_at(matrix, sample.positions(shape))
-        yield name, found, sample
+        found = _entries(layer, sample, factors.shape_of(name))
+        if found is not None:
+            yield name, found, sample
+
+
+def _entries(layer: LoraLayer, sample: BaseSample, shape: tuple[int, int]) -> Tensor | None:
+    """What the layer's base weight has where the sample is from, if it is readable numbers."""
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta or not is_plain(weight):
+        return None
+    # Nothing that refers to a gathered weight may outlive this, or two would be whole at a time.
+    with gathered(base.parameters()):
+        matrix = whole(weight.detach())
+        matrix = matrix.mT if getattr(layer, "fan_in_fan_out", False) else matrix
+        if matrix.shape != shape:  # Packed, in a way unknown here.
+            return None
+        return entries_at(matrix, sample.positions(shape))

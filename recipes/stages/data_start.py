@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 
 from peft_svdinit import (
@@ -26,6 +27,7 @@ from peft_svdinit import (
     weight_norms,
 )
 from peft_svdinit.factors import FACTORS_FILE_NAME
+from peft_svdinit.models import is_split
 from peft_svdinit.training import RecipeArguments
 from stages.fit import Materials
 from stages.lora_options import LoraOptions
@@ -38,17 +40,20 @@ def factors_from_data(
 ) -> tuple[Path, dict[str, Any]]:
     """The factors file in the run's folder, made unless it is there, and what it cost.
 
-    A resumed run finds the file, and so starts from the same factors; one process makes it.
+    A resumed run finds the file, and so starts from the same factors. One process makes it, or all
+    of them together where each holds a part of the model.
     """
     folder = Path(str(arguments.output_dir)) / FOLDER
     size = arguments.train_batch_size
     wanted = {"kind": options.svd_source, "batch_size": size, **options.start_options}
-    with arguments.main_process_first(local=False, desc="factors from data"):
+    shared = any(is_split(parameter) for parameter in model.parameters())
+    alone = arguments.main_process_first(local=False, desc="factors from data")
+    with nullcontext() if shared else alone:
         if (folder / FACTORS_FILE_NAME).is_file():
             source = FactorsFile(folder).metadata.source
             if source.get("options") == wanted:
                 return folder, source["cost"]
-        if not getattr(model, "is_quantized", False):
+        if not (shared or getattr(model, "is_quantized", False)):
             model.to(arguments.device)
         with _counted(model) as cost:
             factors, notes = _factors(model, options, iter(materials.batches(size)))
@@ -56,7 +61,11 @@ def factors_from_data(
         metadata = FactorsMetadata(
             base_model_name_or_path=getattr(model, "name_or_path", None), source=source
         )
-        save_factors(folder, factors, metadata, base_samples=base_samples(model, factors))
+        samples = base_samples(model, factors)
+        if not shared or arguments.process_index == 0:
+            save_factors(folder, factors, metadata, base_samples=samples)
+    if shared:
+        PartialState().wait_for_everyone()
     return folder, cost
 
 

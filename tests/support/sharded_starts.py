@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_svdinit import (
     activation_factors,
@@ -23,7 +23,7 @@ from support.gradient_batches import batches
 RANK = 3
 
 
-def taken(model: nn.Module, targets: list[str]) -> dict[str, Tensor]:
+def taken(model: Any, targets: list[str]) -> dict[str, Tensor]:
     """Deltas from each source, the loss and the step of a search, and samples, by name."""
     seen, options = batches(2), {"rank": RANK, "target_modules": targets}
     sources: dict[str, Any] = {
@@ -33,6 +33,9 @@ def taken(model: nn.Module, targets: list[str]) -> dict[str, Tensor]:
         "weighted": activation_factors(model, seen, weighting="weight", **options),
         "weight": weight_factors(model, **options),
     }
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    sources["checkpointed"] = gradient_factors(model, seen, **options)
+    model.gradient_checkpointing_disable()
     norms = weight_norms(model, sources["gradient"])
     directions = descent_directions(sources["gradient"], norms, rank=RANK)
     search = line_search(model, directions, seen, max_trials=3, first_step=0.1)

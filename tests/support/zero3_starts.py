@@ -69,7 +69,7 @@ def posthoc(folder: Path, *, split: bool) -> dict[str, torch.Tensor]:
     return found
 
 
-def everything(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+def everything(folder: Path, name: str) -> dict[str, dict[str, torch.Tensor]]:
     found = {}
     for architecture in ARCHITECTURES:
         found[architecture] = taken(base(folder, architecture), TARGETS[architecture])
@@ -77,9 +77,7 @@ def everything(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
             model = get_peft_model(base(folder, architecture), config(folder, architecture, start))
             found[f"{architecture} {start}"] = adapter(model)
             if (architecture, start) == ("llama", "reference"):
-                model.save_pretrained(
-                    str(folder / "final"), is_main_process=dist.get_rank() == 0
-                )
+                model.save_pretrained(str(folder / name), is_main_process=dist.get_rank() == 0)
     return found
 
 
@@ -87,14 +85,14 @@ def main(folder: Path) -> None:
     """Compare split models with whole ones."""
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo")
-    expected = everything(folder) | {"posthoc": posthoc(folder, split=False)}
+    expected = everything(folder, "expected") | {"posthoc": posthoc(folder, split=False)}
     alive = HfDeepSpeedConfig(str(folder / "zero3.json"))
     parameters = list(base(folder, "llama").parameters())
     report: dict[str, Any] = {
         "world_size": dist.get_world_size(),
         "empty": sum(not each.numel() for each in parameters) / len(parameters),
     }
-    found = everything(folder) | {"posthoc": posthoc(folder, split=True)}
+    found = everything(folder, "final") | {"posthoc": posthoc(folder, split=True)}
     assert alive.is_zero3()
     report["differences"] = {
         name: largest_difference(tensors, expected[name]) for name, tensors in found.items()
@@ -108,6 +106,17 @@ def main(folder: Path) -> None:
         get_peft_model(other, config(folder, "llama", "delta"))
     except ValueError as error:
         report["other_base"] = str(error)
+    model: Any = get_peft_model(base(folder, "llama"), config(folder, "llama", "delta"))
+    trained = [each for each in model.parameters() if each.requires_grad]
+    deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(trained, lr=0.1),  # pyright: ignore[reportArgumentType]
+        config=str(folder / "zero3.json"),
+    )
+    try:
+        initialize_lora_from_factors(model, folder / "llama.safetensors")
+    except RuntimeError as error:
+        report["late"] = str(error)
     (folder / f"report-{dist.get_rank()}.json").write_text(json.dumps(report))
 
 

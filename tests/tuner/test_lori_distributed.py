@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.launching import needs_deepspeed, reports, run_training
 from support.lori_fixtures import lori_model, reloaded
 from support.peft_fixtures import logits, tiny_base
 
-ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
 pytestmark = pytest.mark.slow
-
-
-def run_training(script: str, *arguments: str, processes: int = 2) -> str:
-    """What a script of this folder said in one or two processes; fails with it."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
-    }
-    launcher = TORCHRUN if processes > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "tests" / "support" / script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def reports(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("report-*.json"))]
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -98,7 +72,7 @@ def deepspeed_options(folder: Path, stage: int) -> str:
     return str(path)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+@needs_deepspeed
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_trains_saves_and_resumes_as_one_process_does(tmp_path, single, stage):
     options = deepspeed_options(tmp_path, stage)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 from pathlib import Path
@@ -636,33 +635,6 @@ def test_a_fused_attention_is_adapted_as_stock_lora_would(tmp_path):
     now = model.eval()(ids)
     assert (stock(ids) - now).abs().max() < 1e-6
     assert (now - before).abs().max() > 1e-3
-
-
-def test_a_layer_split_by_tensor_parallelism_is_refused_by_name():
-    base = tiny_base()
-    base.get_submodule("model.layers.1.self_attn.v_proj")._hf_device_mesh = object()  # pyright: ignore
-    with pytest.raises(TypeError, match=r"layer model\.layers\.1\.self_attn\.v_proj is split by"):
-        get_peft_model(base, lori_config())
-    assert not has_lora_layers(base)
-
-
-def test_parameters_are_gathered_around_every_write(monkeypatch):
-    """PEFT gathers shards of ZeRO-3 inside its own inits only."""
-    from peft_svdinit.tuner import lori_start, magnitudes
-
-    gathered: set[int] = set()
-
-    @contextlib.contextmanager
-    def gather(parameters):
-        gathered.update(map(id, [parameters] if torch.is_tensor(parameters) else parameters))
-        yield
-
-    for module in (lori_start, magnitudes):
-        monkeypatch.setattr(module, "gather_params_ctx", gather)
-    model = lori_model(use_dora=True)
-    for layer in adapted_layers(model).values():
-        assert {id(layer.lora_A["default"].weight), id(layer.get_base_layer().weight)} <= gathered
-        assert id(layer.lora_magnitude_vector["default"].weight) in gathered
 
 
 def test_an_a_that_a_sharded_save_leaves_out_is_drawn_again():

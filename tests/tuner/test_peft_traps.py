@@ -41,7 +41,6 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import peft_svdinit
 from peft_svdinit import LowRankFactors, SvdLoraConfig, initialize_lora_from_factors
 from peft_svdinit.factors import FactorsFile
-from peft_svdinit.tuner import magnitudes, svd_checks, svd_writing
 from peft_svdinit.tuner.model import SvdLoraModel
 
 
@@ -365,23 +364,6 @@ def test_the_conversion_for_inits_that_move_the_base_is_refused(scene, tmp_path)
             str(tmp_path / "converted"),
             path_initial_model_for_weight_conversion=str(tmp_path / "initial"),
         )
-
-
-def test_parameters_are_gathered_around_every_read_and_write(scene, monkeypatch):
-    """PEFT gathers shards of ZeRO-3 inside its own inits only."""
-    gathered: set[int] = set()
-
-    @contextlib.contextmanager
-    def gather(parameters):
-        gathered.update(map(id, [parameters] if torch.is_tensor(parameters) else parameters))
-        yield
-
-    for module in (svd_checks, svd_writing, magnitudes):
-        monkeypatch.setattr(module, "gather_params_ctx", gather)
-    model = scene.peft_model(use_dora=True)
-    expected = {id(weight) for name, weight in model.named_parameters() if "lora_" in name}
-    expected |= {id(layer.get_base_layer().weight) for layer in adapted_layers(model).values()}
-    assert expected <= gathered
 
 
 def test_the_base_weights_are_never_written(scene):

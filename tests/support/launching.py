@@ -1,0 +1,42 @@
+"""Scripts of this folder in processes of their own, one or two, and what they report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def needs_deepspeed(test: Any) -> Any:
+    """Mark a test for the step of CI that has DeepSpeed, and skip it elsewhere."""
+    missing = importlib.util.find_spec("deepspeed") is None
+    return pytest.mark.deepspeed(pytest.mark.skipif(missing, reason="needs deepspeed")(test))
+
+
+def run_training(script: str, *arguments: str, processes: int = 2) -> str:
+    """What a script of this folder said in one or two processes; fails with it."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
+    }
+    launcher = TORCHRUN if processes > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "tests" / "support" / script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def reports(folder: Path) -> list[dict[str, Any]]:
+    """`report-<rank>.json` of each process."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("report-*.json"))]
