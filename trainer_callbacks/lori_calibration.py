@@ -126,7 +126,8 @@ class LoriCalibrationCallback(TrainerCallback):
                     "the adapter with is_trainable=True, or make it active"
                 )
         if self.selection is not None:
-            shapes = {name: whole_shape(part) for name, part in factors.items()}
+            whole = {name: whole_shape(part) for name, part in factors.items()}
+            shapes = {name: (rows, rank) for name, (rows, rank) in whole.items()}
             # What cannot be chosen at the end is better known before training.
             self._layers(model, random_scores(shapes, 0), 0).mask(self.selection)
         self._sums = GradientScores(weighted=self._sums.weighted)

@@ -105,7 +105,7 @@ class _Lent:
         parameter = self._by_storage.get(tensor.untyped_storage().data_ptr())
         if parameter is None:
             return tensor
-        offset = tensor.storage_offset() - parameter.storage_offset()
+        offset = int(tensor.storage_offset() - parameter.storage_offset())
         return _Piece(parameter, tuple(tensor.shape), tensor.stride(), offset)
 
     def unpack(self, packed: Tensor | _Piece) -> Tensor:
