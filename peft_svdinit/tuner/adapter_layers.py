@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..models import PREFIX, unwrapped
 from .layers.parts import lora_linears
@@ -30,6 +31,27 @@ def module_name(name: str) -> str:
 def is_linear(layer: LoraLayer, adapter_name: str) -> bool:
     lora_A = layer.lora_A[adapter_name] if adapter_name in layer.lora_A else None
     return isinstance(lora_A, nn.Linear) and not isinstance(layer, ParamWrapper)
+
+
+def refuse_added_to_shards(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+    """Raise if the base was split by `fully_shard` before it got the adapter.
+
+    FSDP2 reduces the gradients of what it has split, so that those of A and B would stay each
+    process's own, in silence.
+
+    Raises:
+        RuntimeError: naming the layer.
+    """
+    for name, layer in layers.items():
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if isinstance(weight, DTensor) and not all(
+            isinstance(part.weight, DTensor) for part in lora_linears(layer, adapter_name)
+        ):
+            raise RuntimeError(
+                f"layer {name}: its base weight was split by fully_shard before adapter "
+                f"{adapter_name!r} was made, whose gradients no process would share; make the "
+                "adapter first, then call fully_shard"
+            )
 
 
 def given_memory(module: nn.Linear | DoraLinearLayer, layer: LoraLayer) -> bool:

@@ -20,7 +20,14 @@ from ..masks import (
     tensor_hash,
 )
 from ..models import overwrite_, refuse_tensor_parallel
-from .adapter_layers import given_memory, is_linear, lora_layers, module_name, shortened
+from .adapter_layers import (
+    given_memory,
+    is_linear,
+    lora_layers,
+    module_name,
+    refuse_added_to_shards,
+    shortened,
+)
 from .config.lori import RANDOM, LoriConfig
 from .layers.parts import lora_linears
 from .layers.sparse_factor import SparseFactor
@@ -46,7 +53,8 @@ class LoriStart:
         """Write A and B of every layer of the adapter, all layers checked first.
 
         Raises:
-            TypeError: if a target layer is not a linear one, or is split between devices.
+            TypeError: if a target layer is not a linear one, or is split by tensor parallelism.
+            RuntimeError: if the base was split by `fully_shard` before it got the adapter.
             ValueError: if mask, adapter to start from and target layers do not fit each other.
         """
         config = self.config
@@ -58,6 +66,7 @@ class LoriStart:
                     "linear layers: leave it out of target_modules"
                 )
         refuse_tensor_parallel(model, {n: layer.get_base_layer() for n, layer in layers.items()})
+        refuse_added_to_shards(layers, adapter_name)
         shapes = {
             name: (layer.out_features or 0, layer.r[adapter_name]) for name, layer in layers.items()
         }

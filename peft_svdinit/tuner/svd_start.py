@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..factors import FactorsFile, LowRankFactors, SvdGuided, WeightFactors, WeightSource
 from ..models import base_weight, refuse_tensor_parallel, reshard
-from .adapter_layers import lora_layers, module_name
+from .adapter_layers import is_linear, lora_layers, module_name, refuse_added_to_shards
 from .config.svd import Coverage, SvdLoraConfig
 from .svd_checks import (
     check_can_subtract,
@@ -94,7 +94,8 @@ def initialize_layers(
             a rank is above what is held, shapes differ, the factors are of another base model, or
             A or B is frozen by the kind of the adapter.
         TypeError: if a target layer is not a linear one.
-        RuntimeError: if the adapter is merged into the base weight.
+        RuntimeError: if the adapter is merged into the base weight, or the base was split by
+            `fully_shard` before it got the adapter.
     """
     layers = {module_name(name): layer for name, layer in lora_layers(model, adapter_name)}
     if not layers:
@@ -107,6 +108,8 @@ def initialize_layers(
         check_free(name, layer, adapter_name)
     for name, layer in matched.items():
         check_layer(name, layer, adapter_name, factors)
+    linear = {name: layer for name, layer in layers.items() if is_linear(layer, adapter_name)}
+    refuse_added_to_shards(linear, adapter_name)
     if initializer.start == "reference":
         for name, layer in layers.items():
             check_can_subtract(name, layer, adapter_name)

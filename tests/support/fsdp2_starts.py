@@ -121,9 +121,14 @@ def trained(folder: Path, mesh: DeviceMesh, start: str) -> dict[str, Any]:
 def refusal(work: Callable[[], object]) -> str:
     try:
         work()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "done"
+
+
+def split_first(mesh: DeviceMesh) -> Any:
+    model = tiny_base()
+    return sharded(model, mesh, model.model.layers)
 
 
 def refusals(folder: Path, mesh: DeviceMesh) -> dict[str, str]:
@@ -151,6 +156,12 @@ def refusals(folder: Path, mesh: DeviceMesh) -> dict[str, str]:
     )
     return {
         "another base": refusal(lambda: initialize_lora_from_factors(edited, file)),
+        **{
+            f"shards first {n}": refusal(
+                lambda config=config: get_peft_model(split_first(mesh), config)
+            )
+            for n, config in enumerate(configs)
+        },
         "tp svd": refusal(lambda: get_peft_model(parallel(mesh), configs[0])),
         "tp lori": refusal(lambda: get_peft_model(parallel(mesh), configs[1])),
         "tp afterwards": refusal(lambda: initialize_lora_from_factors(late, file)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,16 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-def needs_deepspeed(test: Any) -> Any:
-    """Mark a test for the step of CI that has DeepSpeed, and skip it elsewhere."""
-    missing = importlib.util.find_spec("deepspeed") is None
-    return pytest.mark.deepspeed(pytest.mark.skipif(missing, reason="needs deepspeed")(test))
 
 
 def run_training(script: str, *arguments: str, processes: int = 2) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.launching import needs_deepspeed, reports, run_training
+from support.launching import reports, run_training
 from support.peft_fixtures import equal_bits, logits, make_scene, tiny_base
 from support.tiny_models import ARCHITECTURES
 
@@ -73,7 +73,14 @@ def test_layers_split_by_tensor_parallelism_are_refused_by_name(without_deepspee
             assert "layer model.layers.0.mlp.down_proj is split by tensor parallelism" in text
 
 
-@needs_deepspeed
+def test_an_adapter_on_a_base_that_is_sharded_already_is_refused(without_deepspeed):
+    for report in without_deepspeed[1]:
+        for n in range(2):
+            said = report["refusals"][f"shards first {n}"]
+            assert said.startswith("RuntimeError: layer model.layers.0.") and "fully_shard" in said
+
+
+@pytest.mark.deepspeed
 def test_starts_under_zero3_are_those_of_one_process(tmp_path):
     for architecture in ARCHITECTURES:
         scene = make_scene(tmp_path, architecture)
