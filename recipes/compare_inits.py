@@ -53,6 +53,7 @@ from peft_svdinit.training import (
 class CompareArguments(QuietArguments):
     """How to train each run: all of transformers' TrainingArguments; seeds are set by `seeds`."""
 
+    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step."})
     output_dir: str | None = field(
         default="comparison", metadata={"help": "Folder of all runs and of the report."}
     )

@@ -45,7 +45,6 @@ class RecipeArguments(TrainingArguments):
     eval_steps: float | None = field(
         default=0.25, metadata={"help": "Evaluate every so many steps (below 1: share of them)."}
     )
-    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step."})
     save_strategy: str = field(default="steps", metadata={"help": "When to save a checkpoint."})
     save_steps: float = field(
         default=200, metadata={"help": "Checkpoint every so many steps (below 1: share of them)."}
