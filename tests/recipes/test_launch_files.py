@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "recipes" / "accelerate"
 DEEPSPEED = [path.stem for path in sorted(FILES.glob("zero*.yaml"))]
 TESTED = [path.stem for path in sorted(FILES.glob("*.yaml")) if path.stem != "fsdp2"]
-# Precision as one process has it, so that losses can be compared.
-EXACT = ("ddp", "multi_node", "zero1", "zero2", "zero3")
+# As the file says; all others in float32, so that losses can be compared.
+IN_BFLOAT16 = ("single_gpu", "zero3_offload")
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def launched(name: str, script: Path, options: list[str], **launcher: Any) -> li
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", port]
     command += ["--config_file", str(FILES / f"{name}.yaml")]
-    if name in EXACT:
+    if name not in IN_BFLOAT16:
         command += ["--mixed_precision", "no"]
     environment = {
         **os.environ,
@@ -111,15 +111,19 @@ def test_every_recipe_runs_as_the_launch_file_says(name, inputs, alone, tmp_path
         records = [json.loads(path.read_text()) for path in (outputs / recipe).rglob("run.json")]
         assert records and all(record["status"] == "completed" for record in records), recipe
         for runs_as in (record["runs_as"] for record in records):
+            precision = "bf16" if name in IN_BFLOAT16 else "no"
+            assert runs_as["mixed_precision"] == precision, recipe
             assert runs_as["wrapper"] == options["wrapper"], recipe
             assert runs_as["stage"] == int(options.get("stage", 0)), recipe
             assert bool(runs_as["offloaded"]) == ("offload" in name), recipe
     whole, resumed = adapter(outputs / "train_lora"), adapter(outputs / "killed")
-    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    difference = max((resumed[key].float() - whole[key].float()).abs().max() for key in whole)
+    # DeepSpeed's Adam on the host counts the powers of its betas from another step.
+    assert difference <= (0.004 if name in IN_BFLOAT16 else 1e-6) * ("offload" in name)
     for recipe in ("train_lora", "train_lori"):
         expected, found = adapter(alone / recipe), adapter(outputs / recipe)
         assert found.keys() == expected.keys()
-        if name in EXACT:
+        if name not in IN_BFLOAT16:
             assert losses(outputs / recipe) == pytest.approx(losses(alone / recipe), abs=1e-3)
             assert max((found[key] - expected[key]).abs().max() for key in found) < 1e-5
 

@@ -73,6 +73,7 @@ def options_of(recipe: str, inputs: Path) -> list[str]:
         return [*options, "--calibration_steps", "2", "--lori_density", "0.25"]
     if recipe == "compare_inits":
         options += ["--seeds", "0", "--teacher_steps", "2", "--teacher_rank", "4", "--lora_r", "2"]
+        options += ["--starts", "delta", "gradient:delta", "--init_batches", "2"]
     if recipe == "progressive_lowrank":
         options += ["--attention_ratio", "0.25", "--feed_forward_ratio", "0.25"]
     return [*options, "--max_steps", "2"]
