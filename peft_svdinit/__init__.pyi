@@ -11,6 +11,7 @@ from .factors import line_search as line_search
 from .factors import lora_ga_factors as lora_ga_factors
 from .factors import save_factors as save_factors
 from .factors import scaled as scaled
+from .factors import warm_start as warm_start
 from .factors import weight_factors as weight_factors
 from .factors import weight_norms as weight_norms
 from .tuner import LoriConfig as LoriConfig

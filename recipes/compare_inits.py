@@ -115,8 +115,10 @@ def check_inputs(setting: Setting) -> None:
     options, lora = setting.comparison, setting.lora
     if setting.arguments.seed != RecipeArguments.seed:
         raise ValueError("seed is set by the comparison; use seeds")
-    if lora.init != "random":
-        raise ValueError("init and svd_factors are set by the comparison; leave them out")
+    if lora.init != "random" or lora.init_from:
+        raise ValueError(
+            "init, init_from and svd_factors are set by the comparison; leave them out"
+        )
     if options.taught and lora.lora_r > options.teacher_rank:
         raise ValueError(
             f"lora_r={lora.lora_r} is above teacher_rank={options.teacher_rank}, the triplets that "

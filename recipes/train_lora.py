@@ -1,4 +1,4 @@
-"""Train a LoRA from a random start, from an SVD, or from any start of PEFT.
+"""Train a LoRA from a random start, an SVD, another adapter or model, or any start of PEFT.
 
     accelerate launch recipes/train_lora.py --init random --output_dir runs/random
     accelerate launch recipes/train_lora.py --init svd --svd_factors runs/factors \\
@@ -7,6 +7,8 @@
         --svd_start reference --svd_split balanced --output_dir runs/pissa
     accelerate launch recipes/train_lora.py --init svd --svd_source gradient \\
         --output_dir runs/gradient
+    accelerate launch recipes/train_lora.py --init_from runs/random --lora_r 8 \\
+        --output_dir runs/smaller
 
 The folder then holds the adapter, which stock PEFT loads, and the run's record
 (`training_log.csv`, `run.json`, `loss_curve.png`), which `svdinit compare` reads.
@@ -28,6 +30,7 @@ from stages.data_start import factors_from_data
 from stages.fit import Materials, check_complete, fit, outcome
 from stages.lora_options import LoraOptions
 from stages.processes import leave_process_group
+from stages.warm_start import moments_of_source, started_from_source
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
@@ -65,8 +68,11 @@ def started(
     materials: Materials, model: ModelOptions, lora: LoraOptions, arguments: RecipeArguments
 ) -> tuple[PeftModel, list[Any], dict[str, Any]]:
     """The model at its start, the callbacks that its options ask for, and what its start cost."""
-    base = load_model(model)
     noted: dict[str, Any] = {}
+    source = lora.init_from
+    if source:
+        lora, noted["start"] = started_from_source(model, lora, arguments)
+    base = load_model(model)
     if lora.reads_data:
         factors, cost = factors_from_data(base, lora, materials, arguments)
         noted = {"start": {"source": lora.svd_source, **cost}}
@@ -74,7 +80,10 @@ def started(
     callbacks: list[Any] = [SaveMomentsCallback()] if lora.save_moments else []
     if lora.carry_moments_from:
         callbacks.append(CarryMomentsCallback(lora.carry_moments_from))
-    return adapted(base, lora, materials, arguments.seed), callbacks, noted
+    peft_model = adapted(base, lora, materials, arguments.seed)
+    if source:
+        callbacks += moments_of_source(source, peft_model, arguments)
+    return peft_model, callbacks, noted
 
 
 def train_lora(

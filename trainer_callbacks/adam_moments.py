@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from peft_svdinit.factors import LoraAdapter
 from peft_svdinit.files import WrongKind
 from peft_svdinit.optim import (
     MOMENTS_FILE_NAME,
+    AdamMoments,
     install_moments,
     keeps_moments,
     load_moments,
@@ -73,6 +75,7 @@ class CarryMomentsCallback(TrainerCallback):
 
     Args:
         teacher: run folder with the teacher's adapter and what `SaveMomentsCallback` wrote.
+        moments: by adapter key, in place of what it wrote.
 
     Raises:
         FileNotFoundError, ValueError: if the folder lacks one of them.
@@ -80,8 +83,11 @@ class CarryMomentsCallback(TrainerCallback):
             student that they cannot be carried over to.
     """
 
-    def __init__(self, teacher: str) -> None:
+    def __init__(self, teacher: str, moments: Mapping[str, AdamMoments] | None = None) -> None:
         self.teacher = LoraAdapter(teacher, argument="carry_moments_from")
+        if moments is not None:
+            self.moments = moments
+            return
         path = Path(teacher, MOMENTS_FILE_NAME)
         if not path.is_file():
             raise FileNotFoundError(

@@ -62,3 +62,5 @@ from .svd_guided import LoraInit as LoraInit
 from .svd_guided import Split as Split
 from .svd_guided import Start as Start
 from .svd_guided import SvdGuided as SvdGuided
+from .warm_starts.held import Held as Held
+from .warm_starts.start import warm_start as warm_start

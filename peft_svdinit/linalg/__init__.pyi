@@ -4,6 +4,7 @@ from .gram import gram_subspace_svd as gram_subspace_svd
 from .gram import gram_svd as gram_svd
 from .krylov import default_block as default_block
 from .krylov import krylov_svd as krylov_svd
+from .orthonormal import random_complement as random_complement
 from .product import svd_of_product as svd_of_product
 from .randomized import randomized_svd as randomized_svd
 from .spectrum import SMALLEST_ERROR as SMALLEST_ERROR

@@ -34,6 +34,20 @@ def orthonormal_basis(
     return basis
 
 
+def random_complement(
+    basis: Float[Tensor, "rows held"], count: int, generator: torch.Generator
+) -> Float[Tensor, "rows count"]:
+    """Random orthonormal columns orthogonal to those of `basis`, which are orthonormal or zero.
+
+    Drawn on the CPU in the basis's dtype; `held` + `count` is at most `rows`.
+    """
+    drawn = torch.randn(basis.shape[0], count, generator=generator, dtype=basis.dtype)
+    # Twice is enough: one projection leaves rounding that QR would blow up near full rank.
+    for _ in range(2):
+        drawn = torch.linalg.qr(drawn - basis @ (basis.mT @ drawn)).Q
+    return drawn
+
+
 def _householder(columns: Tensor, against: Tensor | None) -> Tensor:
     if against is None:
         return torch.linalg.qr(columns).Q

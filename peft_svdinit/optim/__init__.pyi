@@ -1,4 +1,5 @@
 from .adam_moments import MOMENTS_FILE_NAME as MOMENTS_FILE_NAME
+from .adam_moments import AdamMoments as AdamMoments
 from .adam_moments import install_moments as install_moments
 from .adam_moments import keeps_moments as keeps_moments
 from .adam_moments import load_moments as load_moments
@@ -11,3 +12,4 @@ from .replaced import Moved as Moved
 from .replaced import StateHandling as StateHandling
 from .replaced import check_can_carry as check_can_carry
 from .replaced import replace_parameters_ as replace_parameters_
+from .saved_moments import moments_beside as moments_beside

@@ -3,7 +3,10 @@
 The student's factors are another basis of the teacher's update: with A' = G A and s' B' = s B H the
 chain rule gives the gradients ∇A' = Hᵀ ∇A and ∇B' = (s'/s) ∇B Gᵀ. The first moment is linear in the
 gradients and is rotated exactly; the second moment is rotated as the variance of independent
-entries, with the squares of the same coefficients.
+entries, with the squares of the same coefficients. A direction that the teacher did not have, and
+whose column of B' is zero, has no past: its first moments are zero, and its second ones the mean of
+the others in the same column of A' and row of B', since of zeros Adam would make steps of several
+times the learning rate so many steps after its beginning.
 """
 
 from __future__ import annotations
@@ -50,23 +53,34 @@ def rotated_moments(
 
     Raises:
         ValueError: if the student's factors leave the row or column space of the teacher's, so that
-            no basis change connects them (a synthesised tail above the teacher's rank, say).
+            no basis change connects them (a synthesised tail above the teacher's rank, say), but
+            for directions whose column of B is zero.
     """
     A, B = teacher.lora_A.double(), teacher.lora_B.double()
     new_A = student.lora_A.double()
     new_B = student.lora_B.double() * (student.scaling / teacher.scaling)
     G = torch.linalg.lstsq(A.mT, new_A.mT, driver="gelsd").solution.mT
     H = torch.linalg.lstsq(B, new_B, driver="gelsd").solution
-    for what, found, wanted in (("lora_A", G @ A, new_A), ("lora_B", B @ H, new_B)):
+    held = new_B.any(dim=0)
+    for what, found, wanted in (
+        ("lora_A", (G @ A)[held], new_A[held]),
+        ("lora_B", B @ H, new_B),
+    ):
         if (found - wanted).norm() > _TOLERANCE * wanted.norm():
             raise ValueError(
                 f"layer {name}: the student's {what} is not within the span of the teacher's, so "
                 "its Adam moments cannot be carried over; use a student rank no higher than the "
                 "teacher adapter's"
             )
-    return _applied(H.mT, moments_A, 1.0), _applied(
-        G, moments_B, student.scaling / teacher.scaling, from_right=True
-    )
+    of_A = _applied(H.mT, moments_A, 1.0)
+    of_B = _applied(G, moments_B, student.scaling / teacher.scaling, from_right=True)
+    if not held.all():
+        for old, new in (
+            (moments_A.exp_avg_sq, of_A.exp_avg_sq),
+            (moments_B.exp_avg_sq.mT, of_B.exp_avg_sq.mT),
+        ):
+            new[~held] = (new[held] if held.any() else old).mean(dim=0)
+    return of_A, of_B
 
 
 def _applied(
@@ -185,20 +199,24 @@ def install_moments(
         The number of layers whose moments were carried over.
 
     Raises:
-        ValueError: if a layer of the student has no moments, or as `rotated_moments` raises.
+        ValueError: if a layer of the student has no moments, or as `rotated_moments` raises;
+            nothing is changed then.
     """
     parameters = lora_parameters(model)
+    carried: dict[str, AdamMoments] = {}
     for name, scaling in scalings.items():
         key_A, key_B = (lora_key(name, "A"), lora_key(name, "B"))
         if name not in teacher or key_A not in moments or key_B not in moments:
             raise ValueError(f"layer {name}: the teacher's files hold no Adam moments for it")
         student = LoraProduct(parameters[key_A].detach(), parameters[key_B].detach(), scaling)
-        rotated = rotated_moments(name, teacher[name], student, moments[key_A], moments[key_B])
-        for key, state in zip((key_A, key_B), rotated, strict=True):
-            parameter = parameters[key]
-            optimizer.state[parameter] = {
-                "step": torch.tensor(state.step),
-                "exp_avg": state.exp_avg.to(parameter),
-                "exp_avg_sq": state.exp_avg_sq.to(parameter),
-            }
+        carried[key_A], carried[key_B] = rotated_moments(
+            name, teacher[name], student, moments[key_A], moments[key_B]
+        )
+    for key, state in carried.items():
+        parameter = parameters[key]
+        optimizer.state[parameter] = {
+            "step": torch.tensor(state.step),
+            "exp_avg": state.exp_avg.to(parameter),
+            "exp_avg_sq": state.exp_avg_sq.to(parameter),
+        }
     return len(scalings)

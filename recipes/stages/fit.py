@@ -114,9 +114,7 @@ def fit(
     arguments = replace(arguments)
     check_same_start(model)
     folder = Path(str(arguments.output_dir))
-    resume = arguments.resume_from_checkpoint
-    if resume == "last":
-        resume = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    resume = checkpoint_to_resume(arguments)
     record = ComparisonCallback(name=folder.name, extra=extra)
     runs_as = RunsAsCallback(
         expected_processes=arguments.expected_processes,
@@ -146,6 +144,14 @@ def fit(
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return read_run(folder) if trainer.is_world_process_zero() else None
+
+
+def checkpoint_to_resume(arguments: RecipeArguments) -> str | None:
+    """The checkpoint to go on from; of "last" the last one in the run's folder, if any."""
+    folder, resume = Path(str(arguments.output_dir)), arguments.resume_from_checkpoint
+    if resume == "last":
+        return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return resume
 
 
 def check_complete(folder: Path, *files: str) -> None:

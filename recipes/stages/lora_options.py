@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import EvaConfig, LoraConfig
 
@@ -18,6 +18,11 @@ class LoraOptions:
     """The adapter and its start."""
 
     _argument_group_name = "adapter"
+    _known_as: ClassVar = {
+        "lora_r": ["rank"],
+        "lora_target_modules": ["target_modules"],
+        "check_base": ["svd_check_base"],
+    }
 
     init: str = field(
         default="random",
@@ -26,12 +31,27 @@ class LoraOptions:
             "pissa, pissa_niter_4, olora, orthogonal, eva"
         },
     )
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of a LoRA adapter, a model fine-tuned from this one, or "
+            "factors: the adapter begins at its delta, at any lora_r, and Adam at the moments "
+            "that lie beside an adapter."
+        },
+    )
+    check_base: bool = field(
+        default=True,
+        metadata={"help": "Refuse init_from and svd_factors of another base model."},
+    )
     lora_r: int = field(default=16, metadata={"help": "Rank."})
     lora_alpha: int = field(default=16, metadata={"help": "Scaling times rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before lora_A."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "Names or name endings of the layers to adapt, or all-linear."},
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names or name endings of the layers to adapt, or all-linear; by default "
+            "all-linear, with init_from the layers of its delta."
+        },
     )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by the root of the rank."})
     use_dora: bool = field(default=False, metadata={"help": "Train magnitudes apart (DoRA)."})
@@ -85,6 +105,8 @@ class LoraOptions:
             raise ValueError(
                 f"lora_r and lora_alpha must be positive, got {self.lora_r} and {self.lora_alpha}"
             )
+        if self.init_from:
+            self._check_source_alone()
         if self.init != "svd" and (
             self.svd_factors or self.carry_moments_from or self.svd_source != "teacher"
         ):
@@ -93,6 +115,17 @@ class LoraOptions:
             )
         if self.init == "svd":
             self._check_source()
+
+    def _check_source_alone(self) -> None:
+        defaults = LoraOptions()
+        names = ("init", "svd_factors", "svd_source", "svd_start", "carry_moments_from")
+        given = {name: getattr(self, name) for name in names}
+        given = {name: one for name, one in given.items() if one != getattr(defaults, name)}
+        if given:
+            raise ValueError(
+                "init_from is a start of its own, at the delta of what it names, and finds the "
+                f"moments itself: leave out {', '.join(f'{k}={v}' for k, v in given.items())}"
+            )
 
     def _check_source(self) -> None:
         if self.svd_source not in _SOURCES:
@@ -145,7 +178,9 @@ class LoraOptions:
             "svd_start", "svd_part", "gradient_form", "activation_weighting", "init_batches",
             "lora_r", "lora_target_modules",
         )  # fmt: skip
-        return {**{name: getattr(self, name) for name in names}, "scaling": self.scaling}
+        options = {name: getattr(self, name) for name in names}
+        options["lora_target_modules"] = self.lora_target_modules or ["all-linear"]
+        return {**options, "scaling": self.scaling}
 
     @property
     def scaling(self) -> float:
@@ -155,7 +190,7 @@ class LoraOptions:
     @property
     def target_modules(self) -> str | list[str]:
         """As LoraConfig wants it."""
-        targets = self.lora_target_modules
+        targets = self.lora_target_modules or ["all-linear"]
         return targets[0] if targets == ["all-linear"] else targets
 
     def config(self) -> LoraConfig:
@@ -172,6 +207,7 @@ class LoraOptions:
         if self.init == "svd":
             names = ("svd_source", "svd_part", "svd_start", "svd_split")
             options.update({name: getattr(self, name) for name in names})
+            options["svd_check_base"] = self.check_base
             return SvdLoraConfig(**options, svd_factors=self.svd_factors or "")
         if self.init == "eva":
             options["eva_config"] = EvaConfig(rho=1.0)

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from peft_svdinit import LowRankFactors
 from peft_svdinit.factors import Synthesis
-from peft_svdinit.factors.deltas.synthesis import _complement
+from peft_svdinit.linalg import random_complement
 from peft_svdinit.models import layer_seed
 
 syntheses = st.builds(
@@ -41,8 +41,8 @@ def decay_directions(teacher: LowRankFactors, factors: LowRankFactors, synthesis
     """
     generator = torch.Generator().manual_seed(layer_seed(synthesis.seed, "layer"))
     count = teacher.rank - factors.rank
-    left = _complement(factors.U, count, generator)
-    right = _complement(factors.Vh.mT, count, generator)
+    left = random_complement(factors.U, count, generator)
+    right = random_complement(factors.Vh.mT, count, generator)
     return left.double(), right.double()
 
 

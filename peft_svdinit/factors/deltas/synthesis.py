@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...linalg import random_complement
 from ...models import layer_seed
 from ..low_rank import LowRankFactors
 
@@ -60,8 +61,8 @@ class Synthesis:
         if not appended:
             return factors
         generator = torch.Generator().manual_seed(layer_seed(self.seed, name))
-        left = _complement(factors.U, appended, generator)
-        right = _complement(factors.Vh.mT, appended, generator)
+        left = random_complement(factors.U, appended, generator)
+        right = random_complement(factors.Vh.mT, appended, generator)
         core_U, core_S, core_Vh = torch.linalg.svd(self._core(appended, generator))
         # The smallest singular value that is more than the rounding of the largest.
         meaningful = factors.S[factors.S > factors.rank * 1e-6 * factors.S[0]]
@@ -86,14 +87,3 @@ class Synthesis:
             ratio = self.noise_share / (1 - self.noise_share)
             noise *= math.sqrt(ratio) * decay.norm() / noise.norm()
         return torch.diag(decay) + noise
-
-
-def _complement(
-    basis: Float[Tensor, "size kept"], count: int, generator: torch.Generator
-) -> Float[Tensor, "size count"]:
-    """Random orthonormal columns orthogonal to those of `basis`."""
-    drawn = torch.randn(basis.shape[0], count, generator=generator, dtype=basis.dtype)
-    # Twice is enough: one projection leaves rounding that QR would blow up near full rank.
-    for _ in range(2):
-        drawn = torch.linalg.qr(drawn - basis @ (basis.mT @ drawn)).Q
-    return drawn

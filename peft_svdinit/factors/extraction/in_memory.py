@@ -12,13 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...linalg import Method
-from ...models import (
-    Checkpoint,
-    LinearWeights,
-    StoredParameters,
-    model_skeleton,
-    module_names,
-)
+from ...models import model_skeleton, module_names
+from ..base_weights import base_weights
 from ..deltas.checkpoint_pair import CheckpointPair
 from ..deltas.lora_adapter import LoraAdapter
 from ..deltas.rounding import rounding_remark
@@ -37,6 +32,7 @@ def factors_of_adapter(
     *,
     synthesis: Synthesis | None = None,
     base: str | os.PathLike | None = None,
+    base_argument: str = "base",
 ) -> Extraction:
     """Factors of a LoRA's delta, extended by `synthesis` if given; B @ A is never formed.
 
@@ -44,7 +40,9 @@ def factors_of_adapter(
         adapter: the saved adapter.
         synthesis: how to extend it to a higher rank.
         base: folder of its base model, read only to note by which entries to recognise it, and
-            what it calls the layers, where the adapter has names of older versions.
+            what it calls the layers, where the adapter has names of older versions. One that is
+            stored quantised has no entries to note.
+        base_argument: by which the user gave the base; the messages of errors begin with it.
 
     Raises:
         ValueError: if the base lacks a layer of the adapter or differs from it in shape.
@@ -55,13 +53,12 @@ def factors_of_adapter(
         factors[name] = synthesis(name, layer) if synthesis else layer
     samples = {}
     if base is not None:
-        skeleton = model_skeleton(base)
+        skeleton = model_skeleton(base, base_argument)
         renamed = module_names(skeleton, list(factors))
         factors = {renamed[name]: layer for name, layer in factors.items()}
-        parameters = StoredParameters(Checkpoint(base, argument="base"), skeleton)
-        weights = LinearWeights(parameters, target_modules=list(factors))
-        weights.check_shapes({name: layer.shape for name, layer in factors.items()})
-        samples = {name: weights.sample(name) for name in factors}
+        shapes = {name: layer.shape for name, layer in factors.items()}
+        weights = base_weights(base, shapes, base_argument, skeleton)
+        samples = {name: weights.sample(name) for name in factors} if weights else {}
     source: dict = {"kind": "adapter"}
     if synthesis:
         source = {"kind": "synthesised", "adapter_rank": adapter.config["r"], **asdict(synthesis)}

@@ -1,0 +1,1 @@
+"""The delta of any adapter or fine-tune as the start of an adapter of another rank."""
