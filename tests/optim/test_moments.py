@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_svdinit.factors import LoraProduct, LowRankFactors, SvdGuided
+from peft_svdinit.factors.warm_starts.widening import at_rank
 from peft_svdinit.optim import MOMENTS_FILE_NAME, load_moments, lora_parameters
 from peft_svdinit.optim.adam_moments import AdamMoments, rotated_moments
 from trainer_callbacks import adam_moments
@@ -204,3 +205,32 @@ def check_saved(run: Trainer, folder: Path) -> None:
     trained = get_peft_model_state_dict(run.model)
     assert loaded.keys() == trained.keys()
     assert all(torch.equal(loaded[key], trained[key]) for key in loaded)
+
+
+@pytest.mark.parametrize("split", ["output", "balanced"])
+def test_further_directions_of_a_wider_student_have_no_past(split):
+    teacher = product(9, 7, 2, 0.5, 3)
+    narrow = student_of(teacher, 2, 1.0, split)
+    wider = at_rank(
+        "layer",
+        LowRankFactors.from_product(teacher.lora_B, teacher.lora_A, teacher.scaling),
+        5,
+        seed=0,
+    )
+    init = SvdGuided("delta", split)(wider, rank=5, scaling=1.0)  # pyright: ignore
+    wide = LoraProduct(init.lora_A.double(), init.lora_B.double(), 1.0)
+    weight_gradient = torch.randn(9, 7).double()
+    moments = [as_moments(gradient) for gradient in gradients(teacher, weight_gradient)]
+    expected = rotated_moments("layer", teacher, narrow, *moments)
+    for found, narrower, turn in zip(
+        rotated_moments("layer", teacher, wide, *moments), expected, (False, True), strict=True
+    ):
+        first, second, known, known_second = (
+            tensor.mT if turn else tensor
+            for one in (found, narrower)
+            for tensor in (one.exp_avg, one.exp_avg_sq)
+        )
+        assert_close(first[:2], known, rtol=1e-4, atol=1e-5)
+        assert_close(second[:2], known_second, rtol=1e-4, atol=1e-5)
+        assert_close(first[2:], torch.zeros_like(first[2:]), rtol=0, atol=1e-4)
+        assert_close(second[2:], known_second.mean(dim=0).expand(3, -1), rtol=1e-4, atol=1e-5)

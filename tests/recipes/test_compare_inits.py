@@ -220,6 +220,7 @@ def test_an_existing_teacher_is_compared_with_its_cost_as_sunk(compared, tmp_pat
         ),
         (["--lora_r", "8"], "above --teacher_rank=4"),
         (["--init", "pissa"], "set by the comparison"),
+        (["--init_from", "x"], "set by the comparison"),
         (["--seed", "7"], "use seeds"),
         (["--noise_share", "1"], r"noise_share must be in \[0, 1\)"),
         (["--teacher_adapter", "missing/folder/x"], "not a folder"),
