@@ -9,6 +9,8 @@ from .factors import descent_directions as descent_directions
 from .factors import gradient_factors as gradient_factors
 from .factors import line_search as line_search
 from .factors import lora_ga_factors as lora_ga_factors
+from .factors import recommend_ranks as recommend_ranks
+from .factors import relative_spectra as relative_spectra
 from .factors import save_factors as save_factors
 from .factors import scaled as scaled
 from .factors import warm_start as warm_start

@@ -119,6 +119,11 @@ def check_inputs(setting: Setting) -> None:
         raise ValueError(
             "init, init_from and svd_factors are set by the comparison; leave them out"
         )
+    if lora.rank_budget is not None:
+        raise ValueError(
+            "rank_budget is an option of train_lora.py: the methods compared here share one rank; "
+            "leave it out"
+        )
     if options.taught and lora.lora_r > options.teacher_rank:
         raise ValueError(
             f"lora_r={lora.lora_r} is above teacher_rank={options.teacher_rank}, the triplets that "

@@ -9,6 +9,7 @@
         --output_dir runs/gradient
     accelerate launch recipes/train_lora.py --init_from runs/random --lora_r 8 \\
         --output_dir runs/smaller
+    accelerate launch recipes/train_lora.py --rank_budget 2442240 --output_dir runs/budget
 
 The folder then holds the adapter, which stock PEFT loads, and the run's record
 (`training_log.csv`, `run.json`, `loss_curve.png`), which `svdinit compare` reads.
@@ -30,6 +31,7 @@ from stages.data_start import factors_from_data
 from stages.fit import Materials, check_complete, fit, outcome
 from stages.lora_options import LoraOptions
 from stages.processes import leave_process_group
+from stages.rank_budget import BudgetedRanks, ranks_within_budget
 from stages.warm_start import moments_of_source, started_from_source
 from torch.utils.data import DataLoader
 from transformers import set_seed
@@ -48,12 +50,20 @@ from peft_svdinit.training import (
 from trainer_callbacks.adam_moments import CarryMomentsCallback, SaveMomentsCallback
 
 
-def adapted(model: Any, options: LoraOptions, materials: Materials, seed: int) -> PeftModel:
+def adapted(
+    model: Any,
+    options: LoraOptions,
+    materials: Materials,
+    seed: int,
+    budget: BudgetedRanks | None = None,
+) -> PeftModel:
     """The model with its adapter at its start; the draw depends on the seed alone."""
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model)
     set_seed(seed)
-    peft_model = get_peft_model(model, options.config())
+    peft_model = get_peft_model(model, options.config(budget and budget.recommendation))
+    if budget is not None:
+        budget.check(peft_model)
     if options.init == "eva":
         loader = DataLoader(
             materials.train.select(range(min(64, len(materials.train)))),  # pyright: ignore
@@ -73,14 +83,19 @@ def started(
     if source:
         lora, noted["start"] = started_from_source(model, lora, arguments)
     base = load_model(model)
+    budget = None
+    if lora.rank_budget is not None:
+        budget = ranks_within_budget(base, lora, materials, arguments)
+        noted["rank_budget"] = budget.notes
     if lora.reads_data:
-        factors, cost = factors_from_data(base, lora, materials, arguments)
-        noted = {"start": {"source": lora.svd_source, **cost}}
+        own = budget.for_start(lora) if budget else {}
+        factors, cost = factors_from_data(base, lora, materials, arguments, **own)
+        noted["start"] = {"source": lora.svd_source, **cost}
         lora = replace(lora, svd_source="teacher", svd_part="principal", svd_factors=str(factors))
     callbacks: list[Any] = [SaveMomentsCallback()] if lora.save_moments else []
     if lora.carry_moments_from:
         callbacks.append(CarryMomentsCallback(lora.carry_moments_from))
-    peft_model = adapted(base, lora, materials, arguments.seed)
+    peft_model = adapted(base, lora, materials, arguments.seed, budget)
     if source:
         callbacks += moments_of_source(source, peft_model, arguments)
     return peft_model, callbacks, noted

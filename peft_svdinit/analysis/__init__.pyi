@@ -1,4 +1,5 @@
 from .canvas import check_matplotlib as check_matplotlib
+from .deltas.heat_maps import plot_heat_maps as plot_heat_maps
 from .deltas.intruders import LayerIntruders as LayerIntruders
 from .deltas.intruders import find_intruders as find_intruders
 from .deltas.teacher import write_factors_analysis as write_factors_analysis

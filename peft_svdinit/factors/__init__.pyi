@@ -32,6 +32,7 @@ from .low_rank import LowRankFactors as LowRankFactors
 from .overlap import SupportOverlap as SupportOverlap
 from .ranks.budget import RankRecommendation as RankRecommendation
 from .ranks.budget import recommend_ranks as recommend_ranks
+from .ranks.relative import relative_spectra as relative_spectra
 from .ranks.rule import RankRule as RankRule
 from .sources.activation import WEIGHTINGS as WEIGHTINGS
 from .sources.activation import activation_factors as activation_factors
@@ -47,6 +48,7 @@ from .sources.shared_inputs import input_covariances as input_covariances
 from .sources.targets import base_samples as base_samples
 from .sources.targets import held_batches as held_batches
 from .sources.targets import named_layers as named_layers
+from .sources.targets import target_layers as target_layers
 from .sources.weight import PARTS as PARTS
 from .sources.weight import Part as Part
 from .sources.weight import WeightFactors as WeightFactors

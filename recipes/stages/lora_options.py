@@ -8,8 +8,11 @@ from typing import Any, ClassVar
 from peft import EvaConfig, LoraConfig
 
 from peft_svdinit import SvdLoraConfig
-from peft_svdinit.factors import FORMS, WEIGHTINGS
+from peft_svdinit.factors import FORMS, WEIGHTINGS, RankRecommendation
 
+MEASURES = ("gradient", "activation")
+# PEFT's starts that set ranks themselves, or take even ones only.
+_OWN_RANKS = ("eva", "orthogonal")
 _SOURCES = ("teacher", "weight", "gradient", "activation")
 
 
@@ -21,6 +24,7 @@ class LoraOptions:
     _known_as: ClassVar = {
         "lora_r": ["rank"],
         "lora_target_modules": ["target_modules"],
+        "rank_budget": ["max_parameters"],
         "check_base": ["svd_check_base"],
     }
 
@@ -86,8 +90,24 @@ class LoraOptions:
     init_batches: int = field(
         default=4,
         metadata={
-            "help": "Training batches that svd_source=gradient or activation reads, and as many "
-            "more for the line search of svd_start=delta; half and half of fewer."
+            "help": "Training batches that rank_budget and svd_source=gradient or activation read, "
+            "and as many more for the line search of svd_start=delta; half and half of fewer."
+        },
+    )
+    rank_budget: int | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters of A and B together, spread over the layers before training by "
+            "what init_batches of the training data say; at least those of rank 1 everywhere. "
+            "lora_alpha and lora_r then set the scaling alone, which stays theirs in every layer: "
+            "a layer's alpha grows with its rank."
+        },
+    )
+    rank_budget_from: str = field(
+        default="gradient",
+        metadata={
+            "help": "Spectra that rank_budget goes by: gradient (singular values of the mean "
+            "gradient), or activation (shares of the variance of each layer's inputs)."
         },
     )
     svd_start: str = field(default="delta", metadata={"help": "delta, subspace or reference."})
@@ -113,18 +133,44 @@ class LoraOptions:
             raise ValueError(
                 f"svd_factors, svd_source and carry_moments_from need init=svd, got {self.init!r}"
             )
+        if self.init_batches < 1:
+            raise ValueError(f"init_batches must be at least 1, got {self.init_batches}")
+        self._check_budget()
         if self.init == "svd":
             self._check_source()
 
     def _check_source_alone(self) -> None:
         defaults = LoraOptions()
-        names = ("init", "svd_factors", "svd_source", "svd_start", "carry_moments_from")
+        names = (
+            "init", "svd_factors", "svd_source", "svd_start", "carry_moments_from", "rank_budget"
+        )  # fmt: skip
         given = {name: getattr(self, name) for name in names}
         given = {name: one for name, one in given.items() if one != getattr(defaults, name)}
         if given:
             raise ValueError(
                 "init_from is a start of its own, at the delta of what it names, and finds the "
                 f"moments itself: leave out {', '.join(f'{k}={v}' for k, v in given.items())}"
+            )
+
+    def _check_budget(self) -> None:
+        if self.rank_budget_from not in MEASURES:
+            raise ValueError(
+                f"rank_budget_from must be one of {', '.join(MEASURES)}, got "
+                f"{self.rank_budget_from!r}"
+            )
+        if self.rank_budget is None:
+            if self.rank_budget_from != MEASURES[0]:
+                raise ValueError("rank_budget_from needs rank_budget, which is not given")
+            return
+        if self.init in _OWN_RANKS:
+            raise ValueError(
+                f"rank_budget does not go with init={self.init}, which has ranks of its own (eva "
+                "spreads them, orthogonal needs even ones); leave one of the two out"
+            )
+        if self.init == "svd" and self.svd_source == "activation" and self.weighted:
+            raise ValueError(
+                "rank_budget does not go with activation_weighting=weight, whose factors are made "
+                "at one rank for all layers; leave one of the two out"
             )
 
     def _check_source(self) -> None:
@@ -145,7 +191,7 @@ class LoraOptions:
                 f"{', '.join(WEIGHTINGS)}, got {self.gradient_form!r} and "
                 f"{self.activation_weighting!r}"
             )
-        weighted = self.activation_weighting == "weight"
+        weighted = self.weighted
         if self.svd_source == "activation" and self.svd_start not in (
             ("reference", "subspace") if weighted else ("subspace",)
         ):
@@ -161,10 +207,13 @@ class LoraOptions:
                 f"svd_part={self.svd_part} needs svd_source=weight, or svd_source=activation with "
                 "activation_weighting=weight"
             )
-        if self.init_batches < 1:
-            raise ValueError(f"init_batches must be at least 1, got {self.init_batches}")
         if not self.reads_data:
             self.config()
+
+    @property
+    def weighted(self) -> bool:
+        """Whether activations weigh the layers' own weights."""
+        return self.activation_weighting == "weight"
 
     @property
     def reads_data(self) -> bool:
@@ -193,8 +242,8 @@ class LoraOptions:
         targets = self.lora_target_modules or ["all-linear"]
         return targets[0] if targets == ["all-linear"] else targets
 
-    def config(self) -> LoraConfig:
-        """The PEFT configuration these options describe."""
+    def config(self, ranks: RankRecommendation | None = None) -> LoraConfig:
+        """The PEFT configuration these options describe, with the layers' own ranks if given."""
         options: dict[str, Any] = {
             "r": self.lora_r,
             "lora_alpha": self.lora_alpha,
@@ -204,6 +253,9 @@ class LoraOptions:
             "use_dora": self.use_dora,
             "task_type": "CAUSAL_LM",
         }
+        if ranks is not None:
+            own = ranks.config_options(scaling=self.scaling, use_rslora=self.use_rslora)
+            options.update(own)
         if self.init == "svd":
             names = ("svd_source", "svd_part", "svd_start", "svd_split")
             options.update({name: getattr(self, name) for name in names})

@@ -35,5 +35,5 @@ def shared_options(folder: Path) -> list[str]:
         str(save_dataset(folder / "data.jsonl")),
         *("--max_eval_samples", "4", "--per_device_train_batch_size", "2"),
         *("--learning_rate", "0.01", "--use_cpu", "true", "--disable_tqdm", "true"),
-        *("--lora_r", "2", "--lora_alpha", "4"),
+        *("--lora_r", "2", "--lora_alpha", "4", "--eval_on_start", "true"),
     ]

@@ -80,13 +80,29 @@ class RankRecommendation:
         """
         return dict(self.rank_pattern)
 
-    def config_options(self) -> dict[str, Any]:
-        """Keyword arguments for `LoraConfig`: r, lora_alpha, rank_pattern, alpha_pattern."""
+    def config_options(self, *, scaling: float = 1.0, use_rslora: bool = False) -> dict[str, Any]:
+        """Keyword arguments for `LoraConfig`: ranks, and alphas that give all layers one scaling.
+
+        Args:
+            scaling: the factor before B A in every layer, whatever its rank: alpha / rank, or
+                alpha / √rank under rsLoRA.
+            use_rslora: whether the adapter is one of rsLoRA (arXiv:2312.03732); the option is then
+                among those returned.
+
+        Returns:
+            `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`; alphas are whole where they can be.
+        """
+
+        def alpha(rank: int) -> float:
+            exact = scaling * (math.sqrt(rank) if use_rslora else rank)
+            return int(exact) if exact == int(exact) else exact
+
         return {
             "r": self.rank,
-            "lora_alpha": self.rank,
+            "lora_alpha": alpha(self.rank),
             "rank_pattern": self.rank_pattern,
-            "alpha_pattern": self.alpha_pattern,
+            "alpha_pattern": {key: alpha(rank) for key, rank in self.rank_pattern.items()},
+            **({"use_rslora": True} if use_rslora else {}),
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -122,7 +138,8 @@ def recommend_ranks(
     passed over for a cheaper one: more budget then never lowers any layer's rank.
 
     Args:
-        factors: of the deltas, or `Spectrum`s without singular vectors, by full module name.
+        factors: of the deltas, or `Spectrum`s without singular vectors, by full module name. Before
+            any training they may be those of gradients, or `relative_spectra` of inputs.
         energy: share of Σ‖delta‖_F² wanted, in (0, 1].
         max_parameters: the most that Σ rank * (out + in) may be.
         max_rank: upper bound for every layer; without it, the triplets held.

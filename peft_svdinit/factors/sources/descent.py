@@ -28,7 +28,7 @@ def descent_directions(
     gradients: Mapping[str, LowRankFactors],
     norms: Mapping[str, float],
     *,
-    rank: int,
+    rank: int | Mapping[str, int],
     form: Form = "orthogonalised",
 ) -> dict[str, LowRankFactors]:
     """Deltas along minus the gradients, each as large as its weight: ‖delta‖_F = ‖W‖_F.
@@ -43,7 +43,7 @@ def descent_directions(
         gradients: as `gradient_factors` gives them, of at least `rank` triplets where the layer
             has so many.
         norms: ‖W‖_F by layer, see `weight_norms`.
-        rank: triplets per layer; the rank of the adapter.
+        rank: triplets per layer, or of each layer; the rank of the adapter.
         form: see above.
 
     Raises:
@@ -53,7 +53,8 @@ def descent_directions(
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     directions = {}
     for name, gradient in gradients.items():
-        held = gradient.truncated(min(rank, *gradient.shape))
+        wanted = rank if isinstance(rank, int) else rank[name]
+        held = gradient.truncated(min(wanted, *gradient.shape))
         alive = held.S > torch.finfo(held.S.dtype).eps * held.S[0]
         sizes = alive.to(held.S) if form == "orthogonalised" else held.S * alive
         length = frobenius_norm(sizes)

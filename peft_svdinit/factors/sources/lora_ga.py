@@ -17,7 +17,7 @@ GA_FORMS: tuple[GaForm, ...] = get_args(GaForm)
 def lora_ga_factors(
     gradients: Mapping[str, LowRankFactors],
     *,
-    rank: int,
+    rank: int | Mapping[str, int],
     scaling: float,
     gamma: float = 16.0,
     form: GaForm = "paper",
@@ -31,7 +31,7 @@ def lora_ga_factors(
 
     Args:
         gradients: as `gradient_factors` gives them, of 2 `rank` triplets.
-        rank: that of the adapter.
+        rank: that of the adapter, or of each of its layers.
         scaling: that of the adapter (alpha / r, or alpha / √r under rsLoRA).
         gamma: γ of the stable scale.
         form: see above.
@@ -42,12 +42,15 @@ def lora_ga_factors(
     """
     if form not in GA_FORMS:
         raise ValueError(f"form must be one of {', '.join(GA_FORMS)}, got {form!r}")
-    if not (gamma > 0 and scaling > 0 and rank >= 1):
+    ranks = dict.fromkeys(gradients, rank) if isinstance(rank, int) else rank
+    least = min(ranks.values(), default=1)
+    if not (gamma > 0 and scaling > 0 and least >= 1):
         raise ValueError(
-            f"rank, scaling and gamma must be positive, got {rank}, {scaling} and {gamma}"
+            f"rank, scaling and gamma must be positive, got {least}, {scaling} and {gamma}"
         )
     factors = {}
     for name, gradient in gradients.items():
+        rank = ranks[name]
         if gradient.rank < 2 * rank:
             raise ValueError(
                 f"layer {name}: LoRA-GA of rank {rank} needs {2 * rank} triplets of the gradient, "

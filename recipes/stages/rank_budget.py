@@ -1,0 +1,214 @@
+"""Ranks within a budget of parameters, from what a few batches of a run's training data say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from peft_svdinit import (
+    FactorsFile,
+    LowRankFactors,
+    activation_factors,
+    gradient_factors,
+    recommend_ranks,
+    relative_spectra,
+)
+from peft_svdinit.analysis import analyze, plot_heat_maps
+from peft_svdinit.factors import HasSpectrum, RankRecommendation, Spectrum, target_layers
+from peft_svdinit.files import write_json
+from peft_svdinit.training import RecipeArguments
+from peft_svdinit.tuner import lora_scalings
+from stages.data_start import FOLDER, counted
+from stages.fit import Materials
+from stages.lora_options import LoraOptions
+
+RANKS, FIGURE = "ranks.json", "ranks.png"
+# No layer gets more than this many times the rank that the budget pays for everywhere: as many
+# triplets have to be computed and held, and past it few batches tell little about more directions.
+MOST_OVER_UNIFORM = 4
+_MEASURED = {
+    "gradient": "energy of the mean gradient",
+    "activation": "variance of the layers' inputs",
+}
+
+
+@dataclass(frozen=True)
+class BudgetedRanks:
+    """Ranks of the layers, the same on all processes.
+
+    Attributes:
+        recommendation: the ranks and what they hold.
+        notes: for the run's record: what was asked for and what it cost.
+        measured: the factors that the ranks were read from, where they were just computed.
+    """
+
+    recommendation: RankRecommendation
+    notes: dict[str, Any]
+    measured: Mapping[str, LowRankFactors] | None
+
+    def for_start(self, options: LoraOptions) -> dict[str, Any]:
+        """What `factors_from_data` takes: the ranks, and the factors if the source is the same."""
+        same = options.svd_source == options.rank_budget_from
+        return {"ranks": self.recommendation.ranks, "measured": self.measured if same else None}
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError if the adapter has layers that no spectrum was taken of."""
+        strange = [name for name in lora_scalings(model) if name not in self.recommendation.ranks]
+        if strange:
+            raise ValueError(
+                f"rank_budget covers linear layers, and {strange[0]} ({len(strange)} such) of "
+                "lora_target_modules is none; leave it out"
+            )
+
+
+def ranks_within_budget(
+    model: Any, options: LoraOptions, materials: Materials, arguments: RecipeArguments
+) -> BudgetedRanks:
+    """The ranks in the run's folder, found unless they are there, and one line about them.
+
+    `start/ranks.json` holds them with what they capture, `start/ranks.png` the figure that
+    `svdinit analyze` draws. The main process finds them and tells all others; a resumed run with
+    the same options and data reads them.
+
+    Raises:
+        ValueError: if the budget does not pay for rank 1 in every layer, or no layer matches.
+    """
+    assert options.rank_budget is not None
+    folder = Path(str(arguments.output_dir)) / FOLDER
+    told: list[Any] = [None]
+    measured = None
+    if PartialState().is_main_process:
+        size = arguments.train_batch_size
+        batches = list(islice(materials.batches(size), options.init_batches))
+        wanted = {**_asked(options), "model": model.name_or_path, "data": _digest(batches)}
+        told = [_stored(folder / RANKS, wanted)]
+        if told[0] is None:
+            # Before anything is computed: this is where a small budget is refused.
+            most, uniform = _highest_ranks(model, options)
+            if not getattr(model, "is_quantized", False):
+                model.to(arguments.device)
+            with counted(model) as cost:
+                measured = _measured(model, options, batches, max(most.values()))
+            spectra = _spectra(measured, options, most)
+            found = recommend_ranks(spectra, max_parameters=options.rank_budget)
+            title = f"Δ: {_MEASURED[options.rank_budget_from]}, {cost['batches']} batches"
+            folder.mkdir(parents=True, exist_ok=True)
+            held = min(len(layer.S) for layer in spectra.values())
+            analysis = analyze(spectra, max(1, min(held, round(uniform))))
+            plot_heat_maps(analysis, folder / FIGURE, ranks=found.ranks, title=title)
+            config = found.config_options(scaling=options.scaling, use_rslora=options.use_rslora)
+            told = [{"options": wanted, "cost": cost, **found.as_dict(), "config": config}]
+            write_json(folder / RANKS, told[0])
+        print(_line(told[0], options), flush=True)
+    [content] = broadcast_object_list(told)
+    names = [entry.name for entry in fields(RankRecommendation)]
+    recommendation = RankRecommendation(**{name: content[name] for name in names})
+    noted = ("max_parameters", "parameters", "energy", "uniform_energy", "limit")
+    notes = {"from": options.rank_budget_from, **content["cost"]}
+    notes.update({name: content[name] for name in noted})
+    return BudgetedRanks(recommendation, notes, measured)
+
+
+def _asked(options: LoraOptions) -> dict[str, Any]:
+    """The options that the file depends on."""
+    names = (
+        "rank_budget", "rank_budget_from", "init_batches", "lora_target_modules", "use_rslora",
+        "init", "svd_source", "svd_start", "svd_factors", "scaling",
+    )  # fmt: skip
+    return {name: getattr(options, name) for name in names}
+
+
+def _digest(batches: Sequence[Mapping[str, Any]]) -> str:
+    """Tells what the batches hold."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            digest.update(batch[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _stored(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content if content.get("options") == wanted else None
+
+
+def _highest_ranks(model: Any, options: LoraOptions) -> tuple[dict[str, int], float]:
+    """The most that each layer may get, and the one rank that the budget pays for everywhere."""
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "rank_budget is found by one process, and ZeRO-3 spreads every weight over all; find "
+            f"the ranks by a run of one step without it and the same output_dir: {FOLDER}/{RANKS} "
+            "is read again"
+        )
+    layers = target_layers(model, options.target_modules)
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    once = {name: Spectrum(torch.ones(1), 1.0, shape) for name, shape in shapes.items()}
+    least = recommend_ranks(once, max_parameters=options.rank_budget).parameters
+    uniform = (options.rank_budget or 0) / least
+    most = {
+        name: min(*shape, math.ceil(MOST_OVER_UNIFORM * uniform)) for name, shape in shapes.items()
+    }
+    if options.init == "svd" and options.svd_source == "teacher":
+        factors = FactorsFile(options.svd_factors or "", argument="svd_factors")
+        held = {name: factors.rank_of(name) for name in factors}
+        most = {name: min(rank, held.get(name, rank)) for name, rank in most.items()}
+    if _is_lora_ga(options):
+        # Which takes A and B from different triplets.
+        most = {name: max(1, min(rank, min(shapes[name]) // 2)) for name, rank in most.items()}
+    return most, uniform
+
+
+def _is_lora_ga(options: LoraOptions) -> bool:
+    return options.reads_data and (options.svd_source, options.svd_start) == (
+        "gradient",
+        "reference",
+    )
+
+
+def _measured(
+    model: nn.Module, options: LoraOptions, batches: Sequence[Mapping[str, Any]], rank: int
+) -> dict[str, LowRankFactors]:
+    targets = options.target_modules
+    if options.rank_budget_from == "activation":
+        return activation_factors(model, batches, rank=rank, target_modules=targets)
+    triplets = 2 * rank if _is_lora_ga(options) else rank
+    return gradient_factors(model, batches, rank=triplets, target_modules=targets)
+
+
+def _spectra(
+    measured: Mapping[str, LowRankFactors], options: LoraOptions, most: Mapping[str, int]
+) -> dict[str, Spectrum]:
+    """What the ranks are read from: energies of gradients as they are, of inputs as shares."""
+    spectra: Mapping[str, HasSpectrum] = measured
+    if options.rank_budget_from == "activation":
+        spectra = relative_spectra(measured)
+    return {
+        name: Spectrum(layer.S[: most[name]], layer.norm, layer.shape)
+        for name, layer in spectra.items()
+    }
+
+
+def _line(content: Mapping[str, Any], options: LoraOptions) -> str:
+    ranks, measure = content["ranks"].values(), _MEASURED[options.rank_budget_from]
+    spent = f"{content['parameters']:,} of {options.rank_budget:,} parameters"
+    # More of a budget is left than one triplet costs where no layer may get more.
+    full = "" if content["limit"] == "budget" else ", the most that any layer may have"
+    return (
+        f"rank_budget: {spent} in {len(ranks)} layers of rank {min(ranks)} to {max(ranks)}{full}; "
+        f"{content['energy']:.1%} of the {measure}, where rank {content['uniform_rank']:.1f} "
+        f"everywhere holds {content['uniform_energy']:.1%}"
+    )
