@@ -18,3 +18,4 @@ from .runs.continual import Stages as Stages
 from .runs.continual import write_continual as write_continual
 from .runs.loss_curve import plot_loss_curve as plot_loss_curve
 from .runs.output import write_comparison as write_comparison
+from .runs.seed_statistics import paired_difference as paired_difference

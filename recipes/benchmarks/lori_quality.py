@@ -19,21 +19,19 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from measuring import options_parser
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
-from transformers import get_linear_schedule_with_warmup
+from short_runs import Record, Task, best_rate, spread, train
 
 from peft_svdinit import LoriConfig
 from peft_svdinit.factors import LoraAdapter
-from peft_svdinit.files import write_json
 from peft_svdinit.masks import (
     LayerScores,
     LoriMask,
@@ -43,17 +41,13 @@ from peft_svdinit.masks import (
     save_mask,
 )
 from peft_svdinit.training import (
-    DataOptions,
     ModelOptions,
-    completion_collator,
     load_model,
     load_tokenizer,
-    prepare_examples,
 )
 from peft_svdinit.tuner import gradient_scores, input_sizes
 
-RANK, ALPHA, DENSITY, BATCH = 32, 64, 0.1, 4
-VALIDATION, TEST = 32, 64  # examples
+RANK, ALPHA, DENSITY = 32, 64, 0.1
 TASKS = ("stdlib-docstrings", "python-topics", "stdlib-names")
 # The rates that a sweep begins with; it goes on beyond them while the best is at an end.
 RATES = {
@@ -69,44 +63,6 @@ MERGE_WEIGHT = 0.4  # of each of three adapters, as the reference's scripts have
 
 
 @dataclass(frozen=True)
-class Task:
-    """Batches and held-out halves of one embedded data set."""
-
-    name: str
-    model: Any
-    tokenizer: Any
-
-    @cached_property
-    def data(self) -> tuple[Any, Any]:
-        options = DataOptions(
-            dataset_name=f"builtin:{self.name}", max_eval_samples=VALIDATION + TEST
-        )
-        return prepare_examples(options, self.tokenizer)
-
-    def batches(self, seed: int, count: int) -> Iterator[Mapping[str, Tensor]]:
-        collate = completion_collator(self.tokenizer)
-        order = torch.randperm(len(self.data[0]), generator=torch.Generator().manual_seed(seed))
-        for first in range(0, count * BATCH, BATCH):
-            yield collate([self.data[0][index] for index in order[first : first + BATCH].tolist()])
-
-    @torch.no_grad()
-    def loss(self, model: Any, part: str) -> float:
-        """Nats per token on the examples to choose by ("validation") or to report ("test")."""
-        rows = list(self.data[1])
-        rows = rows[:VALIDATION] if part == "validation" else rows[VALIDATION:]
-        rows.sort(key=lambda row: len(row["input_ids"]))
-        collate = completion_collator(self.tokenizer)
-        total, tokens = 0.0, 0
-        for start in range(0, len(rows), 16):
-            batch = collate(rows[start : start + 16])
-            # The loss is the mean over predicted tokens, the first of a row not among them.
-            count = int((batch["labels"][:, 1:] != -100).sum())
-            total += model.eval()(**batch).loss.item() * count
-            tokens += count
-        return total / tokens
-
-
-@dataclass(frozen=True)
 class Study:
     """All runs on one base model, whose results are kept in one file."""
 
@@ -117,18 +73,11 @@ class Study:
     rates: Mapping[str, Sequence[float]]
 
     @property
-    def file(self) -> Path:
-        return self.folder / "results.json"
-
-    def results(self) -> dict[str, Any]:
-        return json.loads(self.file.read_text()) if self.file.is_file() else {}
+    def record(self) -> Record:
+        return Record(self.folder / "results.json")
 
     def once(self, key: str, work: Callable[[], Any]) -> Any:
-        if key not in self.results():
-            found = work()
-            write_json(self.file, {**self.results(), key: found})
-            print(f"{key:<52} {found}", flush=True)
-        return self.results()[key]
+        return self.record.once(key, work)
 
     def adapter(self, task: Task, method: str, seed: int, rate: float) -> Path:
         return self.folder / "adapters" / f"{task.name}-{method}-{seed}-{rate:g}"
@@ -154,16 +103,7 @@ class Study:
     def train(self, task: Task, method: str, seed: int, rate: float) -> float:
         torch.manual_seed(seed)
         model = get_peft_model(self.base, self.config(task, method, seed))
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-        warmup = max(1, self.steps // 10)
-        schedule = get_linear_schedule_with_warmup(optimizer, warmup, self.steps)
-        for batch in task.batches(seed, self.steps):
-            model.train()(**batch).loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        train(model, task.batches(seed, self.steps), self.steps, rate)
         loss = task.loss(model, "validation")
         model.save_pretrained(str(self.adapter(task, method, seed, rate)))
         model.unload()
@@ -216,14 +156,7 @@ class Study:
         """The best learning rate on the first seed, with a worse one on either side."""
         if task.name == TASKS[2]:
             task = replace(task, name=TASKS[0])
-        rates = list(self.rates[method])
-        while True:
-            found = {rate: self.validation(task, method, self.seeds[0], rate) for rate in rates}
-            best = min(found, key=found.__getitem__)
-            if len(rates) == 1 or best not in (min(rates), max(rates)):
-                return best
-            beyond = best / 10**0.5 if best == min(rates) else best * 10**0.5
-            rates.append(float(f"{beyond:.0e}"))
+        return best_rate(self.rates[method], partial(self.validation, task, method, self.seeds[0]))
 
     def merged(self, tasks: Sequence[Task], method: str, how: str) -> dict[str, float]:
         """Test loss on every task of the adapters of all tasks merged into one."""
@@ -247,21 +180,6 @@ class Study:
         return losses
 
 
-def spread(values: Sequence[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
-
-
-def check_steps(study: Study) -> None:
-    """Raise SystemExit if the folder has results of another number of steps."""
-    found = study.once("steps", lambda: study.steps)
-    if found != study.steps:
-        raise SystemExit(
-            f"error: output_dir: {study.folder} has results of {found} steps, this run takes "
-            f"{study.steps}; choose another folder"
-        )
-
-
 def main() -> None:
     parser = options_parser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/lori_quality"))
@@ -274,7 +192,7 @@ def main() -> None:
         rates = {method: RATES[method][1:2] for method in ("lora", "lori_d", "calibrated")}
     base, tokenizer = load_model(ModelOptions()), load_tokenizer(ModelOptions())
     study = Study(base, options.output_dir, steps, seeds, rates)
-    check_steps(study)
+    study.record.check("steps", steps)
     tasks = [Task(name, base, tokenizer) for name in TASKS]
     compared = tasks[:1] if options.quick else tasks[:2]
     for task in compared:

@@ -39,8 +39,8 @@ RANKS, FIGURE = "ranks.json", "ranks.png"
 # triplets have to be computed and held, and past it few batches tell little about more directions.
 MOST_OVER_UNIFORM = 4
 _MEASURED = {
-    "gradient": "energy of the mean gradient",
-    "activation": "variance of the layers' inputs",
+    "gradient": ("energy of the mean gradient", "the mean gradient"),
+    "activation": ("variance of the layers' inputs", "inputs of the layers, each of norm 1"),
 }
 
 
@@ -103,7 +103,7 @@ def ranks_within_budget(
                 measured = _measured(model, options, batches, max(most.values()))
             spectra = _spectra(measured, options, most)
             found = recommend_ranks(spectra, max_parameters=options.rank_budget)
-            title = f"Δ: {_MEASURED[options.rank_budget_from]}, {cost['batches']} batches"
+            title = f"Δ: {_MEASURED[options.rank_budget_from][1]}, {cost['batches']} batches"
             folder.mkdir(parents=True, exist_ok=True)
             held = min(len(layer.S) for layer in spectra.values())
             analysis = analyze(spectra, max(1, min(held, round(uniform))))
@@ -203,7 +203,7 @@ def _spectra(
 
 
 def _line(content: Mapping[str, Any], options: LoraOptions) -> str:
-    ranks, measure = content["ranks"].values(), _MEASURED[options.rank_budget_from]
+    ranks, measure = content["ranks"].values(), _MEASURED[options.rank_budget_from][0]
     spent = f"{content['parameters']:,} of {options.rank_budget:,} parameters"
     # More of a budget is left than one triplet costs where no layer may get more.
     full = "" if content["limit"] == "budget" else ", the most that any layer may have"
