@@ -119,7 +119,7 @@ def compared(study: Study, rates: Sequence[float], seeds: Sequence[int]) -> dict
 def main() -> None:
     parser = options_parser(__doc__)
     parser.add_argument("--record", type=Path, default=RECORD)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
@@ -136,7 +136,7 @@ def main() -> None:
                 options.seeds,
                 RATES,
             )
-            task = Task("stdlib-docstrings", base, tokenizer, validation=64, test=128)
+            task = Task("stdlib-docstrings", base, tokenizer, validation=48, test=96)
         record.check("steps", steps)
         ranks = options.ranks[:1] if options.quick else options.ranks
         untrained = record.once("untrained test", lambda: task.loss(base, "test"))

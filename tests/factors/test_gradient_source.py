@@ -231,6 +231,15 @@ def test_a_layer_without_gradient_gets_a_zero_delta_and_missing_directions_no_sh
     assert found["b"].S.tolist() == [7.0, 0.0]
 
 
+def test_directions_of_ranks_of_their_own_are_those_of_each_layer_alone():
+    gradients = gradient_factors(tiny_base(), batches(1), rank=4, target_modules=["q_proj"])
+    norms, ranks = dict.fromkeys(gradients, 5.0), dict(zip(gradients, (1, 3), strict=True))
+    found = descent_directions(gradients, norms, rank=ranks)
+    for name, rank in ranks.items():
+        alone = descent_directions({name: gradients[name]}, norms, rank=rank)[name]
+        assert found[name].rank == rank and torch.equal(found[name].dense(), alone.dense())
+
+
 def test_scaling_scales_delta_and_norm():
     layer = LowRankFactors(torch.eye(4, 2), torch.tensor([3.0, 1.0]), torch.eye(2, 4), 4.0)
     found = scaled({"a": layer}, 0.5)["a"]

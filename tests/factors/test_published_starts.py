@@ -154,6 +154,15 @@ def test_the_papers_lora_ga_has_both_factors_at_the_stable_scale():
         assert_close(B, stable * gradients[name].U[:, RANK:])
 
 
+def test_lora_ga_of_ranks_of_their_own_is_that_of_each_layer_alone():
+    gradients = gradient_factors(tiny_base(), batches(1), rank=6, target_modules=["q_proj"])
+    ranks = dict(zip(gradients, (1, 3), strict=True))
+    found = lora_ga_factors(gradients, rank=ranks, scaling=2.0, form="peft")
+    for name, rank in ranks.items():
+        alone = lora_ga_factors({name: gradients[name]}, rank=rank, scaling=2.0, form="peft")[name]
+        assert found[name].rank == rank and torch.equal(found[name].dense(), alone.dense())
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -17,7 +17,13 @@ from support.strategies import layer_factors, spectra
 
 from peft_svdinit import LowRankFactors
 from peft_svdinit.analysis.deltas.layers import analyze_layer
-from peft_svdinit.factors import RankRecommendation, RankRule, Spectrum, recommend_ranks
+from peft_svdinit.factors import (
+    RankRecommendation,
+    RankRule,
+    Spectrum,
+    recommend_ranks,
+    relative_spectra,
+)
 from peft_svdinit.factors.spectrum import ENERGY_RESOLUTION
 
 
@@ -319,6 +325,16 @@ def test_a_spectrum_that_is_no_number_is_refused_by_layer():
         RankRule(energy=0.5).choose(spectra)
 
 
+def test_relative_spectra_are_shares_of_each_layers_own_energy():
+    large = Spectrum(torch.tensor([40.0, 30.0]), 100.0, (6, 4))
+    zero = Spectrum(torch.zeros(2), 0.0, (4, 4))
+    found = relative_spectra({"large": large, "zero": zero})
+    torch.testing.assert_close(found["large"].S.square(), torch.tensor([0.16, 0.09]))
+    assert (found["large"].norm, found["large"].shape) == (1.0, (6, 4))
+    assert found["zero"].norm == 0.0 and not found["zero"].S.any()
+    assert recommend_ranks(found, max_parameters=28).energy == pytest.approx(0.25)
+
+
 def test_no_layer_is_refused():
     with pytest.raises(ValueError, match="at least one layer"):
         recommend_ranks({}, energy=0.9)
@@ -358,17 +374,20 @@ class Block(torch.nn.Module):
         self.q, self.k = torch.nn.Linear(6, 6), torch.nn.Linear(6, 4)
 
 
-def test_peft_builds_adapters_of_the_recommended_ranks_with_scaling_one():
+@pytest.mark.parametrize(
+    "scaled", [{}, {"scaling": 2.5}, {"scaling": 0.3, "use_rslora": True}], ids=str
+)
+def test_peft_builds_adapters_of_the_recommended_ranks_with_one_scaling(scaled):
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(Block() for _ in range(12))})
     ranks = {
         name: 1 + index % 4
         for index, (name, module) in enumerate(model.named_modules())
         if isinstance(module, torch.nn.Linear)
     }
-    config = LoraConfig(target_modules=["q", "k"], **recommendation(ranks).config_options())
+    config = LoraConfig(target_modules=["q", "k"], **recommendation(ranks).config_options(**scaled))
     peft_model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     for name, rank in ranks.items():
         layer = peft_model.get_submodule(f"base_model.model.{name}")
         assert isinstance(layer, LoraLayer)
         assert layer.r["default"] == rank
-        assert layer.scaling["default"] == 1.0
+        assert layer.scaling["default"] == pytest.approx(scaled.get("scaling", 1.0), rel=1e-12)
