@@ -78,47 +78,60 @@ def ranks_within_budget(
 ) -> BudgetedRanks:
     """The ranks in the run's folder, found unless they are there, and one line about them.
 
-    `start/ranks.json` holds them with what they capture, `start/ranks.png` the figure that
+    Triplets are taken in the order of σ_i² / (out + in) over all layers, see `recommend_ranks`. Of
+    gradients σ_i² is that of the mean gradient, in which the scales of layers count: a step along
+    its triplet i lowers the loss by σ_i² times its size, to first order. Of activations it is the
+    share of the variance of a layer's own inputs, as in EVA (arXiv:2410.07170), see
+    `relative_spectra`. Both say where directions are, and neither how much training gains there.
+
+    `start/ranks.json` holds the ranks with what they capture, `start/ranks.png` the figure that
     `svdinit analyze` draws. The main process finds them and tells all others; a resumed run with
     the same options and data reads them.
 
     Raises:
-        ValueError: if the budget does not pay for rank 1 in every layer, or no layer matches.
+        ValueError: if the budget does not pay for rank 1 in every layer, no layer matches, or
+            ZeRO-3 spreads the weights over processes.
     """
-    assert options.rank_budget is not None
-    folder = Path(str(arguments.output_dir)) / FOLDER
     told: list[Any] = [None]
     measured = None
     if PartialState().is_main_process:
-        size = arguments.train_batch_size
-        batches = list(islice(materials.batches(size), options.init_batches))
+        folder = Path(str(arguments.output_dir)) / FOLDER
+        batches = list(islice(materials.batches(arguments.train_batch_size), options.init_batches))
         wanted = {**_asked(options), "model": model.name_or_path, "data": _digest(batches)}
-        told = [_stored(folder / RANKS, wanted)]
-        if told[0] is None:
+        content = _stored(folder / RANKS, wanted)
+        if content is None:
             # Before anything is computed: this is where a small budget is refused.
-            most, uniform = _highest_ranks(model, options)
+            most = _highest_ranks(model, options)
             if not getattr(model, "is_quantized", False):
                 model.to(arguments.device)
             with counted(model) as cost:
                 measured = _measured(model, options, batches, max(most.values()))
-            spectra = _spectra(measured, options, most)
-            found = recommend_ranks(spectra, max_parameters=options.rank_budget)
-            title = f"Δ: {_MEASURED[options.rank_budget_from][1]}, {cost['batches']} batches"
-            folder.mkdir(parents=True, exist_ok=True)
-            held = min(len(layer.S) for layer in spectra.values())
-            analysis = analyze(spectra, max(1, min(held, round(uniform))))
-            plot_heat_maps(analysis, folder / FIGURE, ranks=found.ranks, title=title)
+            found = _written(folder, _spectra(measured, options, most), options, len(batches))
             config = found.config_options(scaling=options.scaling, use_rslora=options.use_rslora)
-            told = [{"options": wanted, "cost": cost, **found.as_dict(), "config": config}]
-            write_json(folder / RANKS, told[0])
-        print(_line(told[0], options), flush=True)
+            content = {"options": wanted, "cost": cost, **found.as_dict(), "config": config}
+            write_json(folder / RANKS, content)
+        told = [content]
+        print(_line(content, options), flush=True)
     [content] = broadcast_object_list(told)
     names = [entry.name for entry in fields(RankRecommendation)]
-    recommendation = RankRecommendation(**{name: content[name] for name in names})
     noted = ("max_parameters", "parameters", "energy", "uniform_energy", "limit")
     notes = {"from": options.rank_budget_from, **content["cost"]}
     notes.update({name: content[name] for name in noted})
-    return BudgetedRanks(recommendation, notes, measured)
+    ranks = RankRecommendation(**{name: content[name] for name in names})
+    return BudgetedRanks(ranks, notes, measured)
+
+
+def _written(
+    folder: Path, spectra: Mapping[str, Spectrum], options: LoraOptions, batches: int
+) -> RankRecommendation:
+    """The ranks for these spectra, and the figure of both."""
+    found = recommend_ranks(spectra, max_parameters=options.rank_budget)
+    held = min(len(layer.S) for layer in spectra.values())
+    analysis = analyze(spectra, max(1, min(held, round(found.uniform_rank))))
+    title = f"Δ: {_MEASURED[options.rank_budget_from][1]}, {batches} batches"
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_heat_maps(analysis, folder / FIGURE, ranks=found.ranks, title=title)
+    return found
 
 
 def _asked(options: LoraOptions) -> dict[str, Any]:
@@ -146,22 +159,20 @@ def _stored(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     return content if content.get("options") == wanted else None
 
 
-def _highest_ranks(model: Any, options: LoraOptions) -> tuple[dict[str, int], float]:
-    """The most that each layer may get, and the one rank that the budget pays for everywhere."""
+def _highest_ranks(model: Any, options: LoraOptions) -> dict[str, int]:
+    """The most that each layer may get."""
     if is_deepspeed_zero3_enabled():
         raise ValueError(
-            "rank_budget is found by one process, and ZeRO-3 spreads every weight over all; find "
-            f"the ranks by a run of one step without it and the same output_dir: {FOLDER}/{RANKS} "
-            "is read again"
+            "rank_budget needs whole weights, and ZeRO-3 spreads each over all processes; find the "
+            f"ranks by a run of one step without it and the same output_dir: {FOLDER}/{RANKS} is "
+            "read again"
         )
     layers = target_layers(model, options.target_modules)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     once = {name: Spectrum(torch.ones(1), 1.0, shape) for name, shape in shapes.items()}
     least = recommend_ranks(once, max_parameters=options.rank_budget).parameters
-    uniform = (options.rank_budget or 0) / least
-    most = {
-        name: min(*shape, math.ceil(MOST_OVER_UNIFORM * uniform)) for name, shape in shapes.items()
-    }
+    cap = math.ceil(MOST_OVER_UNIFORM * (options.rank_budget or 0) / least)
+    most = {name: min(*shape, cap) for name, shape in shapes.items()}
     if options.init == "svd" and options.svd_source == "teacher":
         factors = FactorsFile(options.svd_factors or "", argument="svd_factors")
         held = {name: factors.rank_of(name) for name in factors}
@@ -169,7 +180,7 @@ def _highest_ranks(model: Any, options: LoraOptions) -> tuple[dict[str, int], fl
     if _is_lora_ga(options):
         # Which takes A and B from different triplets.
         most = {name: max(1, min(rank, min(shapes[name]) // 2)) for name, rank in most.items()}
-    return most, uniform
+    return most
 
 
 def _is_lora_ga(options: LoraOptions) -> bool:

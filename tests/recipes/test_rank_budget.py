@@ -8,6 +8,7 @@ from pathlib import Path
 import compare_inits
 import pytest
 import stages.data_start
+import stages.rank_budget
 import train_lora
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -149,6 +150,13 @@ def test_a_budget_below_one_rank_for_each_layer_is_refused_before_any_work(input
         run(options, tmp_path / "run", "--rank_budget", str(LEAST - 1))
     assert not (tmp_path / "run").exists()
     assert set(run(options, tmp_path, "--rank_budget", str(LEAST))["ranks"].values()) == {1}
+
+
+def test_spread_weights_are_refused_by_name(inputs, tmp_path, monkeypatch):
+    _, options = inputs
+    monkeypatch.setattr(stages.rank_budget, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(SystemExit, match="^error: --rank_budget needs whole weights, and ZeRO-3 "):
+        run(options, tmp_path)
 
 
 def test_a_layer_without_a_spectrum_is_refused(inputs, tmp_path):
