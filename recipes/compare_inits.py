@@ -26,6 +26,7 @@ import transformers
 from accelerate import PartialState
 from stages.comparison_options import ComparisonOptions, Setting, examples_per_step
 from stages.comparison_plan import Plan, make_plan
+from stages.dry_run import DryRunOptions, print_estimate
 from stages.fit import Materials
 from stages.lora_options import LoraOptions
 from stages.processes import leave_process_group
@@ -75,7 +76,8 @@ class CompareDataOptions(DataOptions):
 def main(argv: list[str] | None = None) -> None:
     began = time.monotonic()
     classes = (ComparisonOptions, ModelOptions, CompareDataOptions, LoraOptions, CompareArguments)
-    setting = Setting(*parse_options(classes, argv, description=__doc__ or ""))
+    *options, dry = parse_options((*classes, DryRunOptions), argv, description=__doc__ or "")
+    setting = Setting(*options)
     state = PartialState()
     _hush()
     with refusals_in_one_line(list(vars(setting).values())):
@@ -85,6 +87,9 @@ def main(argv: list[str] | None = None) -> None:
             to_step=setting.comparison.to_step,
             only=setting.comparison.only,
         )
+        check_options(setting)
+        if dry.dry_run:
+            return print_estimates(dry, setting)
         with state.main_process_first():
             check_inputs(setting)
             materials = cache(lambda: Materials.prepare(setting.model, setting.data))
@@ -106,11 +111,22 @@ def main(argv: list[str] | None = None) -> None:
         print(f"Finished in {(time.monotonic() - began) / 60:.1f} minutes.")
 
 
-def check_inputs(setting: Setting) -> None:
-    """Refuse what would fail later, before anything is trained.
+def print_estimates(dry: DryRunOptions, setting: Setting) -> None:
+    """What the trainings need, on the main process: students, LoRA teachers as they, full ones."""
+    model, data = setting.model, setting.data
+    tasks = make_plan(setting, lambda: Materials.prepare(model, data)).tasks
+    full = sum(task.step == "train_teacher" for task in tasks)
+    runs = sum(task.step in ("train_random", "train_svd") for task in tasks)
+    print_estimate(dry, model, data, setting.lora, setting.arguments, runs=runs)
+    if full:
+        print_estimate(dry, model, data, None, setting.arguments, runs=full)
+
+
+def check_options(setting: Setting) -> None:
+    """Refuse options that contradict each other.
 
     Raises:
-        ValueError, TypeError, OSError, ModuleNotFoundError: naming the option.
+        ValueError: naming the option.
     """
     options, lora = setting.comparison, setting.lora
     if setting.arguments.seed != RecipeArguments.seed:
@@ -129,6 +145,15 @@ def check_inputs(setting: Setting) -> None:
             f"lora_r={lora.lora_r} is above teacher_rank={options.teacher_rank}, the triplets that "
             "the teacher's factors hold"
         )
+
+
+def check_inputs(setting: Setting) -> None:
+    """Refuse what would fail later, before anything is trained.
+
+    Raises:
+        ValueError, TypeError, OSError, ModuleNotFoundError: naming the option.
+    """
+    options, lora = setting.comparison, setting.lora
     Path(str(setting.arguments.output_dir)).mkdir(parents=True, exist_ok=True)
     probe = Path(str(setting.arguments.output_dir), ".writable")
     probe.touch()

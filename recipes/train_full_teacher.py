@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from stages.dry_run import DryRunOptions, print_estimate
 from stages.fit import Materials, check_complete, fit, outcome
 from stages.processes import leave_process_group
 from transformers import PreTrainedModel
@@ -25,9 +26,14 @@ from peft_svdinit.training import (
 
 def loaded(model: ModelOptions) -> PreTrainedModel:
     """The model with all its parameters to be trained."""
+    refuse_quantised(model)
+    return load_model(model)
+
+
+def refuse_quantised(model: ModelOptions) -> None:
+    """Raise ValueError for a model that cannot be fully fine-tuned."""
     if model.load_in_4bit or model.load_in_8bit:
         raise ValueError("a quantised model cannot be fully fine-tuned; drop load_in_4bit/8bit")
-    return load_model(model)
 
 
 def train_full_teacher(
@@ -41,9 +47,12 @@ def train_full_teacher(
 
 
 def main(argv: list[str] | None = None) -> None:
-    classes = (ModelOptions, DataOptions, RecipeArguments)
-    model, data, arguments = parse_options(classes, argv, description=__doc__ or "")
-    with refusals_in_one_line((model, data, arguments)):
+    classes = (ModelOptions, DataOptions, RecipeArguments, DryRunOptions)
+    model, data, arguments, dry = parse_options(classes, argv, description=__doc__ or "")
+    with refusals_in_one_line((model, data, arguments, dry)):
+        if dry.dry_run:
+            refuse_quantised(model)
+            return print_estimate(dry, model, data, None, arguments)
         materials, teacher = Materials.prepare(model, data), loaded(model)
     run = fit(teacher, materials, arguments)
     if run is not None:

@@ -28,6 +28,7 @@ from peft import (
     prepare_model_for_kbit_training,
 )
 from stages.data_start import factors_from_data
+from stages.dry_run import DryRunOptions, print_estimate
 from stages.fit import Materials, check_complete, fit, outcome
 from stages.lora_options import LoraOptions
 from stages.processes import leave_process_group
@@ -117,9 +118,11 @@ def train_lora(
 
 
 def main(argv: list[str] | None = None) -> None:
-    classes = (ModelOptions, DataOptions, LoraOptions, RecipeArguments)
-    model, data, lora, arguments = parse_options(classes, argv, description=__doc__ or "")
-    with refusals_in_one_line((model, data, lora, arguments)):
+    classes = (ModelOptions, DataOptions, LoraOptions, RecipeArguments, DryRunOptions)
+    model, data, lora, arguments, dry = parse_options(classes, argv, description=__doc__ or "")
+    with refusals_in_one_line((model, data, lora, arguments, dry)):
+        if dry.dry_run:
+            return print_estimate(dry, model, data, lora, arguments)
         materials = Materials.prepare(model, data)
         peft_model, callbacks, noted = started(materials, model, lora, arguments)
     run = fit(peft_model, materials, arguments, extra=noted, callbacks=callbacks)

@@ -10,6 +10,8 @@ from .log import TrainingLog as TrainingLog
 from .log import read_training_log as read_training_log
 from .memory import peak_memory_mb as peak_memory_mb
 from .memory import reset_peak_memory as reset_peak_memory
+from .memory_estimate import MemoryEstimate as MemoryEstimate
+from .memory_estimate import estimate_memory as estimate_memory
 from .models import ModelOptions as ModelOptions
 from .models import load_model as load_model
 from .models import load_tokenizer as load_tokenizer
@@ -30,4 +32,6 @@ from .runs import for_json as for_json
 from .runs import read_run as read_run
 from .runs import read_run_info as read_run_info
 from .runs import write_run_info as write_run_info
+from .skeleton import enable_checkpointing_ as enable_checkpointing_
+from .skeleton import load_skeleton as load_skeleton
 from .tokenizing import completion_collator as completion_collator

@@ -65,7 +65,7 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
         ValueError: if the model cannot be found, is an adapter, or has only pickled weights.
         ModuleNotFoundError: if quantisation is asked for without bitsandbytes.
     """
-    source = _checked_source(options)
+    source = checked_source(options)
     try:
         return AutoModelForCausalLM.from_pretrained(
             source,
@@ -91,7 +91,7 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: if it cannot be found, or has no end-of-sequence token.
     """
-    source = _checked_source(options)
+    source = checked_source(options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source,
@@ -113,7 +113,12 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _checked_source(options: ModelOptions) -> str:
+def checked_source(options: ModelOptions) -> str:
+    """The folder or Hub id of the model.
+
+    Raises:
+        ValueError: if it is a folder that is not there, holds an adapter, or pickled weights only.
+    """
     source = resolve_model(options.model_name_or_path)
     folder = Path(source)
     if not folder.is_dir():
