@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,7 +44,7 @@ def step_bytes(
             in place, `requires_grad` set, gradient checkpointing on or off. It is not changed.
         batch_size: examples.
         length: tokens of each, padding included.
-        autocast: type of mixed precision, with the Trainer's cast of the logits to float32.
+        autocast: type of mixed precision.
         backward: False for an evaluation.
 
     Returns:
@@ -72,8 +71,7 @@ def _peak(
     mixed = torch.autocast("cpu", autocast) if autocast else nullcontext()
     with _LiveBytes([*model.parameters(), *model.buffers()]) as live:
         with mixed, torch.set_grad_enabled(backward):
-            forward = convert_outputs_to_fp32(model) if autocast else model
-            loss = forward(input_ids=tokens, labels=tokens, use_cache=False)["loss"]
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False)["loss"]
         if backward:
             loss.backward()
     return live.peak

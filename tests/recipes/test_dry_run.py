@@ -66,7 +66,7 @@ def test_the_7b_configuration_fits_its_card_as_its_comment_says(tmp_path, capsys
     lora, full = (float(size) for size in re.findall(r"in all +(\S+) GiB", told))
     assert lora < 28 < full
     comment = " ".join(CONFIG.read_text().split("model_name_or_path")[0].split())
-    assert f"{lora:.2f} GiB" in comment and f"{full:.2f} GiB with AdamW" in comment
+    assert f"{lora:.2f} GiB" in comment and f"{full:.2f} GiB for the teacher" in comment
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from peft_svdinit.training import (
 
 SIZES: dict[str, Any] = {"batch_size": 8, "length": 64}
 # 8-bit states begin at 4096 entries: one tensor of the LoRA of this size has more, most have fewer.
-WIDER = {"hidden_size": 64, "intermediate_size": 512}
+WIDER = {"hidden_size": 64, "intermediate_size": 512, "vocab_size": 1024}
 
 
 def adapted(model, kind: str):
@@ -111,7 +111,7 @@ def test_a_step_peaks_where_the_allocator_says(folder, kind, dtype, autocast, ch
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
             outputs = real(input_ids=tokens, attention_mask=mask, labels=tokens, use_cache=False)
         if autocast is not None:
-            outputs.logits = outputs.logits.float()
+            outputs.logits = outputs.logits.float()  # as Accelerate does
         loss = outputs.loss
         del outputs
         loss.backward()
