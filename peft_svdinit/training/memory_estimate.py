@@ -15,7 +15,7 @@ from .step_memory import step_bytes
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each device. All but `step` and `evaluation` are exact.
+    """Bytes on each device, and on the disk. All but `step` and `evaluation` are exact.
 
     Attributes:
         frozen: weights that are not trained, and buffers.
@@ -28,6 +28,8 @@ class MemoryEstimate:
         step: the peak of a forward and backward pass on top of these, see `step_bytes`; None where
             it is not known.
         evaluation: that of an evaluation, likewise.
+        saved: the trained weights of all devices on the disk.
+        checkpoint: these and the optimizer's state.
     """
 
     frozen: int
@@ -38,6 +40,8 @@ class MemoryEstimate:
     buckets: int
     step: int | None
     evaluation: int | None
+    saved: int
+    checkpoint: int
 
     @property
     def fixed(self) -> int:
@@ -111,4 +115,6 @@ def estimate_memory(
         evaluation=step_bytes(model, batch_size=eval_batch_size, backward=False, **sizes)
         if eval_batch_size
         else 0,
+        saved=trained_bytes,
+        checkpoint=trained_bytes + optimizer,
     )

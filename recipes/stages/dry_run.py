@@ -136,10 +136,9 @@ def print_estimate(
         if size != 0:
             print(f"  {name:16} {_size(size):>10}  {note}".rstrip())
     print("  not counted: the device's context (0.5 to 1 GiB), kernels' workspaces, fragmentation")
-    result = found.trained + (found.frozen if lora is None else 0)
     print(
-        f"Disk: {_size(result)} for the result of a run, {runs} in all; "
-        f"{_size(result + found.optimizer)} for a checkpoint; "
+        f"Disk: {_size(found.saved)} for the result of a run, {runs} in all; "
+        f"{_size(found.checkpoint)} for a checkpoint; "
         f"{_size(_free(Path(str(arguments.output_dir))))} free"
     )
 

@@ -165,6 +165,7 @@ def test_zero_divides_what_its_stage_says(folder):
         assert found.gradients == 2 * count // (4 if stage >= 2 else 1)
         assert found.trained == 2 * count // (4 if stage >= 3 else 1)
         assert found.step == one.step and found.buckets == 0
+        assert found.saved == 2 * count and found.checkpoint == pytest.approx(14 * count, rel=1e-3)
     with pytest.raises(ValueError, match="zero_stage=4"):
         estimate_memory(model, optim="sgd", zero_stage=4, **SIZES)
 
