@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -121,12 +122,13 @@ class RecipeArguments(TrainingArguments):
         prepare_op(COMMUNICATION)
 
     def _check_deepspeed(self) -> None:
-        import deepspeed.comm as communication
+        import deepspeed.comm as communication  # pyright: ignore[reportMissingImports]
 
         if not communication.is_initialized() and self.world_size > 1:
             # Else models that are loaded in shards take the processes for one.
             communication.init_distributed("gloo" if self.use_cpu else None, verbose=False)
-        zero = self.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        plugin: Any = self.deepspeed_plugin
+        zero = plugin.deepspeed_config.get("zero_optimization", {})
         if (zero.get("offload_optimizer") or {}).get("device") == "cpu":
             prepare_op(CPU_ADAM)
         gathers = zero.get("stage3_gather_16bit_weights_on_model_save")

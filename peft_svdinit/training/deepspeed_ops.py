@@ -51,7 +51,9 @@ def prepare_op(builder: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "building"):
         _release(folder, is_own=folder == own)
-        from deepspeed.accelerator import get_accelerator
+        from deepspeed.accelerator import (  # pyright: ignore[reportMissingImports]
+            get_accelerator,
+        )
 
         found = get_accelerator().create_op_builder(builder)
         if found is not None and found.is_compatible(verbose=False):

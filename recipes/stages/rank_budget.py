@@ -15,7 +15,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from peft_svdinit import (
     FactorsFile,
@@ -28,6 +27,7 @@ from peft_svdinit import (
 from peft_svdinit.analysis import analyze, plot_heat_maps
 from peft_svdinit.factors import HasSpectrum, RankRecommendation, Spectrum, target_layers
 from peft_svdinit.files import write_json
+from peft_svdinit.models import is_split
 from peft_svdinit.training import RecipeArguments
 from peft_svdinit.tuner import lora_scalings
 from stages.data_start import FOLDER, counted
@@ -85,40 +85,51 @@ def ranks_within_budget(
     `relative_spectra`. Both say where directions are, and neither how much training gains there.
 
     `start/ranks.json` holds the ranks with what they capture, `start/ranks.png` the figure that
-    `svdinit analyze` draws. The main process finds them and tells all others; a resumed run with
-    the same options and data reads them.
+    `svdinit analyze` draws. The main process finds them, or all together where each holds a part of
+    the model; a resumed run with the same options and data reads them.
 
     Raises:
-        ValueError: if the budget does not pay for rank 1 in every layer, no layer matches, or
-            ZeRO-3 spreads the weights over processes.
+        ValueError: if the budget does not pay for rank 1 in every layer, or no layer matches.
     """
-    told: list[Any] = [None]
+    is_main = PartialState().is_main_process
     measured = None
-    if PartialState().is_main_process:
-        folder = Path(str(arguments.output_dir)) / FOLDER
-        batches = list(islice(materials.batches(arguments.train_batch_size), options.init_batches))
-        wanted = {**_asked(options), "model": model.name_or_path, "data": _digest(batches)}
-        content = _stored(folder / RANKS, wanted)
-        if content is None:
-            # Before anything is computed: this is where a small budget is refused.
-            most = _highest_ranks(model, options)
-            if not getattr(model, "is_quantized", False):
+    folder = Path(str(arguments.output_dir)) / FOLDER
+    batches = list(islice(materials.batches(arguments.train_batch_size), options.init_batches))
+    wanted = {**_asked(options), "model": model.name_or_path, "data": _digest(batches)}
+    content = _told(_stored(folder / RANKS, wanted) if is_main else None)
+    if content is None:
+        # Before anything is computed: this is where a small budget is refused.
+        most = _highest_ranks(model, options)
+        shared = any(is_split(parameter) for parameter in model.parameters())
+        if shared or is_main:
+            if not (shared or getattr(model, "is_quantized", False)):
                 model.to(arguments.device)
             with counted(model) as cost:
                 measured = _measured(model, options, batches, max(most.values()))
-            found = _written(folder, _spectra(measured, options, most), options, len(batches))
-            config = found.config_options(scaling=options.scaling, use_rslora=options.use_rslora)
-            content = {"options": wanted, "cost": cost, **found.as_dict(), "config": config}
-            write_json(folder / RANKS, content)
-        told = [content]
+            if is_main:
+                found = _written(folder, _spectra(measured, options, most), options, len(batches))
+                config = found.config_options(
+                    scaling=options.scaling, use_rslora=options.use_rslora
+                )
+                content = {"options": wanted, "cost": cost, **found.as_dict(), "config": config}
+                write_json(folder / RANKS, content)
+        content = _told(content)
+    assert content is not None
+    if is_main:
         print(_line(content, options), flush=True)
-    [content] = broadcast_object_list(told)
     names = [entry.name for entry in fields(RankRecommendation)]
     noted = ("max_parameters", "parameters", "energy", "uniform_energy", "limit")
     notes = {"from": options.rank_budget_from, **content["cost"]}
     notes.update({name: content[name] for name in noted})
     ranks = RankRecommendation(**{name: content[name] for name in names})
     return BudgetedRanks(ranks, notes, measured)
+
+
+def _told(content: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the main process has, on all of them."""
+    told = [content]
+    broadcast_object_list(told)
+    return told[0]
 
 
 def _written(
@@ -161,12 +172,6 @@ def _stored(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _highest_ranks(model: Any, options: LoraOptions) -> dict[str, int]:
     """The most that each layer may get."""
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "rank_budget needs whole weights, and ZeRO-3 spreads each over all processes; find the "
-            f"ranks by a run of one step without it and the same output_dir: {FOLDER}/{RANKS} is "
-            "read again"
-        )
     layers = target_layers(model, options.target_modules)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     once = {name: Spectrum(torch.ones(1), 1.0, shape) for name, shape in shapes.items()}

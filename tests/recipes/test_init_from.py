@@ -130,7 +130,7 @@ def test_a_base_in_four_bits_works(teacher, tmp_path):
     pytest.importorskip("bitsandbytes")
     _, options = teacher
     # Evaluation on a CPU with AVX512-BF16 repacks weights, which needs 32 rows.
-    more = ("--load_in_4bit", "true", "--eval_strategy", "no")
+    more = ("--load_in_4bit", "true", "--eval_strategy", "no", "--eval_on_start", "false")
     assert student(options, tmp_path, 3, *more).completed
 
 

@@ -100,6 +100,18 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+def ranks_of(folder: Path) -> dict[str, int]:
+    """Ranks of the layers as they are in the adapter, which must be those of the budget."""
+    stored = json.loads((folder / "start" / "ranks.json").read_text())["ranks"]
+    found = {
+        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): len(value)
+        for key, value in adapter(folder).items()
+        if ".lora_A." in key
+    }
+    assert found == stored
+    return found
+
+
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=[pytest.mark.deepspeed] * (n in DEEPSPEED)) for n in TESTED],
@@ -120,6 +132,8 @@ def test_every_recipe_runs_as_the_launch_file_says(name, inputs, alone, tmp_path
     difference = max((resumed[key].float() - whole[key].float()).abs().max() for key in whole)
     # DeepSpeed's Adam on the host counts the powers of its betas from another step.
     assert difference <= (0.004 if name in IN_BFLOAT16 else 1e-6) * ("offload" in name)
+    ranks = [ranks_of(folder / "budget") for folder in (alone, outputs)]
+    assert len(set(ranks[0].values())) > 1 and (name in IN_BFLOAT16 or ranks[0] == ranks[1])
     for recipe in ("train_lora", "train_lori"):
         expected, found = adapter(alone / recipe), adapter(outputs / recipe)
         assert found.keys() == expected.keys()

@@ -152,13 +152,6 @@ def test_a_budget_below_one_rank_for_each_layer_is_refused_before_any_work(input
     assert set(run(options, tmp_path, "--rank_budget", str(LEAST))["ranks"].values()) == {1}
 
 
-def test_spread_weights_are_refused_by_name(inputs, tmp_path, monkeypatch):
-    _, options = inputs
-    monkeypatch.setattr(stages.rank_budget, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(SystemExit, match="needs whole weights, and ZeRO-3 spreads"):
-        run(options, tmp_path)
-
-
 def test_a_layer_without_a_spectrum_is_refused(inputs, tmp_path):
     _, options = inputs
     targets = ["--lora_target_modules", "q_proj", "embed_tokens"]

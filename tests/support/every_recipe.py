@@ -102,6 +102,11 @@ def main(inputs: Path, outputs: Path, given: list[str]) -> None:
     options = [*options_of("train_lora", inputs), *given, "--output_dir", str(outputs / "killed")]
     resume = ["--total_train_batch_size", "4", "--resume_from_checkpoint", "last"]
     run("train_lora", [*options, *resume])
+    # Ranks and a start for which gradients pass through a model that may be in shards.
+    options = [*options_of("train_lora", inputs), *given, "--output_dir", str(outputs / "budget")]
+    options = [each for each in options if "factors" not in each]
+    budget = ["--svd_source", "gradient", "--rank_budget", "20000", "--max_steps", "2"]
+    run("train_lora", [*options, *budget, "--total_train_batch_size", "4"])
 
 
 if __name__ == "__main__":
