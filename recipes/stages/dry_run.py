@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model
 
+from peft_svdinit.models import linear_modules
 from peft_svdinit.training import (
     DataOptions,
     MemoryEstimate,
@@ -52,6 +54,14 @@ class DryRunOptions:
             raise ValueError(f"dry_run_zero_stage must be in 0..3, got {self.dry_run_zero_stage}")
 
 
+def _rank(skeleton: Any, lora: LoraOptions) -> int:
+    """The rank of all layers, or the one that a budget of parameters pays for."""
+    if lora.rank_budget is None:
+        return lora.lora_r
+    layers = linear_modules(skeleton, lora.target_modules).values()
+    return -(-lora.rank_budget // sum(each.in_features + each.out_features for each in layers))
+
+
 def memory_of(
     model: ModelOptions,
     data: DataOptions,
@@ -67,8 +77,14 @@ def memory_of(
     skeleton = load_skeleton(model)
     if lora is not None:
         # A start changes values, not shapes, and its factors need not exist yet.
-        plain = replace(lora, init="random", svd_source="teacher", svd_factors=None,
-                        carry_moments_from=None)  # fmt: skip
+        plain = replace(
+            lora,
+            init="random",
+            svd_source="teacher",
+            svd_factors=None,
+            carry_moments_from=None,
+            lora_r=_rank(skeleton, lora),
+        )
         skeleton = get_peft_model(skeleton, plain.config())
         if lora.init == "svd" and lora.svd_start == "reference":
             initial = sum(
