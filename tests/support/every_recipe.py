@@ -106,7 +106,8 @@ def main(inputs: Path, outputs: Path, given: list[str]) -> None:
     options = [*options_of("train_lora", inputs), *given, "--output_dir", str(outputs / "budget")]
     options = [each for each in options if "factors" not in each]
     budget = ["--svd_source", "gradient", "--rank_budget", "20000", "--max_steps", "2"]
-    run("train_lora", [*options, *budget, "--total_train_batch_size", "4"])
+    # The batches that gradients are taken of are those of one device.
+    run("train_lora", [*options, *budget, "--per_device_train_batch_size", "2"])
 
 
 if __name__ == "__main__":
