@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from support.launching import zero3_file
 from support.recipe_inputs import shared_options
 
 from peft_svdinit.training import read_run
@@ -48,3 +50,15 @@ def test_one_process_where_two_were_expected_is_refused(tmp_path):
     assert done.returncode != 0
     assert "expected_processes is 2, but 1 run" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.deepspeed
+def test_torchrun_with_a_file_of_deepspeeds_own(tmp_path):
+    options = [*shared_options(tmp_path), "--max_steps", "2", "--deepspeed", zero3_file(tmp_path)]
+    options += ["--output_dir", str(tmp_path / "run"), "--expected_stage", "3"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = launched(torchrun, [*options, "--total_train_batch_size", "4"])
+    assert done.returncode == 0, done.stderr
+    run = read_run(tmp_path / "run")
+    assert run.completed and run.info["runs_as"]["stage"] == 3
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()

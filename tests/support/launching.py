@@ -31,3 +31,18 @@ def run_training(script: str, *arguments: str, processes: int = 2) -> str:
 def reports(folder: Path) -> list[dict[str, Any]]:
     """`report-<rank>.json` of each process."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("report-*.json"))]
+
+
+def zero3_file(folder: Path) -> str:
+    """A configuration of DeepSpeed's own form, whose sizes the Trainer fills in."""
+    path = folder / "zero3.json"
+    options = {
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+    }
+    path.write_text(json.dumps(options))
+    return str(path)

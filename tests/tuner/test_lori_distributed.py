@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.launching import reports, run_training
+from support.launching import reports, run_training, zero3_file
 from support.lori_fixtures import lori_model, reloaded
 from support.peft_fixtures import logits, tiny_base
 
@@ -58,23 +57,9 @@ def test_two_processes_reduce_the_trained_entries_alone_and_agree(tmp_path, sing
     check_final(tmp_path, adapter(single))
 
 
-def deepspeed_options(folder: Path) -> str:
-    path = folder / "zero3.json"
-    options = {
-        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True,
-    }
-    path.write_text(json.dumps(options))
-    return str(path)
-
-
 @pytest.mark.deepspeed
 def test_zero3_trains_saves_and_resumes_as_one_process_does(tmp_path, single):
-    options = deepspeed_options(tmp_path)
+    options = zero3_file(tmp_path)
     run_training("lori_process.py", str(tmp_path), "2", options)
     for report in reports(tmp_path):
         assert report["wrapper"] == "DeepSpeedEngine" and report["world_size"] == 2
