@@ -5,7 +5,8 @@
 SmolLM2-135M on the embedded docstrings: a LoRA of one rank on all linear layers; ranks by the
 gradients of the first four batches of the run, or by their activations, within as many parameters.
 All else is the same, the scaling of every layer included. Every arm takes the best learning rate of
-its own sweep, with seed 100 and by the loss on held-out examples that are not reported; the
+its own sweep, with seed 100 and by the loss on held-out examples that are not reported; where the
+rates found differ, all arms are shown at each of them too, for one seed chooses rates roughly. The
 reported seeds differ in data order and in the draw of A. What is in the record already is not run
 again. Ends with a line `RESULT {json}`: mean test losses, and the differences of the arms to one
 rank with their 95 % t intervals over seeds.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -98,16 +99,25 @@ class Study:
 
 
 def compared(study: Study, rates: Sequence[float], seeds: Sequence[int]) -> dict[str, Any]:
-    """Losses of all arms, printed, and what goes into the result."""
+    """All arms at their own learning rates; where these differ, also all at each of the rates."""
     best = {arm: best_rate(rates, partial(study.validation, arm)) for arm in ARMS}
+    result = reported(study, best, seeds)
+    shared = sorted(set(best.values()))
+    for rate in shared if len(shared) > 1 else ():
+        result[f"all at {rate:g}"] = reported(study, dict.fromkeys(ARMS, rate), seeds)
+    return result
+
+
+def reported(study: Study, rates: Mapping[str, float], seeds: Sequence[int]) -> dict[str, Any]:
+    """Losses of the arms at these rates, printed, and what goes into the result."""
     losses: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for seed in seeds:
         for arm in ARMS:
-            losses[arm].append(study.loss(arm, seed, best[arm], "test"))
+            losses[arm].append(study.loss(arm, seed, rates[arm], "test"))
     result: dict[str, Any] = {}
     for arm in ARMS:
         result[arm] = round(statistics.mean(losses[arm]), 4)
-        print(f"rank {study.rank:<3} {arm:<12} lr {best[arm]:<7g} {spread(losses[arm])}")
+        print(f"rank {study.rank:<3} {arm:<12} lr {rates[arm]:<7g} {spread(losses[arm])}")
     for arm in ARMS[1:]:
         found = paired_difference(losses[arm], losses["uniform"])
         interval = [round(end, 4) for end in found.interval or ()]
@@ -130,12 +140,8 @@ def main() -> None:
             record, steps, seeds, rates = Record(Path(folder, "record.json")), 2, [0], RATES[1:2]
             task = Task("stdlib-docstrings", base, tokenizer, validation=4, test=8)
         else:
-            record, steps, seeds, rates = (
-                Record(options.record),
-                options.steps,
-                options.seeds,
-                RATES,
-            )
+            record, steps = Record(options.record), options.steps
+            seeds, rates = options.seeds, RATES
             task = Task("stdlib-docstrings", base, tokenizer, validation=48, test=96)
         record.check("steps", steps)
         ranks = options.ranks[:1] if options.quick else options.ranks
