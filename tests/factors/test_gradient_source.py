@@ -16,6 +16,7 @@ from support.reference import array, frobenius, truncated
 from support.tiny_models import TARGETS, tiny_model, weight_of
 from torch import nn
 from torch.testing import assert_close
+from transformers import FalconConfig, FalconForCausalLM, OPTConfig, OPTForCausalLM
 
 from peft_svdinit import (
     FactorsMetadata,
@@ -109,6 +110,43 @@ def test_dropout_is_off():
     base = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
     given = batches(1)
     assert_gradients(gradient_factors(base, given, rank=16), mean_gradients(base, given), 16)
+
+
+def opt() -> OPTForCausalLM:
+    """Its layers, told that they are training, call the function of dropout."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=64,
+        hidden_size=16,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        word_embed_proj_dim=16,
+        dropout=0.5,
+        attention_dropout=0.5,
+    )
+    return OPTForCausalLM(config).eval()
+
+
+def falcon() -> FalconForCausalLM:
+    """It adds to what a layer gave in place."""
+    torch.manual_seed(0)
+    config = FalconConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, bias=True
+    )
+    return FalconForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [opt, falcon])
+def test_models_with_habits_of_their_own_give_the_mean_gradient(make):
+    base, given = make(), batches(2)
+    expected = mean_gradients(base, given)
+    for model in (base, checkpointed(make(), reentrant=False)):
+        found = gradient_factors(model, given, rank=16)
+        assert found.keys() == expected.keys()
+        for name, layer in found.items():
+            assert_close(layer.dense(), expected[name].float(), rtol=1e-4, atol=1e-5)
 
 
 def checkpointed(base, *, reentrant: bool):

@@ -150,7 +150,8 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, add: Callable) -> Tensor:
         ctx.save_for_backward(x)
         ctx.add = add
-        return output.view_as(output)
+        # No view: Falcon adds to a layer's output in place.
+        return output.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:

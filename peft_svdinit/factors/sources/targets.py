@@ -20,6 +20,7 @@ from ...models import (
     refuse_tensor_parallel,
     reshard,
 )
+from .dropout import no_dropout_in_functions
 
 Batch = Mapping[str, Any]
 
@@ -169,7 +170,7 @@ def reading(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None]:
             )
         if cache is not None:
             config.use_cache = False  # pyright: ignore[reportOptionalMemberAccess]
-        with layers_gathered(model):
+        with layers_gathered(model), no_dropout_in_functions():
             yield
     finally:
         for parameter in parameters:
