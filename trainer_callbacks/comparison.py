@@ -29,7 +29,7 @@ from peft_svdinit.training import (
     write_run_info,
 )
 from trainer_callbacks.logged_rows import row_of, rows_to_keep
-from trainer_callbacks.owning_trainer import trainer_of
+from trainer_callbacks.owning_trainer import calling_trainer
 from trainer_callbacks.sparing import Sparing, prepare_folder
 from trainer_callbacks.step_clock import StepClock, step_clock
 
@@ -144,6 +144,7 @@ class ComparisonCallback(TrainerCallback, ExportableState):
                 "ComparisonCallback cannot record tokens; pass "
                 "include_num_input_tokens_seen='non_padding' to TrainingArguments"
             )
+        trainer = calling_trainer(self)
         directory = self._directory(args)
         resumed = state.global_step > 0
         stale = () if resumed else (RUN_INFO, LOSS_CURVE)
@@ -170,7 +171,7 @@ class ComparisonCallback(TrainerCallback, ExportableState):
             "trainable_parameters": trainable,
             "total_parameters": total,
             "world_size": args.world_size,
-            "runs_as": self._runs_as(),
+            "runs_as": RunsAs.of(trainer).as_dict() if trainer else None,
             **describe_environment(args.device),
             "started": _started(directory) if resumed else _now(),
             "extra": self.extra,
@@ -242,13 +243,6 @@ class ComparisonCallback(TrainerCallback, ExportableState):
         directory = args.output_dir if self.output_dir is None else self.output_dir
         assert directory is not None  # TrainingArguments fills its own in
         return Path(directory)
-
-    def _runs_as(self) -> dict[str, Any] | None:
-        """None where the callback was given to several Trainers, and cannot tell whose it is."""
-        try:
-            return RunsAs.of(trainer_of(self)).as_dict()
-        except RuntimeError:
-            return None
 
     def _measure_memory(self, device: torch.device) -> None:
         peak = peak_memory_mb(device)

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_svdinit.training import RunsAs
-from trainer_callbacks.owning_trainer import trainer_of
+from trainer_callbacks.owning_trainer import calling_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,10 @@ class RunsAsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        runs_as = RunsAs.of(trainer_of(self))
+        trainer = calling_trainer(self)
+        if trainer is None:
+            raise RuntimeError("RunsAsCallback is for a Trainer; give it in callbacks=[...]")
+        runs_as = RunsAs.of(trainer)
         runs_as.check(**self.expected)
         if state.is_world_process_zero:
             self.report(f"runs as: {runs_as}")

@@ -116,8 +116,8 @@ def test_energy_and_parameters_take_the_place_of_ratios():
 
 
 def test_two_trainers_where_parameters_are_split_and_only_what_they_can_follow():
-    split: Any = SimpleNamespace(deepspeed=None, fsdp=["full_shard"])
-    whole: Any = SimpleNamespace(deepspeed=None, fsdp=[])
+    split: Any = SimpleNamespace(splits_state=True)
+    whole: Any = SimpleNamespace(splits_state=False)
     assert LowRankOptions().is_in_place(whole) and not LowRankOptions().is_in_place(split)
     for options in (
         LowRankOptions(switch="loss_plateau"),
