@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from ..models import whole_shape
 from .product_on_demand import ProductOnDemand
 
 
@@ -64,11 +65,11 @@ class LowRankLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self.Vh.shape[1]
+        return whole_shape(self.Vh)[1]
 
     @property
     def out_features(self) -> int:
-        return self.U.shape[0]
+        return whole_shape(self.U)[0]
 
     @property
     def nf(self) -> int:
@@ -77,7 +78,7 @@ class LowRankLinear(nn.Module):
 
     @property
     def rank(self) -> int:
-        return self.U.shape[1]
+        return whole_shape(self.U)[1]
 
     @property
     def left(self) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from .deepspeed_ops import COMMUNICATION, CPU_ADAM, prepare_op
+from .running import WRAPPERS
 
 _LAUNCHED_WITH_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 _LAUNCHED_WITH_FSDP = "ACCELERATE_USE_FSDP"
@@ -76,10 +77,7 @@ class RecipeArguments(TrainingArguments):
     )
     expected_wrapper: str | None = field(
         default=None,
-        metadata={
-            "help": "Refuse to train within another class: DistributedDataParallel, "
-            "DeepSpeedEngine, FSDPModule or none."
-        },
+        metadata={"help": f"Refuse to train within another class: {', '.join(WRAPPERS)}."},
     )
     expected_stage: int | None = field(
         default=None,
@@ -91,9 +89,11 @@ class RecipeArguments(TrainingArguments):
     def __post_init__(self) -> None:
         # Pinning without an accelerator only warns.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        if self.total_train_batch_size is not None:
-            self._divide_batch(self.total_train_batch_size)
+        self._check_expectations()
         launched = os.environ.get(_LAUNCHED_WITH_DEEPSPEED, "false").lower() == "true"
+        total = self.total_train_batch_size
+        if total is not None:
+            self._divide_batch(total, alone=bool(self.deepspeed or launched))
         if self.deepspeed or launched:
             self._prepare_deepspeed(launched)
         super().__post_init__()
@@ -103,7 +103,14 @@ class RecipeArguments(TrainingArguments):
             raise ValueError(
                 f"expected_processes is {self.expected_processes}, but {self.world_size} run; "
                 "`accelerate launch --cpu` starts one whatever is asked: use torchrun "
-                "--nproc_per_node, or accelerate launch --multi_gpu --num_processes with --use_cpu"
+                "--nproc_per_node 2 recipe.py --use_cpu true"
+            )
+        step = self.train_batch_size * self.world_size * self.gradient_accumulation_steps
+        if total not in (None, step):
+            raise ValueError(
+                f"total_train_batch_size={total}, but {self.world_size} processes with "
+                f"{self.train_batch_size} examples each would take {step} a step; set "
+                "per_device_train_batch_size instead"
             )
 
     @property
@@ -116,9 +123,10 @@ class RecipeArguments(TrainingArguments):
         """What DeepSpeed needs before the processes meet."""
         if self.use_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if launched and os.environ.get(_LAUNCHED_PRECISION) == "bf16" and not self.fp16:
+        if launched and not (self.bf16 or self.fp16):
             # The Trainer takes the precision of a launch file everywhere but here.
-            self.bf16 = True
+            precision = os.environ.get(_LAUNCHED_PRECISION)
+            self.bf16, self.fp16 = precision == "bf16", precision == "fp16"
         prepare_op(COMMUNICATION)
 
     def _check_deepspeed(self) -> None:
@@ -129,7 +137,7 @@ class RecipeArguments(TrainingArguments):
             communication.init_distributed("gloo" if self.use_cpu else None, verbose=False)
         plugin: Any = self.deepspeed_plugin
         zero = plugin.deepspeed_config.get("zero_optimization", {})
-        if (zero.get("offload_optimizer") or {}).get("device") == "cpu":
+        if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
             prepare_op(CPU_ADAM)
         gathers = zero.get("stage3_gather_16bit_weights_on_model_save")
         if zero.get("stage") == 3 and not gathers:
@@ -139,15 +147,28 @@ class RecipeArguments(TrainingArguments):
                 "stage3_gather_16bit_weights_on_model_save in DeepSpeed's own"
             )
 
-    def _divide_batch(self, total: int) -> None:
-        # Before transformers writes the batch of a device into DeepSpeed's configuration.
+    def _check_expectations(self) -> None:
+        if self.expected_wrapper not in (None, *WRAPPERS):
+            raise ValueError(
+                f"expected_wrapper must be one of {', '.join(WRAPPERS)}, got "
+                f"{self.expected_wrapper!r}"
+            )
+        if self.expected_stage not in (None, 0, 1, 2, 3):
+            raise ValueError(f"expected_stage must be in 0..3, got {self.expected_stage}")
+
+    def _divide_batch(self, total: int, *, alone: bool) -> None:
+        """Before transformers writes the batch of a device into DeepSpeed's configuration.
+
+        A process that was launched `alone`, or among others, has one device; any other has all.
+        """
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        devices = torch.cuda.device_count() if processes == 1 and not self.use_cpu else 1
-        parts = processes * max(devices, 1) * self.gradient_accumulation_steps
+        one = alone or "LOCAL_RANK" in os.environ or self.use_cpu
+        devices = processes if one else max(torch.cuda.device_count(), 1)
+        parts = devices * self.gradient_accumulation_steps
         if total < 1 or total % parts:
             raise ValueError(
-                f"total_train_batch_size={total} cannot be divided among {processes} processes of "
-                f"{max(devices, 1)} devices that accumulate {self.gradient_accumulation_steps} "
-                f"batches; use a multiple of {parts}"
+                f"total_train_batch_size={total} cannot be divided among {devices} processes or "
+                f"devices that accumulate {self.gradient_accumulation_steps} batches; use a "
+                f"multiple of {parts}"
             )
         self.per_device_train_batch_size = total // parts

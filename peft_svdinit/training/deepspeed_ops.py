@@ -29,8 +29,8 @@ def prepare_op(builder: str) -> None:
     """Build an op of DeepSpeed unless it is built already; other processes wait for the one build.
 
     The folder is `$TORCH_EXTENSIONS_DIR`, by default one in this package's cache for this Python,
-    torch, DeepSpeed and accelerator. There, where nobody else builds, the lock of a killed build
-    is removed, and the log says so.
+    torch, DeepSpeed and accelerator. There, where this function alone builds the op, the lock of a
+    killed build is removed, and the log says so.
 
     Args:
         builder: as DeepSpeed names it: COMMUNICATION between processes on CPUs, or CPU_ADAM for
@@ -50,26 +50,27 @@ def prepare_op(builder: str) -> None:
     folder = Path(os.environ.setdefault(_FOLDER, str(own)))
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "building"):
-        _release(folder, is_own=folder == own)
         from deepspeed.accelerator import (  # pyright: ignore[reportMissingImports]
             get_accelerator,
         )
 
         found = get_accelerator().create_op_builder(builder)
         if found is not None and found.is_compatible(verbose=False):
+            _release(folder / found.name / _LOCK, is_own=folder == own)
             found.load(verbose=False)
 
 
-def _release(folder: Path, *, is_own: bool) -> None:
-    for lock in sorted(folder.glob(f"*/{_LOCK}")):
-        if not is_own:
-            raise ValueError(
-                f"{_FOLDER}: {lock} says that an op of DeepSpeed is being built; every run waits "
-                "for its removal. If no other program builds there, a killed one left it: delete "
-                f"the file, or leave {_FOLDER} unset"
-            )
-        logger.warning("removed %s, which a killed build of a DeepSpeed op had left", lock)
-        lock.unlink(missing_ok=True)
+def _release(lock: Path, *, is_own: bool) -> None:
+    if not lock.exists():
+        return
+    if not is_own:
+        raise ValueError(
+            f"{_FOLDER}: {lock} says that an op of DeepSpeed is being built; every run waits "
+            "for its removal. If no other program builds there, a killed one left it: delete "
+            f"the file, or leave {_FOLDER} unset"
+        )
+    logger.warning("removed %s, which a killed build of a DeepSpeed op had left", lock)
+    lock.unlink(missing_ok=True)
 
 
 def _own_folder() -> Path:

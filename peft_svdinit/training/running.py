@@ -7,11 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import Trainer
 
 _NO_WRAPPER = "none"
+_FSDP = ("FSDPModule", "FullyShardedDataParallel")
+WRAPPERS = ("DistributedDataParallel", "DeepSpeedEngine", *_FSDP, "DataParallel", _NO_WRAPPER)
+# Of FSDP1's strategies those that leave weights whole, or gather them once a step.
+_STAGES = {"NO_SHARD": 0, "SHARD_GRAD_OP": 2, "_HYBRID_SHARD_ZERO2": 2}
 
 
 class NotAsExpected(ValueError):
@@ -44,16 +48,20 @@ class RunsAs:
     @classmethod
     def of(cls, trainer: Trainer) -> RunsAs:
         """Of a Trainer that has prepared its model, as it has when `on_train_begin` is called."""
-        wrapped: Any = trainer.model_wrapped
+        # Compiled, a model is in one wrapper more.
+        wrapped: Any = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
         wrapper = _wrapper(wrapped)
         stage, offloaded = 0, ()
         if wrapper == "DeepSpeedEngine":
             stage, offloaded = wrapped.zero_optimization_stage(), _offloaded(wrapped)
-        elif wrapper == "FSDPModule":
-            plugin: Any = trainer.accelerator.state.fsdp_plugin
-            stage = 3 if plugin is None or plugin.reshard_after_forward else 2
-        elif wrapper == "FullyShardedDataParallel":
-            stage = 3 if wrapped.sharding_strategy.name == "FULL_SHARD" else 2
+        elif wrapper in _FSDP:
+            plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+            reshards = plugin is None or plugin.reshard_after_forward
+            strategy = getattr(wrapped, "sharding_strategy", None)
+            stage = _STAGES.get(strategy.name, 3) if strategy else 3 if reshards else 2
+            policy = getattr(plugin, "cpu_offload", None)
+            if isinstance(policy, CPUOffloadPolicy) or getattr(policy, "offload_params", False):
+                offloaded = ("optimizer", "parameters")
         return cls(
             processes=trainer.args.world_size,
             wrapper=wrapper,

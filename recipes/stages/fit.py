@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,6 @@ from peft_svdinit.training import (
 )
 from stages.processes import check_same_start
 from trainer_callbacks import ComparisonCallback, RunsAsCallback
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def fit(
         expected_processes=arguments.expected_processes,
         expected_wrapper=arguments.expected_wrapper,
         expected_stage=arguments.expected_stage,
-        report=logger.info if quiet else print,
+        report=_say_once if quiet else print,
     )
     trainer = Trainer(
         model=model,
@@ -144,6 +142,12 @@ def fit(
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return read_run(folder) if trainer.is_world_process_zero() else None
+
+
+@cache
+def _say_once(line: str) -> None:
+    """What all runs of a recipe share."""
+    print(line)
 
 
 def checkpoint_to_resume(arguments: RecipeArguments) -> str | None:

@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import sys
+import threading
 
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -41,11 +42,13 @@ def leave_process_group() -> None:
     gloo's threads release Python objects of the last exchange. One that comes to do so after the
     interpreter has ended aborts the process ("terminate called without an active exception"), and
     the launcher takes the run for a failed one. Only a group that nothing refers to joins them,
-    and DeepSpeed refers to its group to the end: there the process ends without a finalisation.
+    and DeepSpeed refers to its group to the end: there the process ends without a finalisation,
+    once other threads and what was to be done at exit are done.
     """
     gc.collect()
     PartialState().destroy_process_group()
     if "deepspeed" in sys.modules:
+        threading._shutdown()
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,12 @@ def launched(name: str, script: Path, options: list[str], **launcher: Any) -> li
         )
         for machine in machines
     ]
-    said = [each.communicate(timeout=600)[0] for each in running]
+    try:
+        with ThreadPoolExecutor() as pool:
+            said = list(pool.map(lambda each: each.communicate(timeout=600)[0], running))
+    finally:
+        for each in running:
+            each.kill()
     for each, text in zip(running, said, strict=True):
         assert each.returncode == 0, text
     return said

@@ -37,7 +37,12 @@ def zero3_file(folder: Path) -> str:
     """A configuration of DeepSpeed's own form, whose sizes the Trainer fills in."""
     path = folder / "zero3.json"
     options = {
-        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            # By default weights of fewer than 100,000 numbers stay whole.
+            "stage3_param_persistence_threshold": 0,
+        },
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
