@@ -36,6 +36,7 @@ from .ranks.relative import relative_spectra as relative_spectra
 from .ranks.rule import RankRule as RankRule
 from .sources.activation import WEIGHTINGS as WEIGHTINGS
 from .sources.activation import activation_factors as activation_factors
+from .sources.batches import held_batches as held_batches
 from .sources.descent import FORMS as FORMS
 from .sources.descent import descent_directions as descent_directions
 from .sources.descent import scaled as scaled
@@ -46,7 +47,6 @@ from .sources.line_search import line_search as line_search
 from .sources.lora_ga import lora_ga_factors as lora_ga_factors
 from .sources.shared_inputs import input_covariances as input_covariances
 from .sources.targets import base_samples as base_samples
-from .sources.targets import held_batches as held_batches
 from .sources.targets import named_layers as named_layers
 from .sources.targets import target_layers as target_layers
 from .sources.weight import PARTS as PARTS

@@ -112,7 +112,7 @@ def _weights(
     for sharing, moments in input_covariances(
         model,
         named_layers(model, chosen),
-        held_batches(batches),
+        held_batches(batches, model),
         centred=False,
         positions="attended",
         memory_gb=memory_gb,

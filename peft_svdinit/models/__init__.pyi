@@ -7,6 +7,7 @@ from .casts import rounding_size as rounding_size
 from .checkpoint import BLOCK_ENTRIES as BLOCK_ENTRIES
 from .checkpoint import Checkpoint as Checkpoint
 from .conversion import module_names as module_names
+from .engines import in_training_engine as in_training_engine
 from .linear_weights import LinearWeights as LinearWeights
 from .names import is_within as is_within
 from .names import layer_depth as layer_depth
@@ -31,7 +32,6 @@ from .saved_whole import WholeModules as WholeModules
 from .saved_whole import whole_modules as whole_modules
 from .sharded_forward import layers_gathered as layers_gathered
 from .sharding import gathered as gathered
-from .sharding import is_of_engine as is_of_engine
 from .sharding import is_split as is_split
 from .sharding import overwrite_ as overwrite_
 from .sharding import refuse_tensor_parallel as refuse_tensor_parallel
@@ -39,6 +39,8 @@ from .sharding import reshard as reshard
 from .sharding import whole as whole
 from .sharding import whole_copy as whole_copy
 from .sharding import whole_shape as whole_shape
+from .sharing import from_all_processes as from_all_processes
+from .sharing import from_first_process as from_first_process
 from .stored_parameters import StoredParameters as StoredParameters
 from .task_types import heads_of_task as heads_of_task
 from .task_types import loadable_task_type as loadable_task_type

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .sharding import whole_copy, whole_shape
+from .sharding import is_split, whole_copy, whole_shape
 from .weights import is_plain
 
 
@@ -127,14 +127,28 @@ def _maps_rows(module: nn.Linear) -> bool:
     # A quantised layer is one, and running it may repack its weight.
     if type(module).forward is nn.Linear.forward or not is_plain(module.weight):
         return True
+    weight = module.weight
+    parameters = {
+        f"module.{key}": whole_copy(own) for key, own in module.named_parameters() if is_split(own)
+    }
     try:
         with torch.no_grad():
-            parameters = {key: whole_copy(own) for key, own in module.named_parameters()}
-            given = parameters["weight"].new_zeros(1, 1, module.in_features)
-            found: Any = functional_call(module, parameters, (given,))
+            given = torch.zeros(1, 1, module.in_features, dtype=weight.dtype, device=weight.device)
+            found: Any = functional_call(_Unhooked(module), parameters, (given,))
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
         return False
     return isinstance(found, Tensor) and found.shape == (1, 1, module.out_features)
+
+
+class _Unhooked(nn.Module):
+    """A module without its hooks: those of `fully_shard` would look for its shards."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Any:
+        return type(self.module).forward(self.module, x)
 
 
 def _matches(name: str, target_modules: str | Sequence[str], *, is_head: bool) -> bool:

@@ -20,18 +20,31 @@ from .sharding import gathered, is_of_zero, reshard
 def layers_gathered(model: nn.Module) -> Iterator[None]:
     """Within, the model can be called, and gradients passed back through it, by all processes.
 
+    Gradients reach what layers are given, not the parameters of ZeRO-3, which must be frozen.
+
     Each module's own parameters are gathered for its forward pass, and each once more when an
     operation's backward pass asks for it. Parameters that were whole stay so, as those that an
     engine fetches do. FSDP2 fetches for itself; its outermost parameters are put back.
 
     Memory: one layer; with gradient checkpointing, in the backward pass, one checkpointed block.
+
+    Raises:
+        RuntimeError: if a parameter of ZeRO-3 is trainable, or if a pass through a model split by
+            it fails in torch, as it does where a module reads the weight of another.
     """
     reshard(model)
     owners: dict[nn.Module, dict[str, Tensor]] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if is_of_zero(parameter):
-                owners.setdefault(module, {})[name] = parameter
+            if not is_of_zero(parameter):
+                continue
+            if parameter.requires_grad:
+                raise RuntimeError(
+                    f"parameter {name} of {path or type(model).__name__} is split by ZeRO-3 and "
+                    "requires a gradient, which would not reach it here; freeze it by "
+                    "requires_grad_(False)"
+                )
+            owners.setdefault(module, {})[name] = parameter
     lent = _Lent()
     handles = []
     for module, own in owners.items():
@@ -44,6 +57,16 @@ def layers_gathered(model: nn.Module) -> Iterator[None]:
                 yield
         else:
             yield
+    except (RuntimeError, IndexError) as error:
+        # Errors of torch itself; its subclasses, out of memory say, speak for themselves.
+        if not owners or type(error) not in (RuntimeError, IndexError):
+            raise
+        raise RuntimeError(
+            f"{type(model).__name__} failed in a pass through its layers, split by ZeRO-3, which "
+            "most likely means that it reads weights outside of the layers that own them, where "
+            "they are empty; make the factors on a whole model and save them to a file, or start "
+            'from its weights by svd_source="weight"'
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -7,31 +7,36 @@ parallelism also makes DTensors, but splits the computation with them, and is re
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from ..files import WrongKind
+
+# To import DTensor and FSDP2 takes half a second, and what nobody has imported has made no tensor
+# and no module yet.
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def is_split(parameter: Tensor) -> bool:
     """Whether each process holds a part of it."""
-    return is_of_zero(parameter) or isinstance(parameter, DTensor)
+    return is_of_zero(parameter) or is_dtensor(parameter)
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether it is one of torch's distributed tensors."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_of_zero(parameter: Tensor) -> bool:
     """Whether ZeRO-3 has it, and it may be empty here."""
     return hasattr(parameter, "ds_id")
-
-
-def is_of_engine(parameter: Tensor) -> bool:
-    """Whether a DeepSpeed engine's optimizer has copies, from which its steps write over it."""
-    linked = getattr(parameter, "_hp_mapping", None) is not None
-    return linked or hasattr(parameter, "_z3_optimizer")
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
@@ -66,7 +71,7 @@ def _is_away(parameter: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """A DTensor put together; any other as it is, ZeRO-3's within `gathered`."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 @torch.no_grad()
@@ -79,7 +84,9 @@ def whole_copy(parameter: Tensor) -> Tensor:
 @torch.no_grad()
 def overwrite_(parameter: Tensor, value: Tensor) -> None:
     """Set a parameter to a whole value; that of the first process where they differ."""
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
         given = value.to(parameter.device, parameter.dtype)
         parameter.copy_(distribute_tensor(given, parameter.device_mesh, parameter.placements))
         return
@@ -93,9 +100,15 @@ def reshard(model: nn.Module) -> None:
     After a forward pass the outermost module's are whole, in tensors of their own; what is written
     into these is lost.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return []
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def refuse_tensor_parallel(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -116,13 +129,12 @@ def refuse_tensor_parallel(model: nn.Module, layers: Mapping[str, nn.Module]) ->
     """
     under_fsdp = {
         id(parameter)
-        for module in model.modules()
-        if isinstance(module, FSDPModule)
+        for module in _fsdp_modules(model)
         for parameter in module.parameters()
     }
     for name, layer in layers.items():
         foreign = (
-            isinstance(parameter, DTensor)
+            is_dtensor(parameter)
             and not (id(parameter) in under_fsdp and _is_split_by_fsdp_alone(parameter))
             for parameter in layer.parameters(recurse=False)
         )
@@ -135,5 +147,7 @@ def refuse_tensor_parallel(model: nn.Module, layers: Mapping[str, nn.Module]) ->
 
 
 def _is_split_by_fsdp_alone(parameter: DTensor) -> bool:
+    from torch.distributed.tensor import Replicate, Shard
+
     *others, last = parameter.placements
     return type(last) is Shard and all(isinstance(each, Replicate) for each in others)

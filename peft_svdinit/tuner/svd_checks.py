@@ -14,7 +14,7 @@ from ..models import (
     entries_at,
     first_difference,
     gathered,
-    is_of_engine,
+    in_training_engine,
     is_plain,
     whole,
 )
@@ -70,13 +70,6 @@ def check_layer(
             f"layer {name}: adapter {adapter_name!r} is merged into the base weight; call "
             "unmerge_adapter() before initialising it"
         )
-    parts = lora_linears(layer, adapter_name)
-    if any(is_of_engine(each) for part in parts for each in part.parameters()):
-        raise RuntimeError(
-            f"layer {name}: adapter {adapter_name!r} is in a DeepSpeed engine, whose optimizer has "
-            "copies of its own, and would undo a start with the first step; start it before the "
-            "engine is made"
-        )
     rank = layer.r[adapter_name]
     if isinstance(factors, FactorsFile | WeightFactors):
         held, shape = factors.rank_of(name), factors.shape_of(name)
@@ -92,6 +85,17 @@ def check_layer(
         raise ValueError(
             f"layer {name}: svd_factors are of a delta of shape {shape}, the layer's "
             f"weight is {expected} (out, in): factors of another model?"
+        )
+
+
+def check_outside_engine(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+    """Of all linear layers of the adapter at once, so that all processes come to one answer."""
+    parts = (part for layer in layers.values() for part in lora_linears(layer, adapter_name))
+    if in_training_engine(parameter for part in parts for parameter in part.parameters()):
+        raise RuntimeError(
+            f"layer {next(iter(layers))}: adapter {adapter_name!r} is in a DeepSpeed engine, whose "
+            "optimizer has copies of its own, and would undo a start with the first step; start it "
+            "before the engine is made"
         )
 
 

@@ -18,6 +18,7 @@ from .svd_checks import (
     check_coverage,
     check_free,
     check_layer,
+    check_outside_engine,
     check_same_base,
 )
 from .svd_writing import leave_to_saved_weights, start_without_factors, write_start
@@ -94,8 +95,8 @@ def initialize_layers(
             a rank is above what is held, shapes differ, the factors are of another base model, or
             A or B is frozen by the kind of the adapter.
         TypeError: if a target layer is not a linear one.
-        RuntimeError: if the adapter is merged into the base weight, or the base was split by
-            `fully_shard` before it got the adapter.
+        RuntimeError: if the adapter is merged into the base weight or in a DeepSpeed engine, or the
+            base was split by `fully_shard` before it got the adapter.
     """
     layers = {module_name(name): layer for name, layer in lora_layers(model, adapter_name)}
     if not layers:
@@ -110,6 +111,7 @@ def initialize_layers(
         check_layer(name, layer, adapter_name, factors)
     linear = {name: layer for name, layer in layers.items() if is_linear(layer, adapter_name)}
     refuse_added_to_shards(linear, adapter_name)
+    check_outside_engine(linear, adapter_name)
     if initializer.start == "reference":
         for name, layer in layers.items():
             check_can_subtract(name, layer, adapter_name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,28 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from transformers import FalconConfig, FalconForCausalLM
 
 from peft_svdinit import (
+    FactorsFile,
     LoriConfig,
     SvdLoraConfig,
+    descent_directions,
     gradient_factors,
     initialize_lora_from_factors,
+    line_search,
+    weight_norms,
 )
-from peft_svdinit.models import whole_copy
+from peft_svdinit.models import linear_modules, whole_copy
 from support.gradient_batches import batches
 from support.peft_fixtures import logits, tiny_base, train
-from support.sharded_starts import digest, largest_difference, taken
+from support.sharded_starts import (
+    digest,
+    largest_difference,
+    refusal,
+    refusals_of_other_batches,
+    taken,
+)
 from support.tiny_models import TARGETS
 
 SHARED: dict[str, Any] = {"r": 5, "target_modules": TARGETS["llama"], "task_type": "CAUSAL_LM"}
@@ -90,14 +100,21 @@ def of_data(mesh: DeviceMesh) -> float:
 def afterwards(folder: Path, mesh: DeviceMesh) -> float:
     """Stock adapters that are split when they are started, after a forward pass."""
     worst = 0.0
-    cases: Any = (({}, "delta"), ({}, "reference"), ({"use_dora": True}, "delta"))
-    for options, start in cases:
+    everything = FactorsFile(folder / "llama.safetensors")
+    first_block = {name: everything[name] for name in everything if "layers.0." in name}
+    cases: Any = (
+        ({}, "delta", everything),
+        ({}, "reference", everything),
+        ({"use_dora": True}, "delta", everything),
+        ({}, "reference", first_block),
+    )
+    for options, start, factors in cases:
         expected, model = stock(**options), stock(**options)
         # All in the outermost group, whose parameters a forward pass leaves whole.
         sharded(model, mesh, ())
         logits(model)
         for each in (expected, model):
-            initialize_lora_from_factors(each, folder / "llama.safetensors", start=start)
+            initialize_lora_from_factors(each, factors, start=start, coverage="partial")
         # What was written into the whole parameters of the forward pass is lost here.
         model.reshard()
         worst = max(worst, largest_difference(adapter(model), adapter(expected)))
@@ -118,17 +135,33 @@ def trained(folder: Path, mesh: DeviceMesh, start: str) -> dict[str, Any]:
     return {"losses": losses, "expected": expected}
 
 
-def refusal(work: Callable[[], object]) -> str:
-    try:
-        work()
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "done"
-
-
 def split_first(mesh: DeviceMesh) -> Any:
     model = tiny_base()
     return sharded(model, mesh, model.model.layers)
+
+
+def searched(mesh: DeviceMesh) -> tuple[Any, ...]:
+    """What a search tried on a model whose loss is a little higher in the second process."""
+    model = split_first(mesh)
+
+    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        output.loss = output.loss + 0.5 * dist.get_rank()
+        return output
+
+    gradient = gradient_factors(model, batches(1), rank=2)
+    directions = descent_directions(gradient, weight_norms(model, gradient), rank=2)
+    model.register_forward_hook(hook)
+    return line_search(model, directions, batches(1), max_trials=3, first_step=0.1).tried
+
+
+def falcon_layers_lost(mesh: DeviceMesh) -> list[str]:
+    """Layers of a linear class of its own that are not found once each is in its own shards."""
+    shape: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    model = FalconForCausalLM(FalconConfig(hidden_size=16, **shape))
+    expected = list(linear_modules(model))
+    for layer in [model.get_submodule(name) for name in expected]:
+        fully_shard(layer, mesh=mesh)
+    return [name for name in expected if name not in linear_modules(model)]
 
 
 def refusals(folder: Path, mesh: DeviceMesh) -> dict[str, str]:
@@ -182,6 +215,9 @@ def main(folder: Path) -> None:
         "afterwards": afterwards(folder, mesh),
         "trained": {start: trained(folder, mesh, start) for start in STARTS},
         "refusals": refusals(folder, mesh),
+        "other_batches": refusals_of_other_batches(split_first(mesh), TARGETS["llama"]),
+        "searched": searched(mesh),
+        "lost": falcon_layers_lost(mesh),
     }
     (folder / f"report-{dist.get_rank()}.json").write_text(json.dumps(report))
 

@@ -19,7 +19,10 @@ def run_training(script: str, *arguments: str, processes: int = 2) -> str:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
+        # Benchmarks last: some are called as modules of others are.
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(ROOT / "tests"), *sys.path, str(ROOT / "recipes" / "benchmarks")]
+        ),
     }
     launcher = TORCHRUN if processes > 1 else []
     command = [sys.executable, *launcher, str(ROOT / "tests" / "support" / script), *arguments]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from peft_svdinit import (
@@ -65,3 +66,26 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         whole.update(name.encode() + tensors[name].detach().contiguous().numpy().tobytes())
     return whole.hexdigest()
+
+
+def refusal(work: Callable[[], object]) -> str:
+    """Class and message of the error that it ends with."""
+    try:
+        work()
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+def refusals_of_other_batches(model: Any, targets: list[str]) -> list[str]:
+    """By the sources, of lists that differ between processes in number, numbers, or emptiness."""
+    rank = dist.get_rank()
+    options: dict[str, Any] = {"rank": RANK, "target_modules": targets}
+    norms = weight_norms(model, weight_factors(model, **options))
+    directions = descent_directions(weight_factors(model, **options), norms, rank=RANK)
+    works: list[Callable[[], object]] = [
+        lambda: gradient_factors(model, batches(1 + rank), **options),
+        lambda: activation_factors(model, batches(1, first_seed=rank), **options),
+        lambda: line_search(model, directions, batches(rank)),
+    ]
+    return [refusal(work) for work in works]

@@ -65,6 +65,27 @@ def test_another_base_is_refused_where_its_weights_are_sharded(without_deepspeed
         assert "layers.1.self_attn.v_proj differ" in said
 
 
+def check_other_batches_were_refused(said: list[str]) -> None:
+    assert len(said) == 3
+    for text in said:
+        assert text.startswith("ValueError: batches differ between the processes that Llama"), text
+
+
+def test_other_batches_in_each_process_are_refused_in_all(without_deepspeed):
+    for report in without_deepspeed[1]:
+        check_other_batches_were_refused(report["other_batches"])
+
+
+def test_all_processes_search_by_the_losses_of_the_first(without_deepspeed):
+    _, (one, other) = without_deepspeed
+    assert one["searched"] == other["searched"]
+
+
+def test_linear_layers_that_are_sharded_themselves_are_found(without_deepspeed):
+    for report in without_deepspeed[1]:
+        assert report["lost"] == []
+
+
 def test_layers_split_by_tensor_parallelism_are_refused_by_name(without_deepspeed):
     for report in without_deepspeed[1]:
         said = {key: text for key, text in report["refusals"].items() if key.startswith("tp")}
@@ -99,10 +120,15 @@ def test_starts_under_zero3_are_those_of_one_process(tmp_path):
         assert len(report["differences"]) == 13
         assert max(report["differences"].values()) < 1e-5, report["differences"]
         assert "weights of layer model.layers.1.self_attn.v_proj differ" in report["other_base"]
-        assert (
-            "layers.0.self_attn.q_proj: adapter 'default' is in a DeepSpeed engine"
-            in (report["late"])
-        )
+        check_other_batches_were_refused(report["other_batches"])
+        assert set(report["late"]) == {"0", "2", "3"}
+        for stage, text in report["late"].items():
+            name = "layers.0.self_attn.q_proj: adapter 'default' is in a DeepSpeed engine"
+            assert text.startswith("RuntimeError") and name in text, (stage, text)
+        assert 1 <= report["peak_over_one_layer"] <= 1.5
+        assert report["after_error"] == "KeyError: 0 whole, 0 lent"
+        assert report["trainable"].startswith("RuntimeError: parameter weight of model.embed_token")
+        assert report["reads_others"].startswith("RuntimeError: Reader failed")
     expected = load_file(tmp_path / "expected" / "adapter_model.safetensors")
     assert equal_bits(load_file(tmp_path / "final" / "adapter_model.safetensors"), expected)
     stock = PeftModel.from_pretrained(tiny_base(), str(tmp_path / "final"))

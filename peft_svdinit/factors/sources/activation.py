@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ...linalg import frobenius_norm, truncated_svd
 from ..low_rank import LowRankFactors
+from .batches import Batch, held_batches
 from .shared_inputs import POSITIONS, Positions, input_covariances
-from .targets import Batch, TargetLayer, held_batches, target_layers
+from .targets import TargetLayer, target_layers
 from .weight import PARTS, Part, part_of_weight
 
 Weighting = Literal["none", "weight"]
@@ -48,6 +49,8 @@ def activation_factors(
     it is returned by its own triplets, of norm ‖W‖_F. Take it at the rank of the adapter. For
     start="reference".
 
+    Under ZeRO-3 and FSDP2 all processes call it with the same batches.
+
     Args:
         model: the base model, on the device that shall compute.
         batches: mappings of the model's arguments; as many as shall count.
@@ -62,7 +65,8 @@ def activation_factors(
             need more, layers are taken in groups and the batches read once per group.
 
     Raises:
-        ValueError: if an option is unknown or there are no batches.
+        ValueError: if an option is unknown, there are no batches, or processes that the model is
+            split between have different ones.
         RuntimeError: if a layer was given no input.
 
     Memory: `memory_gb`; hidden states are never kept. Time: a forward pass per batch and group.
@@ -77,7 +81,7 @@ def activation_factors(
     if weighting == "none" and part != "principal":
         raise ValueError('part="minor" needs weighting="weight"')
     layers = target_layers(model, target_modules)
-    held = held_batches(batches)
+    held = held_batches(batches, model)
     factors: dict[str, LowRankFactors] = {}
     for sharing, covariance in input_covariances(
         model,

@@ -13,14 +13,12 @@ from tqdm.auto import tqdm
 
 from ...linalg import Method
 from ..low_rank import LowRankFactors
+from .batches import Batch, held_batches, on_device
 from .targets import (
-    Batch,
     TargetLayer,
     first_input,
     groups_within,
-    held_batches,
     input_device,
-    on_device,
     reading,
     target_layers,
 )
@@ -42,6 +40,8 @@ def gradient_factors(
     of gradient descent is along minus these factors, see `descent_directions`; as they are, they
     serve start="subspace", and `lora_ga_factors` makes LoRA-GA (arXiv:2407.05000) of them.
 
+    Under ZeRO-3 and FSDP2 all processes call it with the same batches.
+
     Args:
         model: the base model, on the device that shall compute.
         batches: mappings of the model's arguments, labels included; as many as shall count.
@@ -53,8 +53,8 @@ def gradient_factors(
         method: of `truncated_svd`.
 
     Raises:
-        ValueError: if there are no batches, one has no finite loss, or the model carries an
-            adapter.
+        ValueError: if there are no batches, one has no finite loss, processes that the model is
+            split between have different ones, or the model carries an adapter.
         RuntimeError: if a layer got no gradient.
 
     Memory: `memory_gb`, and the inputs of the group's layers for one batch as in training (with
@@ -62,7 +62,7 @@ def gradient_factors(
     per batch and group, the backward down to the group's first layer only.
     """
     layers = target_layers(model, target_modules)
-    held = held_batches(batches)
+    held = held_batches(batches, model)
     sizes = {name: 4 * layer.out_features * layer.in_features for name, layer in layers.items()}
     factors: dict[str, LowRankFactors] = {}
     groups = groups_within(sizes, memory_gb)

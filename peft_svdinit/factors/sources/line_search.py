@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from tqdm.auto import tqdm
 
+from ...models import from_first_process
 from ..low_rank import LowRankFactors
+from .batches import Batch, held_batches, on_device
 from .targets import (
-    Batch,
     TargetLayer,
     first_input,
-    held_batches,
     input_device,
     named_layers,
-    on_device,
     reading,
 )
 
@@ -50,6 +49,8 @@ def line_search(
     which brackets a minimum within that factor if the loss has one along the line. The deltas are
     added in the forward pass as products of thin matrices; the weights are not touched.
 
+    Under ZeRO-3 and FSDP2 all processes call it with the same batches.
+
     Args:
         model: the base model.
         directions: as `descent_directions` gives them; steps are in units of each weight's norm.
@@ -60,7 +61,8 @@ def line_search(
         max_trials: evaluations at most, that of the base not counted.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or processes that the model is split between
+            have different batches.
         RuntimeError: if no step tried lowers the loss.
 
     Time: a forward pass per batch and trial, about five trials if `first_step` is near.
@@ -70,7 +72,7 @@ def line_search(
             "first_step must be positive, factor above 1 and max_trials at least 2, got "
             f"{first_step}, {factor} and {max_trials}"
         )
-    held = held_batches(batches)
+    held = held_batches(batches, model)
     layers = named_layers(model, directions)
     losses: dict[int, float] = {}
     with tqdm(total=max_trials + 1, desc="Line search", unit="step", disable=None) as progress:
@@ -128,7 +130,8 @@ def _mean_loss(
     finally:
         for handle in handles:
             handle.remove()
-    mean = total / len(batches)
+    # One loss for all processes, or they might part: some to another trial, others to the end.
+    mean = from_first_process(model, total / len(batches))
     if not step and not math.isfinite(mean):
         raise ValueError(
             f"batches: the base model's mean loss is {mean}; are all labels of a batch masked?"

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
+from .batches import Batch, on_device
 from .covariance import InputCovariance
 from .targets import (
-    Batch,
     TargetLayer,
     first_input,
     groups_within,
     input_device,
-    on_device,
     reading,
 )
 

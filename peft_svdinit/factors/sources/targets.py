@@ -1,4 +1,4 @@
-"""The layers of a base model that a source of factors reads, and the batches that it reads."""
+"""The layers of a base model that a source of factors reads, and a state to run it in."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from ...models import (
     reshard,
 )
 from .dropout import no_dropout_in_functions
-
-Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -113,33 +111,6 @@ def groups_within(bytes_of: Mapping[str, int], memory_gb: float) -> list[list[st
         groups[-1].append(name)
         used += need
     return groups
-
-
-def held_batches(batches: Iterable[Batch]) -> list[Batch]:
-    """All batches, for they may be read several times.
-
-    Raises:
-        ValueError: if there are none.
-        TypeError: if one is no mapping of argument names to tensors.
-    """
-    held = list(batches)
-    if not held:
-        raise ValueError("batches is empty; a few batches of the training data are needed")
-    for batch in held:
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                "batches must be mappings of the model's arguments, such as input_ids, "
-                f"attention_mask and labels, got {type(batch).__name__}"
-            )
-    return held
-
-
-def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors moved."""
-    return {
-        key: value.to(device) if isinstance(value, Tensor) else value
-        for key, value in batch.items()
-    }
 
 
 def input_device(model: nn.Module) -> torch.device:

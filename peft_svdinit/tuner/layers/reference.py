@@ -67,11 +67,12 @@ def attach_reference(module: LoraLayer, adapter_name: str) -> None:
 
 def attach_zero_reference(module: LoraLayer, adapter_name: str) -> None:
     """Subtract nothing: for a layer whose update begins at zero, among others that do subtract."""
-    factors = lora_linears(module, adapter_name)
+    weights = [factor.weight for factor in lora_linears(module, adapter_name)]
+    # Not new_zeros, which makes split ones of split weights.
     _attach(
         module,
         adapter_name,
-        [factor.weight.new_zeros(whole_shape(factor.weight)) for factor in factors],
+        [torch.zeros(whole_shape(each), dtype=each.dtype, device=each.device) for each in weights],
     )
 
 
