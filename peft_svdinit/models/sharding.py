@@ -128,9 +128,7 @@ def refuse_tensor_parallel(model: nn.Module, layers: Mapping[str, nn.Module]) ->
         TypeError: naming the layer.
     """
     under_fsdp = {
-        id(parameter)
-        for module in _fsdp_modules(model)
-        for parameter in module.parameters()
+        id(parameter) for module in _fsdp_modules(model) for parameter in module.parameters()
     }
     for name, layer in layers.items():
         foreign = (

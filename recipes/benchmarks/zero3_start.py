@@ -58,7 +58,7 @@ _GATHERS = ("all_gather_into_tensor", "all_gather_single", "_all_gather_base", "
 
 
 class Watch:
-    """The bytes that are whole, looked at whenever something is gathered."""
+    """The bytes that are whole, looked at whenever something is gathered while there is a model."""
 
     def __init__(self) -> None:
         self.model: nn.Module | None = None
@@ -77,6 +77,8 @@ class Watch:
 
     def _watched(self, gather: Callable) -> Callable:
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if self.model is None:
+                return gather(*args, **kwargs)
             # What is filled comes first, by position or by name.
             output = next(iter((*args, *kwargs.values())))
             for tensor in [output] if isinstance(output, Tensor) else output:
@@ -93,7 +95,8 @@ class Watch:
         # A thread of gloo's lets go of what it filled a little later than it says it is done.
         time.sleep(_MOMENT)
         self._filled = {key: held for key, held in self._filled.items() if not held[0].expired()}
-        parameters: Any = self.model.parameters() if self.model is not None else ()
+        assert self.model is not None
+        parameters = self.model.parameters()
         available = sum(each.nbytes for each in parameters if hasattr(each, "ds_id"))
         return max(sum(size for _, size in self._filled.values()), available)
 

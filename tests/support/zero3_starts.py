@@ -16,12 +16,31 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from stages.processes import leave_process_group
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+)
 from transformers.integrations import HfDeepSpeedConfig
+from zero3_start import Watch
 
-from peft_svdinit import LoriConfig, SvdLoraConfig, initialize_lora_from_factors
-from peft_svdinit.models import whole_copy
-from support.sharded_starts import digest, largest_difference, taken
+from peft_svdinit import (
+    FactorsFile,
+    LoriConfig,
+    SvdLoraConfig,
+    gradient_factors,
+    initialize_lora_from_factors,
+)
+from peft_svdinit.models import layers_gathered, whole_copy
+from support.gradient_batches import batches
+from support.sharded_starts import (
+    digest,
+    largest_difference,
+    refusal,
+    refusals_of_other_batches,
+    taken,
+)
 from support.tiny_models import ARCHITECTURES, TARGETS
 
 R = 5
@@ -81,11 +100,86 @@ def everything(folder: Path, name: str) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
+def late(folder: Path, stage: int) -> str:
+    """Refusal of an adapter whose first block alone is to start in an engine."""
+    options = json.loads((folder / "zero3.json").read_text())
+    options["zero_optimization"] = {"stage": stage}
+    options["bf16"] = {"enabled": stage == 0}
+    model: Any = get_peft_model(base(folder, "llama"), config(folder, "llama", "delta"))
+    trained: Any = [each for each in model.parameters() if each.requires_grad]
+    engine = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(trained, lr=0.1), config=options
+    )
+    everything = FactorsFile(folder / "llama.safetensors")
+    part = {name: everything[name] for name in everything if "layers.0." in name}
+    said = refusal(lambda: initialize_lora_from_factors(model, part, coverage="partial"))
+    assert engine
+    return said
+
+
+def peak_over_one_layer(watch: Watch, model: nn.Module) -> float:
+    """Most bytes whole at once as gradients are taken, over those of the largest weight."""
+    watch.begin(model)
+    gradient_factors(model, batches(1), rank=2)
+    watch.model = None
+    parameters: Any = model.parameters()
+    return watch.peak / max(each.ds_numel * each.element_size() for each in parameters)
+
+
+def after_error(model: nn.Module) -> str:
+    """What is left whole, or in the place of a parameter, by an error amid a forward pass."""
+
+    def fail(module: nn.Module, args: tuple) -> None:
+        raise KeyError
+
+    last = model.get_submodule("model.layers.1.mlp.down_proj")
+    handle = last.register_forward_pre_hook(fail)
+    model.requires_grad_(False)
+    try:
+        with layers_gathered(model):
+            model(**batches(1)[0])
+    except KeyError:
+        found = list(model.parameters())
+        whole, lent = (
+            sum(bool(each.numel()) for each in found),
+            sum(not hasattr(each, "ds_id") for each in found),
+        )
+        return f"KeyError: {whole} whole, {lent} lent"
+    finally:
+        handle.remove()
+    return "done"
+
+
+def with_gradients(model: nn.Module) -> None:
+    model.requires_grad_(True)
+    with layers_gathered(model):
+        pass
+
+
+def reads_others(folder: Path) -> None:
+    """DeBERTa's encoder reads the weight of an embedding that it never calls."""
+    shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 64}
+    model = DebertaV2ForSequenceClassification(
+        DebertaV2Config(
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            relative_attention=True,
+            pos_att_type=["c2p", "p2c"],
+            **shape,
+        )
+    )
+    deepspeed.zero.Init(module=model, config_dict_or_path=str(folder / "zero3.json"))
+    ids = batches(1)[0]["input_ids"]
+    gradient_factors(model, [{"input_ids": ids, "labels": ids[:, 0] % 2}], rank=2)
+
+
 def main(folder: Path) -> None:
     """Compare split models with whole ones."""
     torch.set_num_threads(1)
+    watch = Watch()  # Before DeepSpeed takes hold of the functions.
     deepspeed.init_distributed(dist_backend="gloo")
     expected = everything(folder, "expected") | {"posthoc": posthoc(folder, split=False)}
+    refused = {stage: late(folder, stage) for stage in (0, 2)}
     alive = HfDeepSpeedConfig(str(folder / "zero3.json"))
     parameters = list(base(folder, "llama").parameters())
     report: dict[str, Any] = {
@@ -106,17 +200,13 @@ def main(folder: Path) -> None:
         get_peft_model(other, config(folder, "llama", "delta"))
     except ValueError as error:
         report["other_base"] = str(error)
-    model: Any = get_peft_model(base(folder, "llama"), config(folder, "llama", "delta"))
-    trained = [each for each in model.parameters() if each.requires_grad]
-    deepspeed.initialize(
-        model=model,
-        optimizer=torch.optim.SGD(trained, lr=0.1),  # pyright: ignore[reportArgumentType]
-        config=str(folder / "zero3.json"),
-    )
-    try:
-        initialize_lora_from_factors(model, folder / "llama.safetensors")
-    except RuntimeError as error:
-        report["late"] = str(error)
+    report["late"] = {**refused, 3: late(folder, 3)}
+    split = base(folder, "llama")
+    report["other_batches"] = refusals_of_other_batches(split, TARGETS["llama"])
+    report["peak_over_one_layer"] = peak_over_one_layer(watch, split)
+    report["after_error"] = after_error(split)
+    report["trainable"] = refusal(lambda: with_gradients(split))
+    report["reads_others"] = refusal(lambda: reads_others(folder))
     (folder / f"report-{dist.get_rank()}.json").write_text(json.dumps(report))
 
 

@@ -68,7 +68,7 @@ def test_another_base_is_refused_where_its_weights_are_sharded(without_deepspeed
 def check_other_batches_were_refused(said: list[str]) -> None:
     assert len(said) == 3
     for text in said:
-        assert text.startswith("ValueError: batches differ between the processes that Llama"), text
+        assert text.startswith("ValueError: batches differ between the processes that hold"), text
 
 
 def test_other_batches_in_each_process_are_refused_in_all(without_deepspeed):
@@ -128,7 +128,9 @@ def test_starts_under_zero3_are_those_of_one_process(tmp_path):
         assert 1 <= report["peak_over_one_layer"] <= 1.5
         assert report["after_error"] == "KeyError: 0 whole, 0 lent"
         assert report["trainable"].startswith("RuntimeError: parameter weight of model.embed_token")
-        assert report["reads_others"].startswith("RuntimeError: Reader failed")
+        assert report["reads_others"].startswith(
+            "RuntimeError: DebertaV2ForSequenceClassification failed"
+        )
     expected = load_file(tmp_path / "expected" / "adapter_model.safetensors")
     assert equal_bits(load_file(tmp_path / "final" / "adapter_model.safetensors"), expected)
     stock = PeftModel.from_pretrained(tiny_base(), str(tmp_path / "final"))

@@ -28,7 +28,7 @@ def held_batches(batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
     if len(numbers) > 1:
         counts = sorted({count for count, _ in numbers})
         raise ValueError(
-            f"batches differ between the processes that {type(model).__name__} is split between "
+            "batches differ between the processes that hold parts of the model "
             f"({len(numbers)} different lists, of {' or '.join(map(str, counts))} batches); give "
             "all processes the same ones, those of the first process say"
         )
