@@ -27,6 +27,7 @@ from peft_svdinit import (
     weight_norms,
 )
 from peft_svdinit.factors import FACTORS_FILE_NAME
+from peft_svdinit.files import file_stamps
 from peft_svdinit.models import is_split
 from peft_svdinit.training import RecipeArguments
 from stages.fit import Materials
@@ -54,6 +55,7 @@ def factors_from_data(
     folder = Path(str(arguments.output_dir)) / FOLDER
     size = arguments.train_batch_size
     wanted = {"kind": options.svd_source, "batch_size": size, **options.start_options}
+    wanted["model"] = file_stamps(model.name_or_path)
     if ranks is not None:
         wanted["ranks"] = dict(ranks)
     shared = any(is_split(parameter) for parameter in model.parameters())

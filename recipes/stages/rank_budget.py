@@ -26,12 +26,12 @@ from peft_svdinit import (
 )
 from peft_svdinit.analysis import analyze, plot_heat_maps
 from peft_svdinit.factors import HasSpectrum, RankRecommendation, Spectrum, target_layers
-from peft_svdinit.files import write_json
+from peft_svdinit.files import file_stamps, write_json
 from peft_svdinit.models import is_split
 from peft_svdinit.training import RecipeArguments
 from peft_svdinit.tuner import lora_scalings
 from stages.data_start import FOLDER, counted
-from stages.fit import Materials
+from stages.fit import Materials, checkpoint_to_resume
 from stages.lora_options import LoraOptions
 
 RANKS, FIGURE = "ranks.json", "ranks.png"
@@ -95,9 +95,20 @@ def ranks_within_budget(
     measured = None
     folder = Path(str(arguments.output_dir)) / FOLDER
     batches = list(islice(materials.batches(arguments.train_batch_size), options.init_batches))
-    wanted = {**_asked(options), "model": model.name_or_path, "data": _digest(batches)}
+    wanted = {
+        **_asked(options),
+        "model": [model.name_or_path, file_stamps(model.name_or_path)],
+        "factors": options.svd_factors and file_stamps(options.svd_factors),
+        "data": _digest(batches),
+    }
     content = _told(_stored(folder / RANKS, wanted) if is_main else None)
     if content is None:
+        if checkpoint_to_resume(arguments) and (folder / RANKS).is_file():
+            raise ValueError(
+                f"rank_budget: the run in {arguments.output_dir} has the ranks of "
+                f"{folder / RANKS}, and an option, the model or the data that they depend on has changed since; "
+                "choose another output_dir"
+            )
         # Before anything is computed: this is where a small budget is refused.
         most = _highest_ranks(model, options)
         shared = any(is_split(parameter) for parameter in model.parameters())
@@ -166,8 +177,12 @@ def _digest(batches: Sequence[Mapping[str, Any]]) -> str:
 def _stored(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return content if content.get("options") == wanted else None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # Of another program, or damaged: it is written anew.
+        return None
+    # As JSON has them.
+    return content if content.get("options") == json.loads(json.dumps(wanted)) else None
 
 
 def _highest_ranks(model: Any, options: LoraOptions) -> dict[str, int]:

@@ -9,16 +9,18 @@ import compare_inits
 import pytest
 import stages.data_start
 import stages.rank_budget
+import torch
 import train_lora
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from stages.fit import Materials
 from stages.lora_options import LoraOptions
-from support.recipe_inputs import shared_options
+from support.recipe_inputs import save_model, shared_options
 from transformers import AutoModelForCausalLM
 
 from peft_svdinit import (
+    FactorsFile,
     FactorsMetadata,
     activation_factors,
     gradient_factors,
@@ -108,7 +110,28 @@ def test_a_resumed_run_has_the_same_ranks_and_other_options_find_others(inputs, 
     train_lora.main([*again, "--max_steps", "4"])
     assert file.stat().st_mtime_ns == made
     assert read_run(tmp_path).info["steps"] == 4 and saved_ranks(tmp_path) == ranks
+    with pytest.raises(SystemExit, match=r"^error: --rank_budget: the run in .* has changed since"):
+        train_lora.main([*again, "--max_steps", "4", "--init_batches", "1"])
     assert run(options, tmp_path, "--init_batches", "1")["cost"]["batches"] == 1
+
+
+def test_another_model_at_the_same_path_or_a_damaged_file_has_its_ranks_found_anew(tmp_path):
+    options = shared_options(tmp_path)
+    first = run(options, tmp_path / "run")
+    save_model(tmp_path / "model", seed=1)
+    second = run(options, tmp_path / "run")
+    assert second["errors"] != first["errors"]
+    (tmp_path / "run" / "start" / "ranks.json").write_text("\x01")
+    assert run(options, tmp_path / "run")["errors"] == second["errors"]
+
+
+def test_a_start_from_another_source_than_the_ranks_computes_its_own(inputs, tmp_path):
+    folder, options = inputs
+    source = ["--init", "svd", "--svd_source", "gradient", "--svd_start", "subspace"]
+    ranks = run(options, tmp_path, *source, "--rank_budget_from", "activation")["ranks"]
+    expected = spectra(folder, "gradient", max(ranks.values()))
+    for name, layer in FactorsFile(tmp_path / "start").items():
+        assert torch.allclose(layer.S, expected[name].S[: layer.rank], rtol=1e-4)
 
 
 @pytest.mark.parametrize("start", ["delta", "subspace", "reference"])
