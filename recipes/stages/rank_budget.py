@@ -106,8 +106,8 @@ def ranks_within_budget(
         if checkpoint_to_resume(arguments) and (folder / RANKS).is_file():
             raise ValueError(
                 f"rank_budget: the run in {arguments.output_dir} has the ranks of "
-                f"{folder / RANKS}, and an option, the model or the data that they depend on has changed since; "
-                "choose another output_dir"
+                f"{folder / RANKS}, and an option, the model or the data that they depend on has "
+                "changed since; choose another output_dir"
             )
         # Before anything is computed: this is where a small budget is refused.
         most = _highest_ranks(model, options)
