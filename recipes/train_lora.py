@@ -81,7 +81,7 @@ def started(
     """The model at its start, the callbacks that its options ask for, and what its start cost."""
     noted: dict[str, Any] = {}
     source = lora.init_from
-    if source:
+    if source is not None:
         lora, noted["start"] = started_from_source(model, lora, arguments)
     base = load_model(model)
     budget = None
@@ -97,7 +97,7 @@ def started(
     if lora.carry_moments_from:
         callbacks.append(CarryMomentsCallback(lora.carry_moments_from))
     peft_model = adapted(base, lora, materials, arguments.seed, budget)
-    if source:
+    if source and noted["start"]["kind"] == "adapter":
         callbacks += moments_of_source(source, peft_model, arguments)
     return peft_model, callbacks, noted
 

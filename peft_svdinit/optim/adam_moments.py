@@ -20,17 +20,19 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..factors import LoraProduct
-from ..files import WrongKind, replacing
+from ..files import WrongKind, opened, replacing
 from ..models import lora_key
 
 MOMENTS_FILE_NAME = "adam_moments.safetensors"
 _PARTS = ("exp_avg", "exp_avg_sq")
 # Share of the student's factor that the teacher's row or column space may leave unexplained.
 _TOLERANCE = 1e-3
+# Share of the largest column of B below which a column is rounding alone.
+_NO_DIRECTION = 1e-6
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def rotated_moments(
     new_B = student.lora_B.double() * (student.scaling / teacher.scaling)
     G = torch.linalg.lstsq(A.mT, new_A.mT, driver="gelsd").solution.mT
     H = torch.linalg.lstsq(B, new_B, driver="gelsd").solution
-    held = new_B.any(dim=0)
+    sizes = new_B.norm(dim=0)
+    held = sizes > _NO_DIRECTION * sizes.max()
     for what, found, wanted in (
         ("lora_A", (G @ A)[held], new_A[held]),
         ("lora_B", B @ H, new_B),
@@ -166,17 +169,21 @@ def save_moments(
 
 
 def load_moments(path: str | os.PathLike) -> dict[str, AdamMoments]:
-    """Moments by adapter key, as `save_moments` wrote them."""
-    tensors = load_file(path)
-    keys = [key.removesuffix(".step") for key in tensors if key.endswith(".step")]
-    return {
-        key: AdamMoments(
-            exp_avg=tensors[f"{key}.exp_avg"],
-            exp_avg_sq=tensors[f"{key}.exp_avg_sq"],
-            step=tensors[f"{key}.step"].item(),
-        )
-        for key in keys
-    }
+    """Moments by adapter key, as `save_moments` wrote them.
+
+    Raises:
+        ValueError: if the file is no safetensors file, truncated, or lacks one of the moments.
+    """
+    with opened(Path(path), "moments") as file:
+        keys = [key.removesuffix(".step") for key in file.keys() if key.endswith(".step")]
+        return {
+            key: AdamMoments(
+                exp_avg=file.get_tensor(f"{key}.exp_avg"),
+                exp_avg_sq=file.get_tensor(f"{key}.exp_avg_sq"),
+                step=file.get_tensor(f"{key}.step").item(),
+            )
+            for key in keys
+        }
 
 
 def install_moments(
@@ -212,10 +219,18 @@ def install_moments(
         carried[key_A], carried[key_B] = rotated_moments(
             name, teacher[name], student, moments[key_A], moments[key_B]
         )
+    # As torch places it: these kernels read the step on the device.
+    on_device = {
+        parameter
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for parameter in group["params"]
+    }
     for key, state in carried.items():
         parameter = parameters[key]
+        device = parameter.device if parameter in on_device else None
         optimizer.state[parameter] = {
-            "step": torch.tensor(state.step),
+            "step": torch.tensor(state.step, dtype=torch.float32, device=device),
             "exp_avg": state.exp_avg.to(parameter),
             "exp_avg_sq": state.exp_avg_sq.to(parameter),
         }

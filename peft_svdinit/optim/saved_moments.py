@@ -60,6 +60,8 @@ def _in_order(path: Path, keys: Sequence[str]) -> dict[str, AdamMoments]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} cannot be read as tensors alone ({reason})") from error
+    if not isinstance(saved, dict) or not {"param_groups", "state"} <= saved.keys():
+        raise ValueError(f"{path} is no optimizer's state: it lacks param_groups or state")
     trained = [group["params"] for group in saved["param_groups"] if group["params"]]
     if [len(numbers) for numbers in trained] != [len(keys)]:
         raise ValueError(

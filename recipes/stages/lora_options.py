@@ -125,7 +125,7 @@ class LoraOptions:
             raise ValueError(
                 f"lora_r and lora_alpha must be positive, got {self.lora_r} and {self.lora_alpha}"
             )
-        if self.init_from:
+        if self.init_from is not None:
             self._check_source_alone()
         if self.init != "svd" and (
             self.svd_factors or self.carry_moments_from or self.svd_source != "teacher"
@@ -140,9 +140,15 @@ class LoraOptions:
             self._check_source()
 
     def _check_source_alone(self) -> None:
+        if not self.init_from:
+            raise ValueError(
+                "init_from is empty; name an adapter, a fine-tuned model or factors, or leave it "
+                "out for a random start"
+            )
         defaults = LoraOptions()
         names = (
-            "init", "svd_factors", "svd_source", "svd_start", "carry_moments_from", "rank_budget"
+            "init", "svd_factors", "svd_source", "svd_part", "svd_start", "gradient_form",
+            "activation_weighting", "carry_moments_from", "rank_budget",
         )  # fmt: skip
         given = {name: getattr(self, name) for name in names}
         given = {name: one for name, one in given.items() if one != getattr(defaults, name)}

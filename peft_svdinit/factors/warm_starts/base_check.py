@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,8 @@ from torch import Tensor
 from ...models import BaseSample, LinearWeights, first_difference
 from ..base_weights import base_weights
 
-# Names that a Trainer gives: they tell no model from another.
-_NO_NAME = re.compile(r"|checkpoint-\d+")
+# Names of a stage or a part, not of a model: they tell no model from another.
+_NO_NAME = re.compile(r"|model|base|base[_-]model|merged|final|output|checkpoint-\d+")
 
 
 def check_base_of_adapter(
@@ -74,6 +75,38 @@ def check_base_of_factors(
         raise ValueError(
             f"{place} are of another base model than {base!r}: the weights of {difference} differ; "
             "give the base that they were made of, or set check_base=False if you mean it"
+        )
+
+
+def check_base_of_model(
+    delta: float, weights: LinearWeights, *, place: str, base: str, argument: str
+) -> None:
+    """Refuse a model that is further from the base than the base is from zero.
+
+    Models trained apart of like weights are √2 of the weights' norm apart, a fine-tune of the base
+    a small share of it.
+
+    Args:
+        delta: ‖tuned − base‖_F over all layers together.
+        weights: of the base, in these layers.
+        place: what the message begins with: the argument and the model.
+        base: what the base is called.
+        argument: by which the user gave the base.
+
+    Raises:
+        ValueError: with the ratio of the norms.
+    """
+    squares = (
+        block.double().square().sum().item()
+        for name in weights.names
+        for _, block in weights.blocks(name)
+    )
+    whole = math.sqrt(math.fsum(squares))
+    if delta > whole:
+        ratio = f"{delta / whole:.2f}" if whole else "infinitely many"
+        raise ValueError(
+            f"{place} differs from {base!r} by {ratio} times the norm of its weights, as a model "
+            f"of another base does; change {argument}, or set check_base=False if you mean it"
         )
 
 

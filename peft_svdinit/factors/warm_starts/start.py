@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,7 @@ from ..extraction.extracted import Extraction
 from ..extraction.in_memory import factors_of_adapter, factors_of_checkpoints
 from ..file import FactorsFile, save_factors
 from ..low_rank import LowRankFactors
-from .base_check import check_base_of_adapter, check_base_of_factors
+from .base_check import check_base_of_adapter, check_base_of_factors, check_base_of_model
 from .held import Held
 from .source import Kind, kind_of
 from .widening import at_rank, check_rank
@@ -131,7 +132,7 @@ def warm_start(
     elif kind == "factors":
         found = _of_factors(given, check_base)
     else:
-        found = _of_model(given, skeleton, rank, target_modules, seed)
+        found = _of_model(given, skeleton, rank, target_modules, seed, check_base)
     if target_modules is not None:
         _check_coverage(given, list(found.factors), list(linear_modules(skeleton, target_modules)))
     check_rank(rank, {name: layer.shape for name, layer in found.factors.items()})
@@ -187,6 +188,7 @@ def _of_model(
     rank: int,
     target_modules: str | Sequence[str] | None,
     seed: int,
+    check_base: bool,
 ) -> Extraction:
     pair = CheckpointPair(
         given.base,
@@ -201,6 +203,14 @@ def _of_model(
     beyond = [name for name in linear_modules(skeleton) if name in changed and name not in modules]
     _check_coverage(given, [*modules, *beyond], list(modules))
     found = factors_of_checkpoints(pair, rank, base_model_name_or_path=given.names[-1], seed=seed)
+    if check_base:
+        check_base_of_model(
+            math.hypot(*(layer.norm for layer in found.factors.values())),
+            pair.base,
+            place=given.place,
+            base=given.names[-1],
+            argument=given.base_argument,
+        )
     uncovered = {tensor.key: tensor.relative_change for tensor in pair.uncovered()}
     if uncovered:
         logger.warning(

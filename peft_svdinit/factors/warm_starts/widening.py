@@ -41,9 +41,11 @@ def check_rank(rank: int, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Raise ValueError unless every (out, in) layer can have `rank` triplets."""
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    for name, shape in shapes.items():
-        if rank > min(shape):
-            raise ValueError(
-                f"rank={rank} is above the {min(shape)} triplets that any delta of layer {name} "
-                f"has, whose weight is {shape} (out, in); lower it"
-            )
+    if not shapes:
+        return
+    name, shape = min(shapes.items(), key=lambda item: min(item[1]))
+    if rank > min(shape):
+        raise ValueError(
+            f"rank={rank} is above the {min(shape)} triplets that any delta of layer {name} "
+            f"has, whose weight is {shape} (out, in); lower it"
+        )
