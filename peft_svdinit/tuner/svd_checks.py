@@ -39,7 +39,7 @@ def check_coverage(
             "svd_factors and target_modules differ: "
             f"{len(missing)} target layers without factors ({shortened(missing)}), "
             f"{len(unused)} factors without target layer ({shortened(unused)}); change "
-            'target_modules, or set svd_coverage="partial" to accept this'
+            'target_modules; SvdLoraConfig(svd_coverage="partial") accepts this'
         )
 
 

@@ -61,8 +61,8 @@ def started_from_source(
             raise ValueError(
                 f"init_from: the run in {arguments.output_dir} began at something else: {source} "
                 "or an option of its start has changed since. Go on from where it began with "
-                f"--init svd --svd_factors {folder}{layers} in place of init_from, or choose another "
-                "output_dir"
+                f"--init svd --svd_factors {folder}{layers} in place of init_from, or choose "
+                "another output_dir"
             )
         else:
             about = _make(folder, wanted, model, lora, arguments)
@@ -145,8 +145,11 @@ def _digests(source: str, names: dict[str, list[int]]) -> dict[str, str]:
     folder = None if path.is_file() else resolve_folder(source, argument="init_from")
     found = {}
     for name in names:
+        digest = hashlib.sha256()
         with (folder / name if folder else path).open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            while block := file.read(1 << 24):
+                digest.update(block)
+        found[name] = digest.hexdigest()
     return found
 
 

@@ -181,9 +181,9 @@ def test_a_start_of_any_rank_is_saved_as_stock_lora(scene, tmp_path):
     [
         (".", {}, r"source: .* holds adapter, base, tuned, which is no adapter, fine-tuned model"),
         ("nowhere", {}, "source: .* is not a folder"),
-        ("adapter", {"rank": 17}, r"rank=17 is above the 16 triplets .*down_proj.*\(16, 24\)"),
+        ("adapter", {"rank": 17}, r"rank=17 is above the 8 triplets .*v_proj.*\(8, 16\)"),
         ("adapter", {"rank": 0}, "rank must be at least 1"),
-        ("tuned", {"rank": 17}, "rank=17 is above the 16 triplets"),
+        ("tuned", {"rank": 17}, "rank=17 is above the 8 triplets .*[kv]_proj"),
         (
             "adapter",
             {"target_modules": ["q_proj", "o_proj"]},
@@ -250,16 +250,25 @@ def test_a_recorded_base_on_this_disk_is_compared_by_its_weights(scene, tmp_path
 
 
 def test_a_base_that_is_stored_quantised_is_known_by_its_name(scene, tmp_path):
-    shutil.copytree(scene / "base", tmp_path / "base")
+    shutil.copytree(scene / "base", tmp_path / "tiny")
+    shutil.copytree(scene / "adapter", tmp_path / "adapter")
+    set_base(tmp_path / "adapter", "lab/tiny")
 
     def quantise(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{LAYER}.weight"] = tensors[f"{LAYER}.weight"].to(torch.uint8)
 
-    rewrite_tensors(tmp_path / "base" / "model.safetensors", quantise)
+    rewrite_tensors(tmp_path / "tiny" / "model.safetensors", quantise)
     start_of(scene).save(tmp_path / "factors")
-    for source in (scene / "adapter", tmp_path / "factors"):
-        start = warm_start(source, base=tmp_path / "base", rank=2)
+    for source in (tmp_path / "adapter", tmp_path / "factors"):
+        start = warm_start(source, base=tmp_path / "tiny", rank=2)
         assert len(start.factors) == 6 and not start.extraction.base_samples
+
+
+def test_a_fine_tune_of_another_base_is_refused(scene, tmp_path):
+    tiny_model(seed=5).save_pretrained(str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"by 1\.4\d times the norm of its weights.*check_base"):
+        warm_start(scene / "tuned", base=tmp_path / "other", rank=2)
+    warm_start(scene / "tuned", base=tmp_path / "other", rank=2, check_base=False)
 
 
 def test_factors_of_another_base_are_refused(scene, tmp_path):
@@ -279,6 +288,7 @@ def test_factors_of_another_base_are_refused(scene, tmp_path):
         ("/home/x/c/smollm2-135m-0a", ["/root/c/smollm2-135m-0a", "builtin:smollm2-135m"], True),
         ("C:\\models\\tiny\\", ["/srv/tiny"], True),
         ("/home/x/runs/a/checkpoint-20", ["/root/b/checkpoint-20"], False),
+        ("/home/x/base_model", ["/models/base_model"], False),
         ("meta/Llama-3-8B", ["/models/Llama-3.1-8B"], False),
         (None, ["/models/tiny"], False),
         ("", ["/models/tiny", "tiny"], False),

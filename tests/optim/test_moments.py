@@ -17,8 +17,16 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_svdinit.factors import LoraProduct, LowRankFactors, SvdGuided
 from peft_svdinit.factors.warm_starts.widening import at_rank
-from peft_svdinit.optim import MOMENTS_FILE_NAME, load_moments, lora_parameters
+from peft_svdinit.models import lora_key
+from peft_svdinit.optim import (
+    MOMENTS_FILE_NAME,
+    install_moments,
+    load_moments,
+    lora_parameters,
+)
 from peft_svdinit.optim.adam_moments import AdamMoments, rotated_moments
+from peft_svdinit.optim.saved_moments import _in_order
+from peft_svdinit.tuner import lora_scalings
 from trainer_callbacks import adam_moments
 from trainer_callbacks.adam_moments import CarryMomentsCallback, SaveMomentsCallback
 
@@ -179,6 +187,35 @@ def test_an_optimizer_that_cannot_be_asked_is_warned_of_and_costs_no_adapter(tmp
     check_saved(run, tmp_path)
 
 
+@pytest.mark.parametrize("flag", [{"fused": True}, {"capturable": True}, {}])
+def test_the_step_is_where_the_kernels_read_it(flag):
+    """As torch places it, by the flags of the parameter's group."""
+    model = lora()
+    parameters = lora_parameters(model)
+    moments = {key: as_moments(torch.ones_like(one)) for key, one in parameters.items()}
+    scalings = lora_scalings(model)
+    keys = [(lora_key(name, "A"), lora_key(name, "B")) for name in scalings]
+    teacher = {
+        name: LoraProduct(
+            parameters[a].detach().clone(), torch.ones_like(parameters[b]), scalings[name]
+        )
+        for name, (a, b) in zip(scalings, keys, strict=True)
+    }
+    optimizer = torch.optim.AdamW(parameters.values(), **flag)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Parameter, "device", torch.device("meta"), raising=False)
+        install_moments(optimizer, model, teacher, moments, scalings)
+    steps = [optimizer.state[one]["step"] for one in parameters.values()]
+    assert {one.device.type for one in steps} == {"meta" if flag else "cpu"}
+    assert {one.dtype for one in steps} == {torch.float32}
+
+
+def test_an_optimizer_file_of_something_else_is_refused(tmp_path):
+    torch.save({"state": {}}, tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"optimizer\.pt is no optimizer's state"):
+        _in_order(tmp_path / "optimizer.pt", [])
+
+
 def test_a_full_disk_at_the_end_costs_the_moments_alone_even_an_earlier_runs(
     tmp_path, monkeypatch, caplog
 ):
@@ -207,8 +244,9 @@ def check_saved(run: Trainer, folder: Path) -> None:
     assert all(torch.equal(loaded[key], trained[key]) for key in loaded)
 
 
+@pytest.mark.parametrize("rounding", [False, True])
 @pytest.mark.parametrize("split", ["output", "balanced"])
-def test_further_directions_of_a_wider_student_have_no_past(split):
+def test_further_directions_of_a_wider_student_have_no_past(split, rounding):
     teacher = product(9, 7, 2, 0.5, 3)
     narrow = student_of(teacher, 2, 1.0, split)
     wider = at_rank(
@@ -219,6 +257,8 @@ def test_further_directions_of_a_wider_student_have_no_past(split):
     )
     init = SvdGuided("delta", split)(wider, rank=5, scaling=1.0)  # pyright: ignore
     wide = LoraProduct(init.lora_A.double(), init.lora_B.double(), 1.0)
+    if rounding:
+        wide.lora_B[:, 2:] = 1e-12
     weight_gradient = torch.randn(9, 7).double()
     moments = [as_moments(gradient) for gradient in gradients(teacher, weight_gradient)]
     expected = rotated_moments("layer", teacher, narrow, *moments)

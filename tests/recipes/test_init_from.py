@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_a_checkpoint_gives_the_moments_of_its_optimizer(teacher, tmp_path, caps
     assert first.final_eval_loss == second.final_eval_loss
 
 
-@pytest.mark.parametrize("what", ["none", "of another adapter", "sgd"])
+@pytest.mark.parametrize("what", ["none", "of another adapter", "truncated", "sgd"])
 def test_without_moments_adam_starts_fresh_and_says_so(teacher, tmp_path, capsys, what):
     folder, options = teacher
     adapter, more = tmp_path / "adapter", []
@@ -83,10 +84,16 @@ def test_without_moments_adam_starts_fresh_and_says_so(teacher, tmp_path, capsys
         (adapter / "adam_moments.safetensors").unlink()
     elif what == "of another adapter":
         rewrite_tensors(adapter / "adam_moments.safetensors", lambda tensors: tensors.clear())
+    elif what == "truncated":
+        moments = adapter / "adam_moments.safetensors"
+        moments.write_bytes(moments.read_bytes()[:-8])
     else:
         more = ["--optim", "sgd"]
     student([*options, "--init_from", str(adapter), *more], tmp_path / "run", 2)
-    assert f"starts fresh, the moments of {adapter} are not carried: " in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"the moments of {adapter} are not carried: " in output
+    assert ("Adam starts fresh" in output) == (what != "sgd")
+    assert ("carried: SGD keeps none" in output) == (what == "sgd")
 
 
 def test_a_resumed_run_has_the_same_start_and_a_changed_adapter_is_noticed(
@@ -100,6 +107,8 @@ def test_a_resumed_run_has_the_same_start_and_a_changed_adapter_is_noticed(
     begun = student(own, run, 3).info["extra"]["start"]
     made = (run / "start" / "factors.safetensors").stat().st_mtime_ns
     (adapter / "training_log.csv").unlink()  # No part of what is read.
+    copied = adapter / "adapter_model.safetensors"
+    os.utime(copied, (0, 0))  # As a copy of the same bytes.
     resumed = student(own, run, 3, "--max_steps", "3", *resume)
     assert (run / "start" / "factors.safetensors").stat().st_mtime_ns == made
     assert resumed.info["extra"]["start"] == begun and resumed.info["steps"] == 3
@@ -108,8 +117,15 @@ def test_a_resumed_run_has_the_same_start_and_a_changed_adapter_is_noticed(
         for key in list(tensors):
             tensors[key] = 2 * tensors[key]
 
+    adapter.rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    student(own, run, 3, "--max_steps", "3", *resume)
+    assert f"{adapter} cannot be read any more" in capsys.readouterr().out
+    (tmp_path / "elsewhere").rename(adapter)
     rewrite_tensors(adapter / "adapter_model.safetensors", edit)
-    with pytest.raises(SystemExit, match=r"--init_from: the run in .* began at something else"):
+    with pytest.raises(
+        SystemExit, match=r"--init_from: .* began at .*--lora_target_modules \w+_proj"
+    ):
         student(own, run, 3, "--max_steps", "4", *resume)
     student(own, run, 3)
     assert (run / "start" / "factors.safetensors").stat().st_mtime_ns != made
@@ -123,7 +139,7 @@ def test_a_fine_tuned_model_is_a_start_too(teacher, tmp_path, capsys):
     run = student([*options, "--init_from", str(tuned)], tmp_path / "run", 8)
     start, output = run.info["extra"]["start"], capsys.readouterr().out
     assert start["kind"] == "model" and start["layers"] == 14 and 0.5 < start["energy"] <= 1
-    assert f"Adam starts fresh, the moments of {tuned} are not carried" in output
+    assert "moments" not in output
 
 
 def test_a_base_in_four_bits_works(teacher, tmp_path):
@@ -142,9 +158,12 @@ def test_a_base_in_four_bits_works(teacher, tmp_path):
         (["--svd_source", "weight"], "leave out --svd_source=weight"),
         (["--svd_start", "subspace"], "leave out --svd_start=subspace"),
         (["--carry_moments_from", "x"], "leave out --carry_moments_from=x"),
+        (["--svd_part", "minor"], "leave out --svd_part=minor"),
+        (["--init_from", ""], "--init_from is empty"),
+        (["--output_dir", "{model}", "--init_from", "{model}"], "would overwrite it"),
         (["--init_from", "/nowhere"], "^error: --init_from: /nowhere is not a folder"),
         (["--init_from", "{model}/.."], "^error: --init_from: .* holds data.jsonl, model, run"),
-        (["--lora_r", "17"], r"^error: --lora_r=17 is above the 16 triplets"),
+        (["--lora_r", "17"], r"^error: --lora_r=17 is above the (8|16) triplets"),
         (
             ["--lora_target_modules", "q_proj", "v_proj"],
             r"^error: --init_from and --lora_target_modules differ: 2 target layers .*v_proj.*"
