@@ -21,7 +21,7 @@ from typing import Any
 from stages.fit import Materials, check_complete, fit, outcome
 from stages.low_rank_options import LowRankOptions
 from stages.processes import leave_process_group
-from stages.progressive import factor_batches, train_in_two, whole_weights
+from stages.progressive import factor_batches, train_in_two
 from train_full_teacher import loaded
 
 from peft_svdinit.low_rank import LowRankPlan, check_rule, low_rank_layers
@@ -31,6 +31,7 @@ from peft_svdinit.training import (
     RecipeArguments,
     parse_options,
     refusals_in_one_line,
+    whole_weights,
     write_run_info,
 )
 

@@ -65,4 +65,5 @@ from .svd_guided import Split as Split
 from .svd_guided import Start as Start
 from .svd_guided import SvdGuided as SvdGuided
 from .warm_starts.held import Held as Held
+from .warm_starts.source import kind_of as kind_of
 from .warm_starts.start import warm_start as warm_start

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from .in_one_piece import whole_weights
 from .models import ModelOptions, checked_source
 
 _FLOAT32, _BLOCK_4BIT, _CODE_4BIT = 4, 64, 16
@@ -79,7 +80,7 @@ def load_skeleton(options: ModelOptions) -> PreTrainedModel:
         dtype: torch.dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
         if options.attn_implementation:
             remote["attn_implementation"] = options.attn_implementation
-        with torch.device("meta"):
+        with whole_weights(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
     except (OSError, ValueError) as error:
         raise ValueError(f"{where} has no configuration to estimate by: {error}") from error

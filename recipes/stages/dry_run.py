@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from peft_svdinit.models import linear_modules
+from peft_svdinit import FactorsFile, recommend_ranks
+from peft_svdinit.factors import LoraAdapter, Spectrum, kind_of, target_layers
 from peft_svdinit.training import (
     DataOptions,
     MemoryEstimate,
@@ -43,7 +44,7 @@ class DryRunOptions:
         default=None,
         metadata={
             "help": "ZeRO's stage in the estimate, 0 for DDP to 3, also for FSDP's full shard; by "
-            "default that of the DeepSpeed launched."
+            "default that of the DeepSpeed or FSDP launched."
         },
     )
 
@@ -58,8 +59,26 @@ def _rank(skeleton: Any, lora: LoraOptions) -> int:
     """The rank of all layers, or the one that a budget of parameters pays for."""
     if lora.rank_budget is None:
         return lora.lora_r
-    layers = linear_modules(skeleton, lora.target_modules).values()
-    return -(-lora.rank_budget // sum(each.in_features + each.out_features for each in layers))
+    layers = target_layers(skeleton, lora.target_modules)
+    once = {
+        name: Spectrum(torch.ones(1), 1.0, (layer.out_features, layer.in_features))
+        for name, layer in layers.items()
+    }
+    # Refused where it does not pay for rank 1 everywhere, as the run does.
+    least = recommend_ranks(once, max_parameters=lora.rank_budget).parameters
+    return -(-lora.rank_budget // least)
+
+
+def _targets(lora: LoraOptions) -> list[str] | None:
+    """The layers to adapt: where none are named, those of the source of the start."""
+    source = lora.init_from
+    if not source:
+        return lora.lora_target_modules
+    kind = kind_of(source, argument="init_from")
+    if lora.lora_target_modules or kind == "model":
+        return lora.lora_target_modules
+    read = LoraAdapter if kind == "adapter" else FactorsFile
+    return list(read(source, argument="init_from"))
 
 
 def memory_of(
@@ -80,6 +99,8 @@ def memory_of(
         plain = replace(
             lora,
             init="random",
+            init_from=None,
+            lora_target_modules=_targets(lora),
             svd_source="teacher",
             svd_factors=None,
             carry_moments_from=None,
@@ -103,10 +124,16 @@ def memory_of(
         eval_batch_size=arguments.per_device_eval_batch_size if evaluates else None,
         autocast=_AUTOCAST.get(arguments.mixed_precision),
         devices=options.dry_run_devices or arguments.world_size,
-        zero_stage=getattr(arguments.deepspeed_plugin, "zero_stage", 0)
-        if options.dry_run_zero_stage is None
-        else options.dry_run_zero_stage,
+        zero_stage=_zero_stage(options, arguments),
     )
+
+
+def _zero_stage(options: DryRunOptions, arguments: RecipeArguments) -> int:
+    if options.dry_run_zero_stage is not None:
+        return options.dry_run_zero_stage
+    if arguments.deepspeed_plugin is not None:
+        return arguments.deepspeed_plugin.zero_stage
+    return 3 if arguments.splits_state else 0
 
 
 def print_estimate(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -12,7 +10,6 @@ from typing import Any
 
 from accelerate import PartialState
 from torch import nn
-from transformers.integrations import deepspeed
 
 from peft_svdinit.low_rank import factorize_, load_low_rank, make_plan
 from peft_svdinit.training import (
@@ -23,6 +20,7 @@ from peft_svdinit.training import (
     Task,
     load_model,
     run_tasks,
+    whole_weights,
 )
 from stages.fit import Materials, check_complete, fit
 from stages.lori_stages import remove_checkpoints
@@ -106,21 +104,6 @@ def train_in_two(
         callbacks=[LowRankCheckpointsCallback()],
     )
     return run, switched
-
-
-@contextmanager
-def whole_weights() -> Iterator[None]:
-    """Models are loaded in one piece, even for ZeRO-3, which splits them when it trains them."""
-    found = getattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
-    config = found() if found is not None else None
-    if config is None:
-        yield
-        return
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed.set_hf_deepspeed_config(config)
 
 
 def _train_full(

@@ -9,7 +9,10 @@ import compare_inits
 import pytest
 import train_full_teacher
 import train_lora
-from transformers import LlamaConfig, Qwen2Config
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from peft_svdinit.training import RecipeArguments
 
 CONFIG = Path(__file__).parents[2] / "recipes/configs/7b_on_one_32gb_card.yaml"
 
@@ -52,6 +55,25 @@ def test_a_start_that_keeps_its_first_factors_needs_them_in_memory(folder, tmp_p
     assert float(frozen[1]) > float(frozen[0])
 
 
+def test_a_start_from_an_adapter_counts_its_layers_alone(folder, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(folder))
+    config = LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    source = ["--init_from", str(tmp_path / "adapter"), "--lora_r", "2", "--use_cpu", "true"]
+    train_lora.main([*dry(folder, tmp_path), *source])
+    # Two layers of 16 x 16 at rank 2.
+    assert " 128 parameters" in capsys.readouterr().out
+
+
+def test_fsdp_divides_weights_without_buckets(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(RecipeArguments, "splits_state", True)
+    devices = ["--dry_run_devices", "2", "--use_cpu", "true"]
+    train_lora.main([*dry(folder, tmp_path), *devices])
+    by_launch = capsys.readouterr().out
+    train_lora.main([*dry(folder, tmp_path), *devices, "--dry_run_zero_stage", "3"])
+    assert by_launch == capsys.readouterr().out and "of DDP" not in by_launch
+
+
 def test_the_7b_configuration_fits_its_card_as_its_comment_says(tmp_path, capsys, monkeypatch):
     # As `mixed_precision: bf16` of recipes/accelerate/single_gpu.yaml.
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -73,6 +95,8 @@ def test_the_7b_configuration_fits_its_card_as_its_comment_says(tmp_path, capsys
     ("recipe", "options", "message"),
     [
         (train_lora, ["--optim", "lion_32bit"], "--optim=lion_32bit has a state of unknown size"),
+        (train_lora, ["--init_from", "gone/missing"], "init_from"),
+        (train_lora, ["--rank_budget", "1"], "rank 1"),
         (train_lora, ["--dry_run_zero_stage", "4"], "--dry_run_zero_stage must be in 0..3"),
         (train_lora, ["--model_name_or_path", "gone/missing"], "no configuration"),
         (train_full_teacher, ["--load_in_4bit", "true"], "cannot be fully fine-tuned"),
