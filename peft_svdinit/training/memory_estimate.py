@@ -30,6 +30,7 @@ class MemoryEstimate:
         evaluation: that of an evaluation, likewise.
         saved: the trained weights of all devices on the disk.
         checkpoint: these and the optimizer's state.
+        host: what is offloaded to the memory of the host, for each device.
     """
 
     frozen: int
@@ -42,6 +43,7 @@ class MemoryEstimate:
     evaluation: int | None
     saved: int
     checkpoint: int
+    host: int = 0
 
     @property
     def fixed(self) -> int:

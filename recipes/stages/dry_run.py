@@ -115,17 +115,40 @@ def memory_of(
     if arguments.gradient_checkpointing:
         kwargs = arguments.gradient_checkpointing_kwargs
         enable_checkpointing_(skeleton, kwargs if isinstance(kwargs, dict) else None)
+    cast = _cast(arguments)
+    if cast is not None:
+        skeleton.to(cast)
     evaluates = arguments.eval_strategy != "no" or arguments.eval_on_start
-    return estimate_memory(
+    stage = _zero_stage(options, arguments)
+    found = estimate_memory(
         skeleton,
         batch_size=arguments.per_device_train_batch_size,
         length=data.max_length,
         optim=_optimizer(arguments),
         eval_batch_size=arguments.per_device_eval_batch_size if evaluates else None,
-        autocast=_AUTOCAST.get(arguments.mixed_precision),
+        autocast=None if cast else _AUTOCAST.get(arguments.mixed_precision),
         devices=options.dry_run_devices or arguments.world_size,
-        zero_stage=_zero_stage(options, arguments),
+        zero_stage=stage,
     )
+    if _offloads(arguments, "offload_optimizer"):
+        found = replace(found, optimizer=0, host=found.optimizer)
+    if stage == 3 and _offloads(arguments, "offload_param"):
+        weights = found.frozen + found.trained
+        found = replace(found, frozen=0, trained=0, host=found.host + weights)
+    return found
+
+
+def _cast(arguments: RecipeArguments) -> torch.dtype | None:
+    """The type that DeepSpeed casts all weights to, in place of autocast."""
+    if arguments.deepspeed_plugin is None:
+        return None
+    return _AUTOCAST.get(arguments.mixed_precision)
+
+
+def _offloads(arguments: RecipeArguments, what: str) -> bool:
+    plugin: Any = arguments.deepspeed_plugin
+    zero = plugin.deepspeed_config.get("zero_optimization", {}) if plugin is not None else {}
+    return (zero.get(what) or {}).get("device", "none") != "none"
 
 
 def _zero_stage(options: DryRunOptions, arguments: RecipeArguments) -> int:
@@ -156,6 +179,9 @@ def print_estimate(
     quantised = model.load_in_4bit or model.load_in_8bit
     held = "4-bit" if model.load_in_4bit else "8-bit" if model.load_in_8bit else model.dtype
     mixed = arguments.mixed_precision
+    cast = _cast(arguments) is not None
+    if cast and not quantised:
+        held = {"bf16": "bfloat16", "fp16": "float16"}[mixed]
     checkpointing = "with" if arguments.gradient_checkpointing or quantised else "without"
     tokens = f"{arguments.per_device_train_batch_size} x {data.max_length} tokens"
     rows = [
@@ -171,9 +197,10 @@ def print_estimate(
             f"{arguments.per_device_eval_batch_size} x {data.max_length} tokens",
         ),
         ("in all", found.total, "at the larger of these two"),
+        ("on the host", found.host, "offloaded by each device, in none of the rows above"),
     ]
     what = "all parameters" if lora is None else f"LoRA of rank {lora.lora_r}"
-    autocast = "" if mixed == "no" else f", autocast to {mixed}"
+    autocast = "" if mixed == "no" or cast else f", autocast to {mixed}"
     print(f"{model.model_name_or_path}, {what}{autocast}: memory of each device")
     for name, size, note in rows:
         if size != 0:
