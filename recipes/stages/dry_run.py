@@ -206,6 +206,8 @@ def print_estimate(
         if size != 0:
             print(f"  {name:16} {_size(size):>10}  {note}".rstrip())
     print("  not counted: the device's context (0.5 to 1 GiB), kernels' workspaces, fragmentation")
+    if runs > 1:
+        print("  not counted: the first factors of reference starts, and the factors on the disk")
     print(
         f"Disk: {_size(found.saved)} for the result of a run, {runs} in all; "
         f"{_size(found.checkpoint)} for a checkpoint; "
