@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
@@ -39,7 +40,7 @@ def calling_trainer(callback: TrainerCallback) -> Trainer | None:
     """
     frame = sys._getframe()
     while frame is not None:
-        found = frame.f_locals.get("self")
+        found: Any = frame.f_locals.get("self")
         if issubclass(type(found), Trainer) and callback in _callbacks(found):
             return found
         frame = frame.f_back

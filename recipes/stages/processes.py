@@ -48,7 +48,7 @@ def leave_process_group() -> None:
     gc.collect()
     PartialState().destroy_process_group()
     if "deepspeed" in sys.modules:
-        threading._shutdown()
+        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -106,7 +106,7 @@ def test_processes_that_would_start_differently_are_stopped(monkeypatch):
     monkeypatch.setattr(agreement, "gather", gathered)
     check_same_start(model)
     with torch.no_grad():
-        other[1].bias[1] += 1e-7
+        other.get_parameter("1.bias")[1] += 1e-7
     with pytest.raises(RuntimeError, match=r"different starts.*: 1\.bias is the first of 1"):
         check_same_start(model)
 
