@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -54,7 +55,8 @@ def prepare_op(builder: str) -> None:
             get_accelerator,
         )
 
-        found = get_accelerator().create_op_builder(builder)
+        accelerator: Any = get_accelerator()
+        found = accelerator.create_op_builder(builder)
         if found is not None and found.is_compatible(verbose=False):
             _release(folder / found.name / _LOCK, is_own=folder == own)
             found.load(verbose=False)

@@ -107,13 +107,13 @@ def late(folder: Path, stage: int) -> str:
     options["bf16"] = {"enabled": stage == 0}
     model: Any = get_peft_model(base(folder, "llama"), config(folder, "llama", "delta"))
     trained: Any = [each for each in model.parameters() if each.requires_grad]
-    engine = deepspeed.initialize(
+    engine, *_ = deepspeed.initialize(
         model=model, optimizer=torch.optim.SGD(trained, lr=0.1), config=options
     )
     everything = FactorsFile(folder / "llama.safetensors")
     part = {name: everything[name] for name in everything if "layers.0." in name}
     said = refusal(lambda: initialize_lora_from_factors(model, part, coverage="partial"))
-    assert engine
+    del engine  # Which has to live until here.
     return said
 
 
