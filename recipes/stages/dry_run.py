@@ -117,7 +117,7 @@ def memory_of(
         enable_checkpointing_(skeleton, kwargs if isinstance(kwargs, dict) else None)
     cast = _cast(arguments)
     if cast is not None:
-        skeleton.to(cast)
+        skeleton.to(cast)  # pyright: ignore[reportArgumentType]
     evaluates = arguments.eval_strategy != "no" or arguments.eval_on_start
     stage = _zero_stage(options, arguments)
     found = estimate_memory(
