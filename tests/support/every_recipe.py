@@ -1,7 +1,7 @@
 """Every recipe in turn in one of several processes; run by the test of the launch files.
 
-Arguments: the folder of the inputs that `save_inputs` makes, one for what the recipes write, and
-options for all of them.
+Arguments: the folder of the inputs that `save_inputs` makes, one for what the recipes write, their
+names, `train_lora` among them, and options for all of them.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def run(recipe: str, options: list[str]) -> None:
     {module.__name__: module for module in modules}[recipe].main(options)
 
 
-def main(inputs: Path, outputs: Path, given: list[str]) -> None:
-    for recipe in EVERY:
+def main(inputs: Path, outputs: Path, recipes: list[str], given: list[str]) -> None:
+    for recipe in recipes:
         options = [*options_of(recipe, inputs), *given, "--output_dir", str(outputs / recipe)]
         total = "2" if recipe in ("compare_inits", "continual") else "4"
         run(recipe, [*options, "--total_train_batch_size", total])
@@ -112,5 +112,5 @@ def main(inputs: Path, outputs: Path, given: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(","), sys.argv[4:])
     leave_process_group()
