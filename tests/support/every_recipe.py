@@ -70,8 +70,7 @@ def options_of(recipe: str, inputs: Path) -> list[str]:
     if recipe == "train_lora":
         return [*options, "--init", "svd", "--svd_factors", str(inputs / "factors")]
     if recipe == "train_lori":
-        options += ["--calibration_steps", "4", "--mask_source", "magnitude_gradient"]
-        return [*options, "--lori_density", "0.25"]
+        return [*options, "--calibration_steps", "4", "--lori_density", "0.25"]
     if recipe == "compare_inits":
         options += ["--seeds", "0", "--teacher_steps", "2", "--teacher_rank", "4", "--lora_r", "2"]
         options += ["--starts", "delta", "gradient:delta", "--init_batches", "2"]
