@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -12,8 +12,6 @@ from transformers import TrainingArguments
 from .deepspeed_ops import COMMUNICATION, CPU_ADAM, prepare_op
 from .running import WRAPPERS
 
-_LAUNCHED_WITH_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
-_LAUNCHED_WITH_FSDP = "ACCELERATE_USE_FSDP"
 _LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
@@ -90,7 +88,7 @@ class RecipeArguments(TrainingArguments):
         # Pinning without an accelerator only warns.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self._check_expectations()
-        launched = os.environ.get(_LAUNCHED_WITH_DEEPSPEED, "false").lower() == "true"
+        launched = _launched_with("DEEPSPEED")
         total = self.total_train_batch_size
         if total is not None:
             self._divide_batch(total, alone=bool(self.deepspeed or launched))
@@ -116,8 +114,16 @@ class RecipeArguments(TrainingArguments):
     @property
     def splits_state(self) -> bool:
         """Whether optimizer, gradients or weights are split among processes: DeepSpeed or FSDP."""
-        launched = os.environ.get(_LAUNCHED_WITH_FSDP, "false").lower() == "true"
-        return self.deepspeed_plugin is not None or bool(self.fsdp) or launched
+        return self.deepspeed_plugin is not None or bool(self.fsdp) or _launched_with("FSDP")
+
+    @property
+    def _zero(self) -> dict[str, Any]:
+        plugin: Any = self.deepspeed_plugin
+        return {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
+
+    def offloads(self, what: Literal["optimizer", "param"]) -> bool:
+        """Whether DeepSpeed keeps the optimizer's state, or the weights, off the device."""
+        return (self._zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
 
     def _prepare_deepspeed(self, launched: bool) -> None:
         """What DeepSpeed needs before the processes meet."""
@@ -135,12 +141,10 @@ class RecipeArguments(TrainingArguments):
         if not communication.is_initialized() and self.world_size > 1:
             # Else models that are loaded in shards take the processes for one.
             communication.init_distributed("gloo" if self.use_cpu else None, verbose=False)
-        plugin: Any = self.deepspeed_plugin
-        zero = plugin.deepspeed_config.get("zero_optimization", {})
-        if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        if self.offloads("optimizer"):
             prepare_op(CPU_ADAM)
-        gathers = zero.get("stage3_gather_16bit_weights_on_model_save")
-        if zero.get("stage") == 3 and not gathers:
+        gathers = self._zero.get("stage3_gather_16bit_weights_on_model_save")
+        if self._zero.get("stage") == 3 and not gathers:
             raise ValueError(
                 "deepspeed: ZeRO-3 saves a model only in shards that nothing else loads; set "
                 "zero3_save_16bit_model to true in a file for accelerate, or "
@@ -172,3 +176,8 @@ class RecipeArguments(TrainingArguments):
                 f"multiple of {parts}"
             )
         self.per_device_train_batch_size = total // parts
+
+
+def _launched_with(what: str) -> bool:
+    """Whether `accelerate launch` was told to use DEEPSPEED or FSDP."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"

@@ -28,10 +28,10 @@ from peft_svdinit import (
 )
 from peft_svdinit.factors import FACTORS_FILE_NAME
 from peft_svdinit.files import file_stamps
-from peft_svdinit.models import is_split
 from peft_svdinit.training import RecipeArguments
 from stages.fit import Materials
 from stages.lora_options import LoraOptions
+from stages.processes import is_shared
 
 FOLDER = "start"
 
@@ -58,7 +58,7 @@ def factors_from_data(
     wanted["model"] = file_stamps(model.name_or_path)
     if ranks is not None:
         wanted["ranks"] = dict(ranks)
-    shared = any(is_split(parameter) for parameter in model.parameters())
+    shared = is_shared(model)
     alone = arguments.main_process_first(local=False, desc="factors from data")
     with nullcontext() if shared else alone:
         if (folder / FACTORS_FILE_NAME).is_file():

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from peft_svdinit import FactorsFile, recommend_ranks
-from peft_svdinit.factors import LoraAdapter, Spectrum, kind_of, target_layers
+from peft_svdinit import FactorsFile
+from peft_svdinit.factors import LoraAdapter, kind_of, target_layers
 from peft_svdinit.training import (
     DataOptions,
     MemoryEstimate,
@@ -22,6 +22,7 @@ from peft_svdinit.training import (
     load_skeleton,
 )
 from stages.lora_options import LoraOptions
+from stages.rank_budget import parameters_of_rank_one
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -60,13 +61,8 @@ def _rank(skeleton: Any, lora: LoraOptions) -> int:
     if lora.rank_budget is None:
         return lora.lora_r
     layers = target_layers(skeleton, lora.target_modules)
-    once = {
-        name: Spectrum(torch.ones(1), 1.0, (layer.out_features, layer.in_features))
-        for name, layer in layers.items()
-    }
-    # Refused where it does not pay for rank 1 everywhere, as the run does.
-    least = recommend_ranks(once, max_parameters=lora.rank_budget).parameters
-    return -(-lora.rank_budget // least)
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    return -(-lora.rank_budget // parameters_of_rank_one(shapes, lora.rank_budget))
 
 
 def _targets(lora: LoraOptions) -> list[str] | None:
@@ -130,9 +126,9 @@ def memory_of(
         devices=options.dry_run_devices or arguments.world_size,
         zero_stage=stage,
     )
-    if _offloads(arguments, "offload_optimizer"):
+    if arguments.offloads("optimizer"):
         found = replace(found, optimizer=0, host=found.optimizer)
-    if stage == 3 and _offloads(arguments, "offload_param"):
+    if stage == 3 and arguments.offloads("param"):
         weights = found.frozen + found.trained
         found = replace(found, frozen=0, trained=0, host=found.host + weights)
     return found
@@ -143,12 +139,6 @@ def _cast(arguments: RecipeArguments) -> torch.dtype | None:
     if arguments.deepspeed_plugin is None:
         return None
     return _AUTOCAST.get(arguments.mixed_precision)
-
-
-def _offloads(arguments: RecipeArguments, what: str) -> bool:
-    plugin: Any = arguments.deepspeed_plugin
-    zero = plugin.deepspeed_config.get("zero_optimization", {}) if plugin is not None else {}
-    return (zero.get(what) or {}).get("device", "none") != "none"
 
 
 def _zero_stage(options: DryRunOptions, arguments: RecipeArguments) -> int:

@@ -9,9 +9,9 @@ import sys
 import threading
 
 from accelerate import PartialState
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
+from peft_svdinit.models import is_split
 from trainer_callbacks.agreement import check_equal
 
 
@@ -26,14 +26,15 @@ def check_same_start(model: nn.Module) -> None:
     trained = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not _is_sharded(parameter)
+        if parameter.requires_grad and not is_split(parameter)
     }
     if trained:
         check_equal(trained, "starts, which must not depend on a process")
 
 
-def _is_sharded(parameter: Tensor) -> bool:
-    return hasattr(parameter, "ds_id") or isinstance(parameter, DTensor)
+def is_shared(model: nn.Module) -> bool:
+    """Whether each process holds a part of the model, so that all take part in what reads it."""
+    return any(is_split(parameter) for parameter in model.parameters())
 
 
 def leave_process_group() -> None:

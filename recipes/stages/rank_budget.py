@@ -27,12 +27,12 @@ from peft_svdinit import (
 from peft_svdinit.analysis import analyze, plot_heat_maps
 from peft_svdinit.factors import HasSpectrum, RankRecommendation, Spectrum, target_layers
 from peft_svdinit.files import file_stamps, write_json
-from peft_svdinit.models import is_split
 from peft_svdinit.training import RecipeArguments
 from peft_svdinit.tuner import lora_scalings
 from stages.data_start import FOLDER, counted
 from stages.fit import Materials, checkpoint_to_resume
 from stages.lora_options import LoraOptions
+from stages.processes import is_shared
 
 RANKS, FIGURE = "ranks.json", "ranks.png"
 # No layer gets more than this many times the rank that the budget pays for everywhere: as many
@@ -111,7 +111,7 @@ def ranks_within_budget(
             )
         # Before anything is computed: this is where a small budget is refused.
         most = _highest_ranks(model, options)
-        shared = any(is_split(parameter) for parameter in model.parameters())
+        shared = is_shared(model)
         if shared or is_main:
             if not (shared or getattr(model, "is_quantized", False)):
                 model.to(arguments.device)
@@ -185,13 +185,22 @@ def _stored(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     return content if content.get("options") == json.loads(json.dumps(wanted)) else None
 
 
+def parameters_of_rank_one(shapes: Mapping[str, tuple[int, int]], budget: int) -> int:
+    """What rank 1 costs in all layers of these (out, in) shapes.
+
+    Raises:
+        ValueError: if the budget does not pay for it.
+    """
+    once = {name: Spectrum(torch.ones(1), 1.0, shape) for name, shape in shapes.items()}
+    return recommend_ranks(once, max_parameters=budget).parameters
+
+
 def _highest_ranks(model: Any, options: LoraOptions) -> dict[str, int]:
     """The most that each layer may get."""
     layers = target_layers(model, options.target_modules)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    once = {name: Spectrum(torch.ones(1), 1.0, shape) for name, shape in shapes.items()}
-    least = recommend_ranks(once, max_parameters=options.rank_budget).parameters
-    cap = math.ceil(MOST_OVER_UNIFORM * (options.rank_budget or 0) / least)
+    budget = options.rank_budget or 0
+    cap = math.ceil(MOST_OVER_UNIFORM * budget / parameters_of_rank_one(shapes, budget))
     most = {name: min(*shape, cap) for name, shape in shapes.items()}
     if options.init == "svd" and options.svd_source == "teacher":
         factors = FactorsFile(options.svd_factors or "", argument="svd_factors")
