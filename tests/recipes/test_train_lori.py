@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -353,6 +356,22 @@ def test_a_training_does_not_replace_what_it_reads(made, tmp_path, option):
     with pytest.raises(SystemExit, match=f"error: --{option}: .* choose another --output_dir"):
         train_lori.main([*chosen, *extra])
     assert weights.read_bytes() == before
+
+
+def test_two_processes_calibrate_and_train_one_adapter(made, tmp_path):
+    _, options = made
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    command += ["2", str(root / "recipes" / "train_lori.py"), *options, "--expected_processes", "2"]
+    command += ["--mask_source", "magnitude_gradient", "--output_dir", str(tmp_path)]
+    path = os.pathsep.join([str(root), *sys.path])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[1/2] calibration") == 1
+    mask, run = load_mask(tmp_path), read_run(tmp_path)
+    assert run.completed and run.info["world_size"] == 2
+    assert load_compact(tmp_path).mask.kept <= mask.kept == run.info["trainable_parameters"]
 
 
 def test_different_masks_on_different_machines_are_an_error(made, monkeypatch):
