@@ -16,6 +16,7 @@ from .factors import scaled as scaled
 from .factors import warm_start as warm_start
 from .factors import weight_factors as weight_factors
 from .factors import weight_norms as weight_norms
+from .hub import push_to_hub as push_to_hub
 from .tuner import LoriConfig as LoriConfig
 from .tuner import SvdLoraConfig as SvdLoraConfig
 from .tuner import initialize_lora_from_factors as initialize_lora_from_factors

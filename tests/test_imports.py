@@ -29,7 +29,18 @@ ROOMS: dict[str, set[str]] = {
     "low_rank": {"linalg", "files", "models", "factors", "optim"},
     "tuner": {"files", "models", "factors", "masks", "optim"},
     "adapters": {"linalg", "files", "models", "factors", "masks", "analysis"},
-    "cli": {"linalg", "files", "models", "training", "factors", "masks", "analysis", "adapters"},
+    "hub": {"files", "models", "training", "factors", "masks", "analysis", "low_rank", "adapters"},
+    "cli": {
+        "linalg",
+        "files",
+        "models",
+        "training",
+        "factors",
+        "masks",
+        "analysis",
+        "adapters",
+        "hub",
+    },
 }
 # Rooms that work without PEFT.
 WITHOUT_PEFT = (

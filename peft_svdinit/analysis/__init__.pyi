@@ -17,5 +17,7 @@ from .masks.words import mask_in_words as mask_in_words
 from .runs.continual import Stages as Stages
 from .runs.continual import write_continual as write_continual
 from .runs.loss_curve import plot_loss_curve as plot_loss_curve
+from .runs.output import COMPARISON_NUMBERS as COMPARISON_NUMBERS
+from .runs.output import COMPARISON_REPORT as COMPARISON_REPORT
 from .runs.output import write_comparison as write_comparison
 from .runs.seed_statistics import paired_difference as paired_difference

@@ -12,7 +12,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..training import REFUSALS, as_typed
-from . import analyze, compare, environment, export, extract, mask, merge, resize, synthesize
+from . import (
+    analyze,
+    compare,
+    environment,
+    export,
+    extract,
+    mask,
+    merge,
+    push,
+    resize,
+    synthesize,
+)
 from .arguments import parsed
 
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -24,6 +35,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "mask": (mask.MaskOptions, mask.run),
     "export": (export.ExportOptions, export.run),
     "compare": (compare.CompareOptions, compare.run),
+    "push": (push.PushOptions, push.run),
     "env": (environment.EnvironmentOptions, environment.run),
 }
 

@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+from .hub import ask_hub, split_revision
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +35,31 @@ def refuse_pickle(path: Path, argument: str) -> None:
 def is_local(path_or_id: str | os.PathLike) -> bool:
     """Whether the user means the disk: an existing path, or a spelling that no Hub id has."""
     text = os.fspath(path_or_id)
+    name, _ = split_revision(text)
     return (
         os.path.exists(text)
         or os.path.isabs(text)
         or text.startswith((".", "~"))
-        or text.count("/") > 1
+        or name.count("/") > 1
         or Path(text).suffix in {".safetensors", ".json", *_PICKLE_SUFFIXES}
     )
+
+
+def hub_id(
+    path_or_id: str | os.PathLike, revision: str | None, argument: str
+) -> tuple[str, str | None]:
+    """A repository and its revision, which the id itself may name: `user/name@revision`.
+
+    Raises:
+        ValueError: if both name one, and not the same.
+    """
+    name, named = split_revision(path_or_id)
+    if named and revision not in (None, named):
+        raise ValueError(
+            f"{argument}: {os.fspath(path_or_id)!r} names another revision than {revision!r}, "
+            "which is given beside it; leave one out"
+        )
+    return name, named or revision
 
 
 def resolve_file(
@@ -50,6 +69,7 @@ def resolve_file(
 
     Raises:
         FileNotFoundError: if it does not exist on the disk or the Hub.
+        PermissionError, ConnectionError: as `ask_hub`.
         ValueError: if it is a pickle, or a local path has a revision.
     """
     path = Path(path_or_id).expanduser()
@@ -66,13 +86,47 @@ def resolve_file(
         raise FileNotFoundError(f"{argument}: the folder {path} has no {file_name}")
     if is_local(path_or_id):
         raise FileNotFoundError(f"{argument}: there is no file or folder {path}")
+    return fetched_file(path_or_id, file_name, argument=argument, revision=revision)
+
+
+def fetched_file(
+    repository: str | os.PathLike,
+    file_name: str,
+    *,
+    argument: str,
+    revision: str | None = None,
+    **download: Any,
+) -> Path:
+    """A file of a repository of the Hub, in the cache.
+
+    Args:
+        repository: its id, `user/name` or `user/name@revision`.
+        file_name: the file.
+        argument: by which the user gave the id; the messages of errors begin with it.
+        revision: branch, tag or commit.
+        download: further arguments of `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError, ValueError: as `ask_hub`; pickles that
+            the repository has in place of the file are named.
+    """
+    name, revision = hub_id(repository, revision, argument)
     try:
-        return Path(hf_hub_download(os.fspath(path_or_id), file_name, revision=revision))
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        found = ask_hub(
+            lambda: hf_hub_download(name, file_name, revision=revision, **download),
+            os.fspath(repository),
+            argument=argument,
+            what=file_name,
+        )
+    except FileNotFoundError as error:
+        pickles = hub_pickles(name, revision) if file_name.endswith(".safetensors") else []
+        if not pickles:
+            raise
         raise FileNotFoundError(
-            f"{argument}: {os.fspath(path_or_id)!r} is neither a path on this disk nor a "
-            f"repository of the Hub with {file_name} that can be reached ({type(error).__name__})"
+            f"{error}, but {', '.join(pickles[:3])}: a pickle can run code when it is loaded; ask "
+            "its author for safetensors, or convert it with what you trust"
         ) from error
+    return Path(str(found))
 
 
 def resolve_folder(
@@ -82,6 +136,7 @@ def resolve_folder(
 
     Raises:
         FileNotFoundError: if it does not exist on the disk or the Hub.
+        PermissionError, ConnectionError: as `ask_hub`.
         ValueError: if a local path has a revision.
     """
     path = Path(path_or_id).expanduser()
@@ -90,20 +145,15 @@ def resolve_folder(
         return path
     if is_local(path_or_id):
         raise FileNotFoundError(f"{argument}: {path} is not a folder on this disk")
-    try:
-        return Path(
-            snapshot_download(
-                os.fspath(path_or_id),
-                revision=revision,
-                allow_patterns=_READ,
-                ignore_patterns=_NOT_READ,
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise FileNotFoundError(
-            f"{argument}: {os.fspath(path_or_id)!r} is neither a folder on this disk nor a "
-            f"repository of the Hub that can be reached ({type(error).__name__})"
-        ) from error
+    name, revision = hub_id(path_or_id, revision, argument)
+    found = ask_hub(
+        lambda: snapshot_download(
+            name, revision=revision, allow_patterns=_READ, ignore_patterns=_NOT_READ
+        ),
+        os.fspath(path_or_id),
+        argument=argument,
+    )
+    return Path(found)
 
 
 def hub_pickles(path_or_id: str | os.PathLike, revision: str | None = None) -> list[str]:
@@ -113,8 +163,9 @@ def hub_pickles(path_or_id: str | os.PathLike, revision: str | None = None) -> l
     """
     if is_local(path_or_id):
         return []
+    name, named = split_revision(path_or_id)
     try:
-        files = HfApi().list_repo_files(os.fspath(path_or_id), revision=revision)
+        files = HfApi().list_repo_files(name, revision=named or revision)
     except Exception as error:  # Of the HTTP client, which differs among versions.
         logger.info("The files of %s cannot be listed: %s", os.fspath(path_or_id), error)
         return []

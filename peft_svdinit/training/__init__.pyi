@@ -1,9 +1,11 @@
 from .arguments import RecipeArguments as RecipeArguments
+from .builtin.model import original_of as original_of
 from .builtin.model import resolve_model as resolve_model
 from .data import DataOptions as DataOptions
 from .data import prepare_examples as prepare_examples
 from .environment import describe_environment as describe_environment
 from .in_one_piece import whole_weights as whole_weights
+from .invocation import launched as launched
 from .log import EVAL_PREFIX as EVAL_PREFIX
 from .log import TRAINING_LOG as TRAINING_LOG
 from .log import Row as Row

@@ -84,7 +84,14 @@ class RecipeArguments(TrainingArguments):
         },
     )
 
+    hub_strategy: str = field(
+        default="end", metadata={"help": "When to push: at the end, the one that recipes have."}
+    )
+    invocation: str | None = field(default=None, init=False)
+    """The command of this run, as `parse_options` has it."""
+
     def __post_init__(self) -> None:
+        self._check_hub()
         # Pinning without an accelerator only warns.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self._check_expectations()
@@ -149,6 +156,19 @@ class RecipeArguments(TrainingArguments):
                 "deepspeed: ZeRO-3 saves a model only in shards that nothing else loads; set "
                 "zero3_save_16bit_model to true in a file for accelerate, or "
                 "stage3_gather_16bit_weights_on_model_save in DeepSpeed's own"
+            )
+
+    def _check_hub(self) -> None:
+        if self.hub_token is not None:
+            # TrainingArguments are pickled beside every checkpoint, and a command line is public.
+            raise ValueError(
+                "hub_token would be saved with the run and shown among the machine's processes; "
+                "set HF_TOKEN, or run `hf auth login`"
+            )
+        if self.hub_strategy != "end":
+            raise ValueError(
+                f"hub_strategy must be end, got {self.hub_strategy!r}: recipes push what is whole, "
+                "once; `svdinit push` pushes a checkpoint"
             )
 
     def _check_expectations(self) -> None:

@@ -32,12 +32,15 @@ class OptionParser(argparse.ArgumentParser):
 
     Attributes:
         hints: types of the options by name.
+        of_file: what the file that was read says, as arguments and as values that no argument can
+            say.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Abbreviated options would hide typing errors, and change meaning when an option is added.
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.hints: Mapping[str, Any] = {}
+        self.of_file: tuple[list[str], dict[str, Any]] = [], {}
         self._source = ""
         self.add_argument_group("configuration").add_argument(
             "--config",
@@ -62,7 +65,7 @@ class OptionParser(argparse.ArgumentParser):
         files.error = self.error
         files.add_argument("--config", type=Path)
         config = files.parse_known_args(argv)[0].config
-        arguments, values = self._read(config) if config else ([], {})
+        arguments, values = self.of_file = self._read(config) if config else ([], {})
         namespace = argparse.Namespace(**values)
         namespace, extra = self.parse_known_args([*arguments, *argv], namespace)
         if extra:

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from .invocation import invocation
 from .option_parser import OptionParser
 from .refusal import as_typed
 
@@ -22,6 +23,7 @@ def parse_options(
     *,
     description: str,
     prog: str | None = None,
+    script: str | None = None,
 ) -> tuple[Any, ...]:
     """Fill the dataclasses from `--config FILE` and from the command line, which wins.
 
@@ -34,6 +36,8 @@ def parse_options(
         argv: the arguments, by default those of the process.
         description: what `--help` says first.
         prog: the program's name in messages, by default that of the process.
+        script: the recipe's file; with it a class with a field `invocation` gets the command that
+            says the same without a file.
 
     Returns:
         One instance of each class, in the order given.
@@ -44,7 +48,8 @@ def parse_options(
     """
     classes: list[Any] = list(option_classes)
     parser = _RecipeParser(classes, description=description, prog=prog)
-    namespace = parser.parsed(sys.argv[1:] if argv is None else list(argv))
+    given = sys.argv[1:] if argv is None else list(argv)
+    namespace = parser.parsed(given)
     instances = []
     for option_class in classes:
         names = [entry.name for entry in fields(option_class) if entry.init]
@@ -52,6 +57,9 @@ def parse_options(
             instances.append(option_class(**{name: getattr(namespace, name) for name in names}))
         except ValueError as error:
             parser.error(as_typed(str(error), classes))
+    for instance in instances:
+        if script is not None and hasattr(instance, "invocation"):
+            instance.invocation = invocation(script, given, *parser.of_file)
     return tuple(instances)
 
 

@@ -356,8 +356,8 @@ def test_what_is_not_there_is_said_without_asking_a_server(tmp_path):
         FactorsFile(tmp_path)
 
 
-def test_a_hub_id_that_cannot_be_reached_is_said_to_be_neither(monkeypatch):
-    with pytest.raises(FileNotFoundError, match="factors: 'nobody/nothing' is neither a path"):
+def test_a_hub_id_that_cannot_be_reached_may_be_a_path_misspelt(monkeypatch):
+    with pytest.raises(FileNotFoundError, match="factors: 'nobody/nothing' is no path"):
         FactorsFile("nobody/nothing")
 
 

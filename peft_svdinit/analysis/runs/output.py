@@ -20,6 +20,7 @@ from .reading import EVAL_LOSS
 from .verdicts import headline, verdict
 
 FORMAT_VERSION = 1
+COMPARISON_REPORT, COMPARISON_NUMBERS = "comparison_report.md", "comparison.json"
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def write_comparison(
 
     folder = Path(output_dir)
     paths = ComparisonPaths(
-        report=folder / "comparison_report.md",
-        numbers=folder / "comparison.json",
+        report=folder / COMPARISON_REPORT,
+        numbers=folder / COMPARISON_NUMBERS,
         page=folder / "comparison.html",
         figures=tuple(folder / name for name in images),
     )

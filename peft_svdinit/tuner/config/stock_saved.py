@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import LoraConfig
 
 from ...factors import SIDECAR_NAME
-from ...files import is_local, read_json, write_json
+from ...files import fetched_file, is_local, read_json, write_json
 
 _KIND = "config_class"
 _Config = TypeVar("_Config", bound="StockSavedConfig")
@@ -161,19 +160,13 @@ def adapter_file(
     Raises:
         FileNotFoundError: if the Hub has no such file, or cannot be reached. A file of a local
             folder need not exist.
+        PermissionError, ConnectionError: if the Hub does not give it.
     """
     if is_local(name_or_path):
         return Path(name_or_path, subfolder or "", file_name).expanduser()
-    try:
-        found = hf_hub_download(
-            os.fspath(name_or_path), file_name, subfolder=subfolder, **(download or {})
-        )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise FileNotFoundError(
-            f"{os.fspath(name_or_path)!r} is neither a folder on this disk nor a repository of the "
-            f"Hub with {file_name} that can be reached ({type(error).__name__})"
-        ) from error
-    return Path(str(found))
+    options = {"subfolder": subfolder, **(download or {})}
+    revision = options.pop("revision", None)
+    return fetched_file(name_or_path, file_name, argument="adapter", revision=revision, **options)
 
 
 def path_text(option: str, value: str | os.PathLike, remedy: str) -> str:

@@ -1,0 +1,152 @@
+"""What a folder holds that can be shared, and which of its files belong to it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ..factors import FACTORS_FILE_NAME, SIDECAR_NAME
+from ..files import WrongKind, read_json, refuse_pickle
+from ..low_rank import PLAN_NAME
+from ..masks import COMPACT_FILE_NAME, MASK_FILE_NAME
+from ..models import CONFIG_NAME, WEIGHTS_NAME
+from ..training import RUN_INFO, TRAINING_LOG
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "merges.txt", "vocab.txt", "vocab.json", "tokenizer.model"),
+)
+_RECORDS = (RUN_INFO, TRAINING_LOG, "extraction.json", "resize.json", "merge_report.json")
+_ADAPTER = (CONFIG_NAME, WEIGHTS_NAME, SIDECAR_NAME, MASK_FILE_NAME, COMPACT_FILE_NAME)
+_MODEL = (
+    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
+    *("model.safetensors.index.json", PLAN_NAME, "low_rank.safetensors"),
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is shared.
+
+    Attributes:
+        name: in a sentence.
+        marker: the file by which a folder is of the kind.
+        library: of the card's metadata.
+        relation: to the base model, in the card's metadata.
+        tags: of the card's metadata.
+        files: patterns of the names that belong to it.
+    """
+
+    name: str
+    marker: str
+    library: str
+    relation: str
+    tags: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+# A folder is of the first kind whose marker it has.
+KINDS = (
+    Kind("LoRA adapter", CONFIG_NAME, "peft", "adapter", ("lora",), (*_ADAPTER, *_TOKENIZER)),
+    Kind("model", "config.json", "transformers", "finetune", (), (*_MODEL, *_TOKENIZER)),
+    Kind(
+        *("set of SVD factors", FACTORS_FILE_NAME, "peft-svdinit", "adapter"),
+        *(("lora", "svd-factors"), (FACTORS_FILE_NAME, "svd_analysis_rank*.json")),
+    ),
+    Kind(
+        *("compact LoRI adapter", COMPACT_FILE_NAME, "peft-svdinit", "adapter"),
+        *(("lora", "lori"), (COMPACT_FILE_NAME, MASK_FILE_NAME)),
+    ),
+    Kind(
+        *("LoRI mask", MASK_FILE_NAME, "peft-svdinit", "adapter"),
+        *(("lora", "lori", "mask"), (MASK_FILE_NAME,)),
+    ),
+)
+# What an earlier push may have left that this one lacks.
+OWN_FILES = tuple(dict.fromkeys(pattern for kind in KINDS for pattern in (*kind.files, *_RECORDS)))
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A folder of one kind.
+
+    Attributes:
+        folder: where it is.
+        kind: what it is.
+        files: the names of its files that are shared.
+        left_out: the other names, with the reason.
+        config: `adapter_config.json` of an adapter, `config.json` of a model.
+    """
+
+    folder: Path
+    kind: Kind
+    files: tuple[str, ...]
+    left_out: dict[str, str]
+    config: dict[str, Any]
+
+    def has(self, name: str) -> bool:
+        return name in self.files
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of this package that the adapter was made with, `svdinit_config.json`."""
+        if not self.has(SIDECAR_NAME):
+            return {}
+        return read_json(self.folder / SIDECAR_NAME, "folder")
+
+
+def recognise(folder: str | os.PathLike) -> Artefact:
+    """What is in `folder`.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or it holds nothing of these kinds.
+        ValueError: if it holds pickles in place of safetensors, or a damaged configuration.
+        WrongKind: if it is a file.
+    """
+    path = Path(folder).expanduser()
+    if path.is_file():
+        raise WrongKind(f"folder must be a folder, but {path} is a file; give the folder it is in")
+    if not path.is_dir():
+        raise FileNotFoundError(f"folder: there is no folder {path}")
+    entries = {entry.name: entry for entry in sorted(path.iterdir())}
+    kind = next((kind for kind in KINDS if kind.marker in entries), None)
+    if kind is None:
+        markers = ", ".join(kind.marker for kind in KINDS)
+        raise FileNotFoundError(
+            f"folder: {path} holds nothing to share: none of {markers} is in it"
+        )
+    _refuse_pickled_weights(kind, entries)
+    patterns = (*kind.files, *_RECORDS)
+    files = tuple(
+        name
+        for name, entry in entries.items()
+        if entry.is_file() and any(fnmatchcase(name, pattern) for pattern in patterns)
+    )
+    left_out = {name: _reason(entry) for name, entry in entries.items() if name not in files}
+    has_config = kind.marker in (CONFIG_NAME, "config.json")
+    config = read_json(path / kind.marker, "folder") if has_config else {}
+    return Artefact(path, kind, files, {k: v for k, v in left_out.items() if v}, config)
+
+
+def _refuse_pickled_weights(kind: Kind, entries: dict[str, Path]) -> None:
+    weights = {CONFIG_NAME: WEIGHTS_NAME, "config.json": "model*.safetensors"}.get(kind.marker)
+    if weights is None or any(fnmatchcase(name, weights) for name in entries):
+        return
+    stem = "adapter_model" if kind.marker == CONFIG_NAME else "pytorch_model"
+    for name, entry in entries.items():
+        if name.startswith(stem):
+            refuse_pickle(entry, "folder")
+    raise FileNotFoundError(f"folder: {next(iter(entries.values())).parent} has no {weights}")
+
+
+def _reason(entry: Path) -> str:
+    """Why a file stays here; nothing of what nobody would miss."""
+    if entry.name.startswith(".") or entry.name == "README.md":
+        return ""
+    if any(fnmatchcase(entry.name, pattern) for pattern in _PICKLES):
+        return "a pickle"
+    return "a folder" if entry.is_dir() else "no part of it"

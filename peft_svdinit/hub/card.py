@@ -1,0 +1,108 @@
+"""The model card: what it is, how to load it, what was measured, how it was made, its limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import __version__
+from ..factors import FactorsFile
+from ..masks import load_mask
+from .artefact import Artefact
+from .base_model import BaseModel
+from .figures import Figures
+from .usage import usage
+
+TAG = "peft-svdinit"
+PLOT = "peft_svdinit_results.png"
+
+
+def card_data(artefact: Artefact, base: BaseModel) -> dict[str, Any]:
+    """The metadata that is ours to say."""
+    tags = {TAG, *artefact.kind.tags, f"base_model:{artefact.kind.relation}:{base.name}"}
+    start = _start(artefact)
+    tags |= {"lori"} if "LoRI" in start else {"svd-init"} if start else set()
+    data: dict[str, Any] = {
+        "base_model": base.name,
+        "base_model_relation": artefact.kind.relation,
+        "library_name": artefact.kind.library,
+        "tags": sorted(tags),
+        **base.licence,
+    }
+    is_causal = artefact.config.get("task_type") == "CAUSAL_LM"
+    return {**data, "pipeline_tag": "text-generation"} if is_causal else data
+
+
+def card_text(artefact: Artefact, base: BaseModel, figures: Figures, repo_id: str) -> str:
+    """Our part of the card, as Markdown."""
+    picture = f"![What was measured]({PLOT})" if figures.plot else ""
+    measured = "\n\n".join(part for part in (figures.text, picture) if part)
+    sections = {
+        "Use": usage(artefact, base, repo_id),
+        "What was measured": measured or "Nothing that was recorded.",
+        "How it was made": _made(figures),
+        "Limits": "\n".join(f"- {limit}" for limit in (*figures.limits, *_limits(base))),
+    }
+    parts = [_summary(artefact, base)]
+    parts += [f"## {title}\n\n{text}" for title, text in sections.items() if text]
+    return "\n\n".join(parts)
+
+
+def _summary(artefact: Artefact, base: BaseModel) -> str:
+    what = f"A {artefact.kind.name} for [{base.name}](https://huggingface.co/{base.name})"
+    if base.revision:
+        what += f" at revision `{base.revision}`"
+    details = [_sizes(artefact), _start(artefact)]
+    sentence = "; ".join(filter(None, [what, *details]))
+    return f"{sentence}. Made with peft-svdinit {__version__}."
+
+
+def _sizes(artefact: Artefact) -> str:
+    config = artefact.config
+    if artefact.kind.name == "LoRA adapter":
+        return f"rank {config.get('r')}, alpha {config.get('lora_alpha')}"
+    if artefact.kind.name == "set of SVD factors":
+        file = FactorsFile(artefact.folder, argument="folder")
+        return f"{len(file)} layers, rank up to {max(map(file.rank_of, file))}"
+    if artefact.kind.name == "LoRI mask":
+        mask = load_mask(artefact.folder, argument="folder")
+        return (
+            f"{mask.kept:,} of {mask.size:,} entries of B in {len(mask.layers)} layers, density "
+            f"{mask.density:g}, for the A of seed {mask.seed}"
+        )
+    return ""
+
+
+def _start(artefact: Artefact) -> str:
+    """How the adapter began, in words; nothing of a stock start."""
+    options = artefact.options
+    if options.get("config_class") == "SvdLoraConfig":
+        return (
+            f"started from an SVD (source `{options.get('svd_source')}`, start "
+            f"`{options.get('svd_start')}`)"
+        )
+    if options.get("config_class") == "LoriConfig":
+        return (
+            f"LoRI: A drawn from seed {options.get('lori_seed')} and frozen, a share of "
+            f"{options.get('lori_density')} of B trained"
+        )
+    return ""
+
+
+def _made(figures: Figures) -> str:
+    parts = []
+    if figures.command:
+        parts += ["In a clone of peft-svdinit:", f"```bash\n{figures.command}\n```"]
+    parts.append("\n".join(f"- {name}: {value}" for name, value in figures.facts.items()))
+    return "\n\n".join(filter(None, parts))
+
+
+def _limits(base: BaseModel) -> list[str]:
+    found = []
+    if base.quantised_from:
+        found.append(
+            f"Trained and measured on a base that was quantised from {base.name} and dequantised "
+            "again: on the original itself the figures differ."
+        )
+    if not base.licence:
+        found.append("The licence of the base is not stated here: see its own page.")
+    return found

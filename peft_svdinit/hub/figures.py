@@ -1,0 +1,142 @@
+"""What a run or a comparison measured, as parts of a card: tables, one plot, the command, limits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..analysis import COMPARISON_NUMBERS, COMPARISON_REPORT, markdown_table
+from ..files import read_json
+from ..training import LOSS_CURVE, RUN_INFO, Run, launched, read_run
+
+# Of a comparison's report; what it was made with stands in the card once, elsewhere.
+_SHOWN = (
+    *("Read the numbers with these reservations", "Results", "Equal student steps"),
+    *("Equal total budget", "A teacher that exists already", "Learning-rate sweep", "Cost"),
+)
+_COMPARISON_PLOT = "loss_curves.png"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured.
+
+    Attributes:
+        text: Markdown.
+        plot: a picture of it.
+        files: further files to publish beside the card.
+        command: that repeats it.
+        facts: of how it was made, by name.
+        limits: what the figures cannot show, a sentence or more each.
+    """
+
+    text: str = ""
+    plot: Path | None = None
+    files: tuple[Path, ...] = ()
+    command: str | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+    limits: tuple[str, ...] = ()
+
+
+def figures_of_run(folder: Path) -> Figures:
+    """Of the run whose record lies in `folder`, none if there is no record.
+
+    Raises:
+        ValueError: if the record is damaged.
+    """
+    if not (folder / RUN_INFO).is_file():
+        return Figures(limits=("Nothing was measured that this card could show.",))
+    run = read_run(folder, "folder")
+    plot = folder / LOSS_CURVE
+    command = run.info["extra"].get("command")
+    unfinished = [] if run.completed else ["The training did not end: these are its last figures."]
+    return Figures(
+        text=markdown_table(["", "value"], _run_rows(run)),
+        plot=plot if plot.is_file() else None,
+        command=launched(command, run.info.get("runs_as") or {}) if command else None,
+        facts=_facts(run.info),
+        limits=(
+            *unfinished,
+            "One run of one seed: a loss without an interval says little about another seed.",
+        ),
+    )
+
+
+def figures_of_comparison(folder: Path, run: Figures) -> Figures:
+    """Of the comparison that was written to `folder`, in place of those of one of its runs.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if its files are damaged.
+    """
+    numbers, report = folder / COMPARISON_NUMBERS, folder / COMPARISON_REPORT
+    for path in (numbers, report):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"comparison: {folder} has no {path.name}; `svdinit compare` and "
+                "recipes/compare_inits.py write it"
+            )
+    context = read_json(numbers, "comparison").get("context") or {}
+    title, sections = _sections(report.read_text(encoding="utf-8"))
+    shown = [f"### {name}\n\n{sections[name]}" for name in _SHOWN if name in sections]
+    plot = folder / _COMPARISON_PLOT
+    command = context.get("command")
+    facts = {key: context[key] for key in ("model", "dataset", "machine") if context.get(key)}
+    return Figures(
+        text="\n\n".join([title, *shown]),
+        plot=plot if plot.is_file() else None,
+        files=(numbers,),
+        command=f"python {command}" if command else None,
+        facts={**run.facts, **{key: f"`{value}`" for key, value in facts.items()}},
+        limits=(sections["Limits"],) if "Limits" in sections else (),
+    )
+
+
+def _run_rows(run: Run) -> Iterator[tuple[str, str]]:
+    info = run.info
+    losses = [
+        (row["step"], row["eval_loss"]) for row in run.log if row.get("eval_loss") is not None
+    ]
+    if losses:
+        yield "evaluation loss at the end", f"{losses[-1][1]:.4f}"
+        if losses[0][0] == 0:
+            yield "evaluation loss at step 0", f"{losses[0][1]:.4f}"
+    rates = [row["learning_rate"] for row in run.log if row.get("learning_rate")]
+    if rates:
+        yield "largest learning rate", f"{max(rates):g}"
+    yield "steps", f"{info['steps']:,}"
+    for name, key, digits in (("tokens", "tokens", 0), ("seconds of training", "seconds", 1)):
+        if info[key] is not None:
+            yield name, f"{info[key]:,.{digits}f}"
+    teacher = (run.comparison or {}).get("teacher") or {}
+    if teacher:
+        spent = ", ".join(
+            f"{teacher[key]:,.0f} {key}" for key in ("steps", "tokens", "seconds") if teacher[key]
+        )
+        yield "the teacher, on top of that", spent or "cost not known"
+    yield "trained parameters", f"{info['trainable_parameters']:,} of {info['total_parameters']:,}"
+    yield "seed", str(run.seed)
+
+
+def _facts(info: dict[str, Any]) -> dict[str, str]:
+    hardware, processes = info["hardware"], info["world_size"]
+    versions = {"Python": info["versions"].get("python")}
+    versions |= {key: value for key, value in info["versions"].items() if key != "python"}
+    found = {
+        "versions": ", ".join(f"{key} {value}" for key, value in versions.items() if value),
+        "revision of the code": f"`{info['git_revision']}`" if info["git_revision"] else "",
+        "hardware": f"{hardware['cpu_cores']} CPU cores, {hardware['device']}, "
+        f"{hardware['memory_gb']} GiB",
+        "processes": str(processes) if processes > 1 else "",
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def _sections(report: str) -> tuple[str, dict[str, str]]:
+    """What stands under the title of a report, and its sections by their headings."""
+    _, *parts = re.split(r"^#+ ", report, flags=re.MULTILINE)
+    (_, *first), *rest = (part.split("\n", 1) for part in parts)
+    return "".join(first).strip(), {name.strip(): "".join(text).strip() for name, *text in rest}
