@@ -11,8 +11,6 @@ skipped, so that the same command goes on after an interruption.
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -30,6 +28,7 @@ from stages.dry_run import DryRunOptions, print_estimate
 from stages.fit import Materials
 from stages.lora_options import LoraOptions
 from stages.processes import leave_process_group
+from stages.pushing import prepare_push
 from stages.quiet_arguments import QuietArguments
 
 from peft_svdinit.analysis import write_comparison
@@ -76,7 +75,9 @@ class CompareDataOptions(DataOptions):
 def main(argv: list[str] | None = None) -> None:
     began = time.monotonic()
     classes = (ComparisonOptions, ModelOptions, CompareDataOptions, LoraOptions, CompareArguments)
-    *options, dry = parse_options((*classes, DryRunOptions), argv, description=__doc__ or "")
+    *options, dry = parse_options(
+        (*classes, DryRunOptions), argv, description=__doc__ or "", script=__file__
+    )
     setting = Setting(*options)
     state = PartialState()
     _hush()
@@ -95,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             materials = cache(lambda: Materials.prepare(setting.model, setting.data))
             materials()
     plan = make_plan(setting, materials)
+    push = prepare_push(setting.arguments, setting.model.model_name_or_path)
     report = print if state.is_main_process else (lambda line: None)
     try:
         run_tasks(
@@ -107,8 +109,10 @@ def main(argv: list[str] | None = None) -> None:
     except RuntimeError as error:
         raise SystemExit(f"error: {error}") from error
     if "compare" in steps and state.is_main_process:
-        write_report(setting, plan, argv)
+        write_report(setting, plan)
         print(f"Finished in {(time.monotonic() - began) / 60:.1f} minutes.")
+    if "compare" in steps:
+        push(plan.shared.folder, comparison=str(setting.arguments.output_dir))
 
 
 def print_estimates(dry: DryRunOptions, setting: Setting) -> None:
@@ -183,7 +187,7 @@ def check_inputs(setting: Setting) -> None:
         )
 
 
-def write_report(setting: Setting, plan: Plan, argv: list[str] | None) -> None:
+def write_report(setting: Setting, plan: Plan) -> None:
     """Compare the runs, write the report and print where everything is."""
     missing = [task.name for task in plan.compared if not task.done]
     if missing:
@@ -191,7 +195,7 @@ def write_report(setting: Setting, plan: Plan, argv: list[str] | None) -> None:
     runs = [read_run(task.folder) for task in plan.compared]
     output = Path(str(setting.arguments.output_dir))
     costs = start_costs(runs)
-    paths = write_comparison(runs, {**_context(setting, plan, argv), **costs}, output)
+    paths = write_comparison(runs, {**_context(setting, plan), **costs}, output)
     headline = json.loads(paths.numbers.read_text(encoding="utf-8"))["headline"]
     print(f"\n{headline}\n")
     print(paths.report.read_text(encoding="utf-8"))
@@ -222,7 +226,7 @@ def start_costs(runs: Sequence[Run]) -> dict[str, Any]:
     return {"before the first step, on top of the run": costs} if costs else {}
 
 
-def _context(setting: Setting, plan: Plan, argv: list[str] | None) -> dict[str, Any]:
+def _context(setting: Setting, plan: Plan) -> dict[str, Any]:
     options = setting.comparison
     rank = setting.lora.lora_r
     analyses = [
@@ -248,9 +252,7 @@ def _context(setting: Setting, plan: Plan, argv: list[str] | None) -> dict[str, 
         "teacher_kind": kind if options.taught else None,
         "synthesis": synthesis if synthesised else None,
         "energy_kept_mean": sum(kept) / len(kept) if kept else None,
-        "command": shlex.join(
-            ["recipes/compare_inits.py", *(sys.argv[1:] if argv is None else argv)]
-        ),
+        "command": setting.arguments.invocation,
     }
 
 

@@ -13,8 +13,6 @@ was killed. The folder then holds `continual.md` with the table, `continual.png`
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -44,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     classes = (
         ContinualOptions, ModelOptions, ContinualDataOptions, SparseOptions, ContinualArguments
     )  # fmt: skip
-    options = parse_options(classes, argv, description=__doc__ or "")
+    options = parse_options(classes, argv, description=__doc__ or "", script=__file__)
     state = PartialState()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -69,7 +67,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     if not state.is_main_process:
         return
-    command = ["recipes/continual.py", *(sys.argv[1:] if argv is None else argv)]
     learnt = setting.continual
     context = {
         "model": setting.model.model_name_or_path,
@@ -79,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         "rank": setting.sparse.lora_r,
         "density": setting.sparse.lori_density,
         "learning rates": {"lora": learnt.lora_learning_rate, "lori": learnt.lori_learning_rate},
-        "command": shlex.join(command),
+        "command": setting.arguments.invocation,
     }
     output = Path(str(setting.arguments.output_dir))
     report = write_continual([each.stages() for each in plan.schemes], context, output)

@@ -38,7 +38,9 @@ from peft_svdinit.training import (
 
 def main(argv: list[str] | None = None) -> None:
     classes = (ModelOptions, DataOptions, LowRankOptions, RecipeArguments)
-    model, data, low, arguments = parse_options(classes, argv, description=__doc__ or "")
+    model, data, low, arguments = parse_options(
+        classes, argv, description=__doc__ or "", script=__file__
+    )
     with refusals_in_one_line((model, data, low, arguments)):
         materials = Materials.prepare(model, data)
         with whole_weights():

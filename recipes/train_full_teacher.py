@@ -48,7 +48,9 @@ def train_full_teacher(
 
 def main(argv: list[str] | None = None) -> None:
     classes = (ModelOptions, DataOptions, RecipeArguments, DryRunOptions)
-    model, data, arguments, dry = parse_options(classes, argv, description=__doc__ or "")
+    model, data, arguments, dry = parse_options(
+        classes, argv, description=__doc__ or "", script=__file__
+    )
     with refusals_in_one_line((model, data, arguments, dry)):
         if dry.dry_run:
             refuse_quantised(model)

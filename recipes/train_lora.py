@@ -119,7 +119,9 @@ def train_lora(
 
 def main(argv: list[str] | None = None) -> None:
     classes = (ModelOptions, DataOptions, LoraOptions, RecipeArguments, DryRunOptions)
-    model, data, lora, arguments, dry = parse_options(classes, argv, description=__doc__ or "")
+    model, data, lora, arguments, dry = parse_options(
+        classes, argv, description=__doc__ or "", script=__file__
+    )
     with refusals_in_one_line((model, data, lora, arguments, dry)):
         if dry.dry_run:
             return print_estimate(dry, model, data, lora, arguments)

@@ -52,7 +52,9 @@ RECORD = "lori_training.json"
 
 def main(argv: list[str] | None = None) -> None:
     classes = (ModelOptions, DataOptions, LoriOptions, LoriArguments)
-    model, data, lori, arguments = parse_options(classes, argv, description=__doc__ or "")
+    model, data, lori, arguments = parse_options(
+        classes, argv, description=__doc__ or "", script=__file__
+    )
     state = PartialState()
     with refusals_in_one_line((model, data, lori, arguments)):
         with state.main_process_first():

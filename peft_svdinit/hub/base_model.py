@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,50 +44,51 @@ def find_base(artefact: Artefact, given: str | None, token: str | None = None) -
 
     Args:
         artefact: what is shared.
-        given: its id by the user, `user/name` or `user/name@revision`; it goes before what the
-            artefact says.
+        given: the base by the user, as `named_base` takes it; it goes before what the artefact
+            says.
         token: of the Hub.
 
     Raises:
-        ValueError: if the artefact names none, or one of this disk that nobody else has.
-        FileNotFoundError, PermissionError, ConnectionError: if `given` is not on the Hub.
+        ValueError: if neither names one, or as `named_base`.
+        FileNotFoundError, PermissionError, ConnectionError: if a `given` id is not on the Hub.
     """
     recorded, revision = _recorded(artefact)
-    if given is not None:
-        if is_local(given):
-            raise ValueError(f"base_model must be an id of the Hub, got the path {given}")
-        name, of_given = hub_id(given, None, "base_model")
-        licence = ask_hub(lambda: _licence(name, token), given, argument="base_model")
-        return BaseModel(name, of_given, recorded, licence=licence)
-    if not recorded:
+    source = given or recorded
+    if not source:
         raise ValueError(
-            f"folder: {artefact.folder} does not say what its base model is; name it by "
-            "base_model=user/name"
+            f"folder: {artefact.folder} does not say what its base model is; name it as the Hub "
+            "does, base_model=user/name"
         )
-    found = _named(recorded, revision)
+    base = named_base(source, None if given else revision)
     try:
-        licence = ask_hub(lambda: _licence(found.name, token), found.name, argument="base_model")
+        licence = ask_hub(lambda: _licence(base.name, token), base.name, argument="base_model")
     except OSError as error:
+        if given == base.name:
+            raise
         logger.warning("The licence of the base model is not known: %s", error)
-        return found
-    return BaseModel(found.name, found.revision, recorded, found.quantised_from, licence)
+        licence = {}
+    return replace(base, recorded=recorded or source, licence=licence)
 
 
-def _named(recorded: str, revision: str | None) -> BaseModel:
-    original = original_of(recorded)
+def named_base(source: str, revision: str | None = None) -> BaseModel:
+    """The base model of the Hub that `source` is: `user/name`, `user/name@revision`, or a snapshot
+    in its cache; of a `builtin:` model the one that it was quantised from.
+
+    Raises:
+        ValueError: if it is another path of this disk.
+    """
+    original = original_of(source)
     if original:
-        return BaseModel(original, None, recorded, quantised_from=True)
-    if not is_local(recorded):
-        name, named = hub_id(recorded, revision, "base_model")
-        return BaseModel(name, named, recorded)
-    parts = Path(recorded).parts
-    # A snapshot in the cache of the Hub: models--user--name/snapshots/commit.
+        return BaseModel(original, quantised_from=True)
+    if not is_local(source):
+        return BaseModel(*hub_id(source, revision, "base_model"))
+    parts = Path(source).parts
+    # models--user--name/snapshots/commit
     if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
-        name = parts[-3].removeprefix("models--").replace("--", "/", 1)
-        return BaseModel(name, parts[-1], recorded)
+        return BaseModel(parts[-3].removeprefix("models--").replace("--", "/", 1), parts[-1])
     raise ValueError(
-        f"base_model: the base model is recorded as {recorded}, a path of this disk that nobody "
-        "else has; name it as the Hub does, base_model=user/name"
+        f"base_model: the base model is {source}, a path of this disk that nobody else has; name "
+        "it as the Hub does, base_model=user/name"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 BEGIN = "<!-- peft-svdinit: this part is written again by every push -->"
@@ -28,14 +29,9 @@ def merged_card(existing: str | None, data: Mapping[str, Any], text: str, title:
             broken.
     """
     ours = f"{BEGIN}\n\n{text}\n\n{END}"
-    try:
-        card = ModelCard(existing or "")
-    except ValueError as error:
-        raise ValueError(
-            f"card: the metadata of the README.md there is damaged: {error}"
-        ) from error
+    card = _read(existing or "")
     known = card.data.to_dict()
-    if existing is None or is_unfilled(card.text):
+    if existing is None or is_unfilled(existing):
         body = f"# {title}\n\n{ours}\n"
     else:
         body = _replaced(card.text, ours)
@@ -48,17 +44,25 @@ def merged_card(existing: str | None, data: Mapping[str, Any], text: str, title:
     return f"---\n{merged.to_yaml()}\n---\n\n{body.lstrip()}"
 
 
-def is_unfilled(text: str) -> bool:
-    """Whether it is the template that PEFT saves with every adapter, with nothing filled in."""
+def is_unfilled(card: str) -> bool:
+    """Whether a card is the template that PEFT saves with every adapter, with nothing filled in."""
     template = set(ModelCard.from_template(ModelCardData()).text.splitlines())
     added = ("### Framework versions", "- PEFT ")
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in _read(card).text.splitlines() if line.strip()]
     return all(line in template or line.startswith(added) for line in lines)
 
 
-def without_our_part(text: str) -> str:
-    """What of a card others wrote."""
-    return _replaced(text, "").strip() if BEGIN in text else text.strip()
+def without_our_part(card: str) -> str:
+    """What of a card others wrote, its metadata left out."""
+    text = _read(card).text
+    return (_replaced(text, "") if BEGIN in text else text).strip()
+
+
+def _read(card: str) -> ModelCard:
+    try:
+        return ModelCard(card)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"card: the metadata of README.md is damaged: {error}") from error
 
 
 def _replaced(text: str, ours: str) -> str:

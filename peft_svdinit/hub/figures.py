@@ -1,4 +1,4 @@
-"""What a run or a comparison measured, as parts of a card: tables, one plot, the command, limits."""
+"""What a run or comparison measured, as parts of a card: tables, a plot, the command, limits."""
 
 from __future__ import annotations
 
@@ -97,13 +97,11 @@ def figures_of_comparison(folder: Path, run: Figures) -> Figures:
 
 def _run_rows(run: Run) -> Iterator[tuple[str, str]]:
     info = run.info
-    losses = [
-        (row["step"], row["eval_loss"]) for row in run.log if row.get("eval_loss") is not None
-    ]
-    if losses:
-        yield "evaluation loss at the end", f"{losses[-1][1]:.4f}"
-        if losses[0][0] == 0:
-            yield "evaluation loss at step 0", f"{losses[0][1]:.4f}"
+    evaluated = [row for row in run.log if row.get("eval_loss") is not None]
+    if evaluated:
+        yield "evaluation loss at the end", f"{evaluated[-1]['eval_loss']:.4f}"
+        if evaluated[0]["step"] == 0:
+            yield "evaluation loss at step 0", f"{evaluated[0]['eval_loss']:.4f}"
     rates = [row["learning_rate"] for row in run.log if row.get("learning_rate")]
     if rates:
         yield "largest learning rate", f"{max(rates):g}"

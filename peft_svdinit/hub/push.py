@@ -73,7 +73,7 @@ def push_to_hub(
     Args:
         folder: as `save_pretrained`, a recipe, or a verb wrote it.
         repo_id: `user/name`, or `name` for one of your own; made if it does not exist.
-        base_model: the base's id on the Hub, where the folder records a path of this disk;
+        base_model: the base's id on the Hub, where the folder records none or a path of this disk;
             `user/name@revision` says which one.
         comparison: folder of a comparison, whose figures the card shows in place of the run's own.
         private: whether a new repository is; one that exists must be so if True.

@@ -31,14 +31,16 @@ def usage(artefact: Artefact, base: BaseModel, repo_id: str) -> str:
     if kind == "set of SVD factors":
         file = FactorsFile(artefact.folder, argument="folder")
         rank = min(_RANK, *map(file.rank_of, file))
-        start = f'config = SvdLoraConfig(r={rank}, svd_factors="{repo_id}", target_modules={_targets(file)})'
         return _joined(
             "They start an adapter of any rank up to their own, with peft-svdinit:",
             _code(
                 "from peft import get_peft_model",
                 "from peft_svdinit import SvdLoraConfig",
                 *_base("CAUSAL_LM", base),
-                start,
+                "config = SvdLoraConfig(",
+                f'    r={rank}, svd_factors="{repo_id}",',
+                f"    target_modules={_targets(file)},",
+                ")",
                 "model = get_peft_model(base, config)",
             ),
             "Without it, `factors.safetensors` holds `<layer>.U`, `<layer>.S` and `<layer>.Vh` of "

@@ -84,6 +84,13 @@ class RecipeArguments(TrainingArguments):
         },
     )
 
+    hub_base_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "For push_to_hub: the base model's id on the Hub, where model_name_or_path is "
+            "a path."
+        },
+    )
     hub_strategy: str = field(
         default="end", metadata={"help": "When to push: at the end, the one that recipes have."}
     )

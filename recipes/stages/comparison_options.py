@@ -18,7 +18,7 @@ _NOT_INPUTS = {
     "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level",
     "log_level_replica", "resume_from_checkpoint", "save_total_limit", "project",
     "trackio_space_id", "push_to_hub", "local_rank", "max_steps", "learning_rate", "seed",
-    "data_seed", "expected_processes", "train_sampling_strategy",
+    "data_seed", "expected_processes", "train_sampling_strategy", "invocation",
 }  # fmt: skip
 
 

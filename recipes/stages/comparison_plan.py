@@ -43,11 +43,16 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Tasks in an order in which they can run, and which of them the comparison reads."""
+    """Tasks in an order in which they can run, and which of them the comparison reads.
+
+    Attributes:
+        shared: whose adapter `push_to_hub` pushes: the first start's at the first seed.
+    """
 
     tasks: list[Task]
     compared: list[Task]
     factors: list[Task]
+    shared: Task
 
 
 def make_plan(setting: Setting, materials: Callable[[], Materials]) -> Plan:
@@ -72,7 +77,10 @@ def make_plan(setting: Setting, materials: Callable[[], Materials]) -> Plan:
             compared.append(planner.run(method, seed, factors.get(seed), rate, after=sweep))
     order = {step: position for position, step in enumerate(options.steps)}
     tasks = sorted([*planner.tasks, *compared], key=lambda task: order[task.step])
-    return Plan(tasks, compared, list({task.folder: task for task in factors.values()}.values()))
+    first = [*(CELLS[start].method for start in options.starts), *options.peft_inits, "random"][0]
+    shared = next(t for t in compared if t.name == f"{first}-seed{options.seeds[0]}")
+    distinct = {task.folder: task for task in factors.values()}
+    return Plan(tasks, compared, list(distinct.values()), shared)
 
 
 class _Planner:
@@ -255,6 +263,7 @@ class _Planner:
             seed=seed,
             train_sampling_strategy="sequential",
             resume_from_checkpoint="last",
+            push_to_hub=False,
         )
         if not evaluate:
             arguments = dataclasses.replace(arguments, eval_strategy="no", eval_on_start=False)

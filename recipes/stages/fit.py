@@ -38,6 +38,7 @@ from peft_svdinit.training import (
     read_run_info,
 )
 from stages.processes import check_same_start
+from stages.pushing import prepare_push
 from trainer_callbacks import ComparisonCallback, RunsAsCallback
 
 
@@ -105,15 +106,17 @@ def fit(
 
     Raises:
         SystemExit: with one line, where the training would run as something else than the
-            arguments expect.
+            arguments expect, or `push_to_hub` is set and the Hub does not take it.
         RuntimeError: if the processes would begin with different numbers.
     """
+    push = prepare_push(arguments, model.config.name_or_path)
+    command = {"command": arguments.invocation} if arguments.invocation else {}
     # New ones, for a process may train twice, and DeepSpeed's plugin makes one Accelerator.
-    arguments = replace(arguments)
+    arguments = replace(arguments, push_to_hub=False)
     check_same_start(model)
     folder = Path(str(arguments.output_dir))
     resume = checkpoint_to_resume(arguments)
-    record = ComparisonCallback(name=folder.name, extra=extra)
+    record = ComparisonCallback(name=folder.name, extra={**(extra or {}), **command})
     runs_as = RunsAsCallback(
         expected_processes=arguments.expected_processes,
         expected_wrapper=arguments.expected_wrapper,
@@ -139,8 +142,7 @@ def fit(
     except NotAsExpected as error:
         raise SystemExit(f"error: {as_typed(str(error), [arguments])}") from error
     trainer.save_model()
-    if arguments.push_to_hub:
-        trainer.push_to_hub()
+    push(folder)
     return read_run(folder) if trainer.is_world_process_zero() else None
 
 

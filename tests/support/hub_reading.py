@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import parse_qs
+
+import yaml
 
 from .hub_repositories import Commit, File
 from .hub_request import Answer, Refused, Request, as_json
@@ -39,7 +42,13 @@ def info(request: Request) -> Answer:
     return as_json(
         {"id": repository.name, "author": repository.name.split("/")[0], "sha": at.sha}
         | {"private": repository.private, "gated": gated, "tags": [], "siblings": siblings}
+        | {"cardData": _metadata(at.files.get("README.md", b"").decode())}
     )
+
+
+def _metadata(card: str) -> dict[str, Any] | None:
+    _, *parts = re.split("^---$", card, maxsplit=2, flags=re.MULTILINE)
+    return yaml.safe_load(parts[0]) if len(parts) == 2 else None
 
 
 def tree(request: Request) -> Answer:

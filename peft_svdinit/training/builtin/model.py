@@ -73,13 +73,13 @@ def resolve_model(name: str, argument: str = "model_name_or_path") -> str:
     return str(folder)
 
 
-def original_of(path: str) -> str | None:
-    """The model of the Hub that the one in a folder of the cache was quantised from, if any."""
-    folder = Path(path)
-    if folder.parent != cache_root():
-        return None
-    found = (wheel for key, wheel in _WHEELS.items() if folder.name.startswith(f"{key}-"))
-    return next((wheel.original for wheel in found), None)
+def original_of(name: str) -> str | None:
+    """The model of the Hub that a `builtin:` one was quantised from, by its name or its folder."""
+    is_folder = Path(name).parent == cache_root()
+    for key, wheel in _WHEELS.items():
+        if name == _PREFIX + key or (is_folder and Path(name).name.startswith(f"{key}-")):
+            return wheel.original
+    return None
 
 
 def _locate(model: str, wheel: _Wheel) -> tuple[Path, str]:

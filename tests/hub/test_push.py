@@ -1,0 +1,238 @@
+"""`svdinit push` against a Hub on this machine, and what comes back from it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+from support.hub import READ, STRANGER, WRITE, stand_in_hub
+from support.shared_artefacts import BASE, KINDS, add_base, save_adapter, save_lori
+from support.stock_process import run_without_us
+
+from peft_svdinit import push_to_hub
+from peft_svdinit.cli import main as svdinit
+from peft_svdinit.factors import FactorsFile, LoraAdapter
+from peft_svdinit.files import hub, resolve_folder
+from peft_svdinit.masks import load_compact, load_mask
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(hub, "WAITS", (0.0, 0.0))
+
+
+@pytest.fixture
+def there(tmp_path):
+    """The Hub with the base on it, and the base's folder."""
+    with stand_in_hub() as server, server.in_this_process(tmp_path / "cache", WRITE):
+        yield server, add_base(server, tmp_path / "here" / "base")
+
+
+def code_of(card: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+
+
+def metadata_of(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_comes_back_and_its_card_says_how(there, tmp_path, kind, monkeypatch):
+    server, base = there
+    folder = KINDS[kind](tmp_path / "here" / "folder", base)
+    given = {"base_model": BASE} if kind == "low rank" else {}
+    pushed = push_to_hub(folder, "user/shared", **given)
+    files = server.files("user/shared")
+    assert set(pushed.files) == files.keys() - {".gitattributes"}
+    # Nothing of this disk is in a configuration or a header.
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    card = files["README.md"].decode()
+    metadata = metadata_of(card)
+    assert metadata["base_model"] == BASE and metadata["license"] == "apache-2.0"
+    assert {"peft-svdinit"} <= set(metadata["tags"])
+    # Everything is fetched again, by a user who may only read.
+    monkeypatch.chdir(tmp_path)
+    with server.in_this_process(tmp_path / "clean", READ):
+        names: dict = {}
+        for code in code_of(card):
+            exec(code.replace("from peft_svdinit import warm_start", _NO_CHECK), names)
+        at = f"user/shared@{pushed.commit}"
+        if kind == "factors":
+            assert FactorsFile(at).metadata.source["path"] == "adapter"
+            assert FactorsFile(at)[list(FactorsFile(at))[0]].U.shape[1] == 4
+        elif kind in ("mask", "lori"):
+            assert load_mask(at).kept == load_mask(folder).kept
+        if kind in ("compact", "lori"):
+            compact = load_compact(at)
+            assert compact.config["base_model_name_or_path"] == BASE
+        if kind == "compact":
+            svdinit(["export", "--adapter", "user/shared", "--output_dir", str(tmp_path / "out")])
+            assert LoraAdapter(tmp_path / "out").config["base_model_name_or_path"] == BASE
+
+
+_NO_CHECK = "from peft_svdinit import warm_start"
+
+
+@pytest.mark.slow
+def test_stock_peft_loads_what_was_pushed_by_its_id(there, tmp_path):
+    server, base = there
+    folder = save_adapter(tmp_path / "folder", base, r=16)
+    pushed = push_to_hub(folder, "shared", private=True)
+    assert pushed.repo_id == "user/shared" and server.repository("user/shared").private
+    with server.in_this_process(tmp_path / "clean", READ):
+        found = resolve_folder("user/shared", argument="adapter")
+    weights = "adapter_model.safetensors"
+    assert (found / weights).read_bytes() == (folder / weights).read_bytes()
+    script = f"""
+import os
+os.environ.update({server.environment(tmp_path / "clean", READ)!r})
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("user/shared")
+assert model.peft_config["default"].base_model_name_or_path == "{BASE}"
+assert any(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+"""
+    run_without_us(tmp_path, script)
+
+
+def test_a_card_keeps_what_others_wrote(there, tmp_path):
+    server, base = there
+    folder = save_adapter(tmp_path / "folder", base)
+    push_to_hub(folder, "user/shared")
+    card = server.files("user/shared")["README.md"].decode()
+    card = card.replace("# shared", "# Our adapter\n\nBy hand.").replace("tags:", "tags:\n- ours")
+    mine = {"README.md": f"{card}\n## Thanks\n".replace("apache-2.0", "mit").encode()}
+    server.add("user/shared", {**server.files("user/shared"), **mine, "notes.txt": b"kept",
+                               "lori_mask.safetensors": b"of an earlier push"})  # fmt: skip
+    push_to_hub(folder, "user/shared", comparison=None)
+    files = server.files("user/shared")
+    after = files["README.md"].decode()
+    assert after.count("# Our adapter\n\nBy hand.") == after.count("## Thanks") == 1
+    assert after.count("## Use") == 1 and "peft-svdinit: end" in after
+    metadata = metadata_of(after)
+    assert {"ours", "lora", "peft-svdinit"} <= set(metadata["tags"])
+    assert metadata["license"] == "mit"
+    assert "notes.txt" in files and "lori_mask.safetensors" not in files
+
+
+def test_two_cards_of_others_are_a_question(there, tmp_path):
+    server, base = there
+    folder = save_adapter(tmp_path / "folder", base)
+    (folder / "README.md").write_text("# From the folder\n")
+    server.add("user/shared", {"README.md": b"# From the Hub\n"})
+    with pytest.raises(ValueError, match="card: the README.md in the folder and the one on the"):
+        push_to_hub(folder, "user/shared")
+    for keep, title in (("hub", "# From the Hub"), ("folder", "# From the folder")):
+        server.add("user/shared", {"README.md": b"# From the Hub\n"})
+        push_to_hub(folder, "user/shared", card=keep)
+        card = server.files("user/shared")["README.md"].decode()
+        assert title in card and card.count("# From the") == 1 and "## Use" in card
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "<!-- peft-svdinit: end -->\n",
+        "---\ntags: [\n---\n# Title\n",
+    ],
+)
+def test_a_card_that_cannot_be_kept_is_not_replaced(there, tmp_path, card):
+    server, base = there
+    server.add("user/shared", {"README.md": card.encode()})
+    with pytest.raises(ValueError, match="card: "):
+        push_to_hub(save_adapter(tmp_path / "folder", base), "user/shared")
+    assert server.files("user/shared") == {"README.md": card.encode()}
+
+
+def test_a_branch_is_made_and_a_pull_request_opened(there, tmp_path, capsys):
+    server, base = there
+    folder = save_adapter(tmp_path / "folder", base)
+    svdinit(["push", "--folder", str(folder), "--repo_id", "user/shared", "--revision", "next"])
+    assert "README.md" not in server.files("user/shared")
+    assert LoraAdapter("user/shared@next")
+    svdinit(["push", "--folder", str(folder), "--repo_id", "user/shared", "--create_pr"])
+    assert LoraAdapter("user/shared@refs/pr/1")
+    assert "README.md" not in server.files("user/shared")
+    assert "discussions/1" in capsys.readouterr().out
+
+
+def test_a_lori_adapter_brings_its_compact_form(there, tmp_path):
+    server, base = there
+    folder = save_lori(tmp_path / "folder", base)
+    assert not (folder / "lori_adapter.safetensors").exists()
+    push_to_hub(folder, "user/shared")
+    assert {"lori_adapter.safetensors", "lori_mask.safetensors"} <= server.files(
+        "user/shared"
+    ).keys()
+    assert not (folder / "lori_adapter.safetensors").exists()
+
+
+def test_pickles_stay_here(there, tmp_path, capsys):
+    server, base = there
+    folder = save_adapter(tmp_path / "folder", base)
+    (folder / "training_args.bin").write_bytes(b"pickle")
+    (folder / "checkpoint-2").mkdir()
+    svdinit(["push", "--folder", str(folder), "--repo_id", "user/shared"])
+    assert "training_args.bin (a pickle)" in capsys.readouterr().out
+    assert "training_args.bin" not in server.files("user/shared")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match="folder must be safetensors"):
+        push_to_hub(folder, "user/shared")
+
+
+def test_a_broken_upload_goes_on_where_it_was(there, tmp_path):
+    server, base = there
+    folder = save_lori(tmp_path / "folder", base)
+    server.fail("commit", status=503, times=None, method="POST")
+    with pytest.raises(ConnectionError, match="the Hub fails .HTTP 503. time and again"):
+        push_to_hub(folder, "user/shared")
+    server.faults.clear()
+    sent = [put for put in server.requests("storage", "PUT") if put.status == 200]
+    assert sent and "README.md" not in server.files("user/shared")
+    push_to_hub(folder, "user/shared")
+    assert [put for put in server.requests("storage", "PUT") if put.status == 200] == sent
+
+
+def test_somebody_elses_commit_in_between_is_kept(there, tmp_path, monkeypatch):
+    server, base = there
+    folder = save_adapter(tmp_path / "folder", base)
+    push_to_hub(folder, "user/shared")
+    first = server.files("user/shared")
+    server.fail("commit", status=412)
+    theirs = first["README.md"] + b"\nWritten meanwhile.\n"
+    server.add("user/shared", {**first, "README.md": theirs})
+    push_to_hub(folder, "user/shared")
+    assert b"Written meanwhile." in server.files("user/shared")["README.md"]
+    assert len(server.requests("commit")) == 3
+
+
+def test_a_public_repository_gets_nothing_private(there, tmp_path):
+    server, base = there
+    server.add("user/shared", {"notes.txt": b""})
+    with pytest.raises(ValueError, match="private is set, but user/shared exists and is public"):
+        push_to_hub(save_adapter(tmp_path / "folder", base), "user/shared", private=True)
+    assert server.files("user/shared") == {"notes.txt": b""}
+
+
+@pytest.mark.parametrize(
+    ("token", "name", "message"),
+    [
+        (None, "user/shared", "does not take your token, or there is none; set HF_TOKEN"),
+        ("hf_wrong", "user/shared", "does not take your token, or there is none; set HF_TOKEN"),
+        (READ, "user/shared", "does not let your token write to it.*; use a token that may write"),
+        (STRANGER, "user/shared", "does not let your token write to it"),
+        (WRITE, "not//an id", "is neither a path on this disk nor an id of the Hub"),
+    ],
+)
+def test_who_may_not_write_is_told_before_anything_is_sent(
+    there, tmp_path, capsys, token, name, message
+):
+    server, base = there
+    folder = save_adapter(tmp_path / "folder", base)
+    given = ["--base_model", BASE] if token == "hf_wrong" else []
+    with server.in_this_process(tmp_path / "other", token):
+        with pytest.raises(SystemExit):
+            svdinit(["push", "--folder", str(folder), "--repo_id", name, *given])
+    error = capsys.readouterr().err
+    assert re.search(message, error) and len(error.strip().splitlines()) <= 2
+    assert not server.requests("commit") and "hf_" not in error.replace("HF_", "")
