@@ -197,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command in ("GET", "HEAD"):
             with hub.lock:
                 answer = call.answer(hub.shelf, self.headers, b"")
-        fault = hub.next_fault(request, size if answer is None else len(answer.body))
+        fault = hub.next_fault(request, size if answer is None else len(self.body_of(answer)))
         cut = fault.after_bytes if fault else None
         body = self.rfile.read(size if cut is None or answer else cut)
         request.received = len(body)
@@ -217,8 +217,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
 
+    def body_of(self, answer: Answer) -> bytes:
+        return b"" if self.command == "HEAD" else answer.body
+
     def send(self, answer: Answer, request: Logged, cut: int | None) -> None:
-        body = b"" if self.command == "HEAD" else answer.body[:cut]
+        body = self.body_of(answer)[:cut]
         request.status, request.sent = answer.status, len(body)
         self.send_response(answer.status)
         for name, value in answer.headers.items():

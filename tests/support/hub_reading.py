@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -117,7 +118,8 @@ def _no_entry(at: Commit) -> Refused:
 def _entry(at: Commit, path: str) -> dict:
     file = at.file(path)
     if file is None:
-        return {"type": "directory", "path": path, "oid": File(path, path.encode()).blob, "size": 0}
+        oid = hashlib.sha1(path.encode()).hexdigest()
+        return {"type": "directory", "path": path, "oid": oid, "size": 0}
     found = {"type": "file", "path": path, "oid": file.blob, "size": len(file.content)}
     return found | ({"lfs": lfs} if (lfs := _lfs(file, "oid")) else {})
 

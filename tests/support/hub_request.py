@@ -72,18 +72,19 @@ class Request:
         repository, user = self.shelf.repositories.get((kind, self.parts["name"])), self.user
         if repository is None or not repository.may_see(user):
             raise Refused(404 if user else 401, "Repository not found", "RepoNotFound")
-        if write and user is None:
+        if write:
+            self._refuse_writing(repository)
+        return repository
+
+    def _refuse_writing(self, repository: Repository) -> None:
+        user = self.user
+        if user is None:
             # The Hub sends no code, but the client reads every 401 of a repository's https URL so.
             raise Refused(401, "Invalid username or password.", "RepoNotFound")
-        if write and user is not None and not user.write:
+        if not user.write:
             raise Refused(403, "Forbidden: you must use a write token to upload to a repository.")
-        if (
-            write
-            and user is not None
-            and not (user.owns(repository.name) or self.opens_pull_request)
-        ):
+        if not (user.owns(repository.name) or self.opens_pull_request):
             raise Refused(403, "Forbidden: Authorization error.")
-        return repository
 
     def refuse_gated(self, repository: Repository) -> None:
         if not repository.may_download(self.user):

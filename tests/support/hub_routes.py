@@ -59,6 +59,8 @@ class Call(NamedTuple):
             return self.route.answer(Request(shelf, self.parts, self.query, headers, body))
         except Refused as refused:
             return refused.answer
+        except (KeyError, ValueError) as error:
+            return as_json({"error": f"Malformed request: {error!r}"}, 400)
 
 
 def called(method: str, target: str) -> Call:
