@@ -1,4 +1,5 @@
 from .deltas.checkpoint_pair import CheckpointPair as CheckpointPair
+from .deltas.lora_adapter import IN_MEMORY as IN_MEMORY
 from .deltas.lora_adapter import INITS_MOVING_BASE as INITS_MOVING_BASE
 from .deltas.lora_adapter import LORI_CONFIG as LORI_CONFIG
 from .deltas.lora_adapter import MERGED_CHECKPOINT as MERGED_CHECKPOINT

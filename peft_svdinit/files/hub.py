@@ -30,6 +30,7 @@ _LONGEST_WAIT = 60.0
 _AGAIN = (408, 429, 500, 502, 503, 504)
 # Of huggingface_hub's HTTP client, which is another one in its next version.
 _CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # pyright: ignore
+_ERRORS = (HFValidationError, EntryNotFoundError, OSError, _CLIENT_ERROR)
 
 
 def split_revision(path_or_id: str | os.PathLike) -> tuple[str, str | None]:
@@ -45,7 +46,6 @@ def ask_hub(
     argument: str,
     what: str = "",
     write: bool = False,
-    again: bool = True,
 ) -> Answer:
     """What `call` of huggingface_hub returns; a busy or broken Hub is asked again.
 
@@ -58,7 +58,6 @@ def ask_hub(
         argument: by which the user gave it; the messages of errors begin with it.
         what: is asked of the repository: a file's name.
         write: whether `call` changes the repository.
-        again: whether to ask again; not where `call` does.
 
     Raises:
         FileNotFoundError: if there is no such repository, revision or file, or the Hub hides it;
@@ -67,11 +66,13 @@ def ask_hub(
         ConnectionError: if the Hub is busy or fails, time and again.
         ValueError: if `name` is no Hub id.
     """
-    for wait in (*(WAITS if again else ()), None):
+    for wait in (*WAITS, None):
         try:
             return call()
-        except (HFValidationError, EntryNotFoundError, OSError, _CLIENT_ERROR) as error:
+        except (*_ERRORS, RuntimeError) as error:
             cause = _cause(error)
+            if not isinstance(cause, _ERRORS):
+                raise
             if wait is None or not _is_passing(cause):
                 raise _in_words(cause, f"{argument}: {name!r}", what, write) from error
             wait = min(max(wait, _retry_after(cause)), _LONGEST_WAIT)
@@ -83,10 +84,9 @@ def ask_hub(
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What is behind a file that is not in the cache either."""
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        return error.__cause__
-    return error
+    """What is behind a file that is not in the cache either, or was not sent."""
+    hides = isinstance(error, LocalEntryNotFoundError | RuntimeError)
+    return error.__cause__ if hides and error.__cause__ is not None else error
 
 
 def _status(error: BaseException) -> int | None:
@@ -144,7 +144,7 @@ def _in_words(error: BaseException, subject: str, what: str, write: bool) -> Exc
             f"{'no' if write else 'a'} repository of the Hub that you can "
             f"{'write to' if write else 'see'}; check the spelling, and if it is private {sign_in}"
         )
-    if isinstance(error, EntryNotFoundError):
+    if isinstance(error, EntryNotFoundError) or status == 404:
         return FileNotFoundError(f"{subject} has no {what or 'such file'} on the Hub")
     if status == 401:
         return PermissionError(

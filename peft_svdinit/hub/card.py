@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
-from .. import __version__
 from ..factors import FactorsFile
 from ..masks import load_mask
 from .artefact import Artefact
 from .base_model import BaseModel
 from .figures import Figures
+from .publishable import command_without_paths, without_paths
 from .usage import usage
 
 TAG = "peft-svdinit"
@@ -36,11 +37,13 @@ def card_text(artefact: Artefact, base: BaseModel, figures: Figures, repo_id: st
     """Our part of the card, as Markdown."""
     picture = f"![What was measured]({PLOT})" if figures.plot else ""
     measured = "\n\n".join(part for part in (figures.text, picture) if part)
+    command, files = command_without_paths(figures.command or "", base)
+    limits = [*figures.limits, *_limits(base, files)]
     sections = {
         "Use": usage(artefact, base, repo_id),
         "What was measured": measured or "Nothing that was recorded.",
-        "How it was made": _made(figures),
-        "Limits": "\n".join(f"- {limit}" for limit in (*figures.limits, *_limits(base))),
+        "How it was made": _made(figures, command, base),
+        "Limits": "\n".join(f"- {limit}" for limit in limits),
     }
     parts = [_summary(artefact, base)]
     parts += [f"## {title}\n\n{text}" for title, text in sections.items() if text]
@@ -53,7 +56,7 @@ def _summary(artefact: Artefact, base: BaseModel) -> str:
         what += f" at revision `{base.revision}`"
     details = [_sizes(artefact), _start(artefact)]
     sentence = "; ".join(filter(None, [what, *details]))
-    return f"{sentence}. Made with peft-svdinit {__version__}."
+    return f"{sentence}. Made with peft-svdinit {version(TAG)}."
 
 
 def _sizes(artefact: Artefact) -> str:
@@ -88,16 +91,20 @@ def _start(artefact: Artefact) -> str:
     return ""
 
 
-def _made(figures: Figures) -> str:
+def _made(figures: Figures, command: str, base: BaseModel) -> str:
     parts = []
-    if figures.command:
-        parts += ["In a clone of peft-svdinit:", f"```bash\n{figures.command}\n```"]
-    parts.append("\n".join(f"- {name}: {value}" for name, value in figures.facts.items()))
+    if command:
+        parts += ["In a clone of peft-svdinit:", f"```bash\n{command}\n```"]
+    facts = without_paths(figures.facts, base)
+    parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))
     return "\n\n".join(filter(None, parts))
 
 
-def _limits(base: BaseModel) -> list[str]:
+def _limits(base: BaseModel, files: list[str]) -> list[str]:
     found = []
+    if files:
+        names = ", ".join(f"`{name}`" for name in files)
+        found.append(f"The command reads what only its author has: {names}.")
     if base.quantised_from:
         found.append(
             f"Trained and measured on a base that was quantised from {base.name} and dequantised "

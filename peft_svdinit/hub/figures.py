@@ -90,7 +90,7 @@ def figures_of_comparison(folder: Path, run: Figures) -> Figures:
         plot=plot if plot.is_file() else None,
         files=(numbers,),
         command=f"python {command}" if command else None,
-        facts={**run.facts, **{key: f"`{value}`" for key, value in facts.items()}},
+        facts={**run.facts, **{key: str(value) for key, value in facts.items()}},
         limits=(sections["Limits"],) if "Limits" in sections else (),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import struct
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ..files import write_json
+from ..factors import IN_MEMORY, SIDECAR_NAME
+from ..files import is_local, write_json
 from .base_model import BaseModel
 
 _LENGTH = struct.Struct("<Q")
@@ -32,11 +34,29 @@ def without_paths(value: Any, base: BaseModel) -> Any:
     return Path(value).name or value if is_path else value
 
 
+def command_without_paths(command: str, base: BaseModel) -> tuple[str, list[str]]:
+    """As `without_paths`, of a command; and the names of files that it reads from this disk."""
+    words, read, option = [], [], ""
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+        else:
+            equals, value = "", word
+        public = without_paths(value, base)
+        if value and option not in ("", "--output_dir") and public != base.name and is_local(value):
+            read.append(public)
+        words.append(f"{option}={public}" if equals else public or option)
+    return shlex.join(words), read
+
+
 def publish_file(source: Path, target: Path, base: BaseModel) -> None:
     """Put `source` at `target`: as it is where it names no path of this disk, else changed."""
     if source.suffix == ".json":
         value = json.loads(source.read_text(encoding="utf-8"))
         changed = without_paths(value, base)
+        if source.name == SIDECAR_NAME and is_local(value.get("svd_factors") or ""):
+            # These are not published; the weights that came of them are.
+            changed["svd_factors"] = IN_MEMORY
         if changed != value:
             write_json(target, changed)
             return

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any, Literal, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -138,6 +139,8 @@ def prepare_repository(
         repo_id = _asked(
             repo_id, lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         )
+        if "write" in signature(api.auth_check).parameters:  # of huggingface_hub 2
+            _asked(repo_id, lambda: api.auth_check(repo_id, write=True))
     if _asked(repo_id, lambda: api.model_info(repo_id)).private is False and private:
         raise ValueError(
             f"private is set, but {repo_id} exists and is public; make it private on its page, or "
@@ -150,8 +153,8 @@ def _api(token: str | None) -> HfApi:
     return HfApi(token=token, library_name="peft-svdinit")
 
 
-def _asked(repo_id: str, call: Callable[[], Answer], again: bool = True) -> Answer:
-    return ask_hub(call, repo_id, argument="repo_id", write=True, again=again)
+def _asked(repo_id: str, call: Callable[[], Answer]) -> Answer:
+    return ask_hub(call, repo_id, argument="repo_id", write=True)
 
 
 def _commit(api: HfApi, repo_id: str, operations: list[Any], **options: Any) -> CommitInfo:
@@ -165,8 +168,7 @@ def _commit(api: HfApi, repo_id: str, operations: list[Any], **options: Any) -> 
                 raise _HeadMoved from error
             raise
 
-    # huggingface_hub itself asks again for each of its steps.
-    return _asked(repo_id, commit, again=False)
+    return _asked(repo_id, commit)
 
 
 def _read_card(repo_id: str, commit: str | None, token: str | None) -> str:

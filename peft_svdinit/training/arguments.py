@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -20,6 +20,7 @@ class RecipeArguments(TrainingArguments):
     """How to train: all of transformers' TrainingArguments, some with other defaults."""
 
     _argument_group_name = "training"
+    _known_as: ClassVar = {"hub_model_id": ["repo_id"], "hub_base_model": ["base_model"]}
 
     output_dir: str | None = field(
         default="runs/default", metadata={"help": "Folder of checkpoints, logs and the result."}

@@ -9,11 +9,11 @@ from typing import Any
 from peft import LoraConfig, PeftType
 from torch import nn
 
-from ..factors import INITS_MOVING_BASE, FactorsFile, LowRankFactors, Split, Start
+from ..factors import IN_MEMORY, INITS_MOVING_BASE, FactorsFile, LowRankFactors, Split, Start
 from ..files import WrongKind
 from .config.lori import LoriConfig
 from .config.stock_saved import lora_options
-from .config.svd import IN_MEMORY, Coverage, SvdLoraConfig
+from .config.svd import Coverage, SvdLoraConfig
 from .svd_start import initialize_layers
 
 

@@ -49,18 +49,18 @@ def prepare_push(arguments: RecipeArguments, base: str) -> Push:
             )
             print(f"{pushed.repo_id} is at {pushed.url}")
 
-        _on_main(publish, arguments, f"error: {folder} is trained, but not pushed")
+        _on_main(publish, f"error: {folder} is trained, but not pushed")
 
-    _on_main(make_repository, arguments, "error")
+    _on_main(make_repository, "error")
     return push
 
 
-def _on_main(act: Callable[[], None], arguments: RecipeArguments, says: str) -> None:
+def _on_main(act: Callable[[], None], says: str) -> None:
     """Do it on the main process; a refusal ends all processes with one line."""
     refusal = [None]
     if PartialState().is_main_process:
         try:
-            with refusals_in_one_line([arguments], says):
+            with refusals_in_one_line([RecipeArguments], says):
                 act()
         except SystemExit as end:
             refusal = [end.code]

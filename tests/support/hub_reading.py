@@ -49,7 +49,10 @@ def info(request: Request) -> Answer:
 
 def _metadata(card: str) -> dict[str, Any] | None:
     _, *parts = re.split("^---$", card, maxsplit=2, flags=re.MULTILINE)
-    return yaml.safe_load(parts[0]) if len(parts) == 2 else None
+    try:
+        return yaml.safe_load(parts[0]) if len(parts) == 2 else None
+    except yaml.YAMLError:
+        return None
 
 
 def tree(request: Request) -> Answer:

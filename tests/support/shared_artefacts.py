@@ -19,11 +19,12 @@ BASE_CARD = b"---\nlicense: apache-2.0\nlicense_name: own\n---\n# Base\n"
 
 
 def add_base(hub: StandInHub, folder: Path) -> Path:
-    """`user/base` on the Hub, and the same model in a folder whose path is to stay here."""
+    """`user/base` on the Hub, and its snapshot in a cache, whose path is to stay here."""
     tiny_model().save_pretrained(str(folder))
     (folder / "README.md").write_bytes(BASE_CARD)
-    hub.add(BASE, folder)
-    return folder
+    snapshot = folder.parent / "models--user--base" / "snapshots" / hub.add(BASE, folder)
+    snapshot.parent.mkdir(parents=True)
+    return folder.rename(snapshot)
 
 
 def save_adapter(folder: Path, base: Path, **options) -> Path:
@@ -60,9 +61,8 @@ def save_lori(folder: Path, base: Path) -> Path:
     model.name_or_path = str(base)
     model = lori_model(model)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.fill_(0.1)
+        for parameter in filter(lambda each: each.requires_grad, model.parameters()):
+            parameter.fill_(0.1)
     model.save_pretrained(str(folder))
     return folder
 

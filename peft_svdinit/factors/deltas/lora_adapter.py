@@ -260,6 +260,8 @@ class LoraAdapter(LazyMapping[LoraProduct]):
         return LoraProduct(lora_A, lora_B, self.scaling_of(name))
 
 
+IN_MEMORY = "<factors in memory>"
+"""svd_factors in an adapter's sidecar where there is no file to name."""
 SIDECAR_NAME = "svdinit_config.json"
 # What a sidecar's `config_class` says of a LoRI adapter.
 LORI_CONFIG = "LoriConfig"

@@ -8,13 +8,10 @@ from typing import ClassVar, Literal
 
 from peft import LoraConfig
 
-from ...factors import PARTS, Part, SvdGuided
+from ...factors import IN_MEMORY, PARTS, Part, SvdGuided
 from .stock_saved import StockSavedConfig, path_text
 
 Coverage = Literal["strict", "partial"]
-IN_MEMORY = "<factors in memory>"
-"""`svdinit_config.json`'s svd_factors of an adapter that `initialize_lora_from_factors` started
-from a mapping: there is no file to name."""
 # The functions behind sources that a config cannot ask for.
 _FROM_DATA = {"gradient": "gradient_factors", "activation": "activation_factors"}
 
