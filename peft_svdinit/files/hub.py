@@ -126,8 +126,8 @@ def _in_words(error: BaseException, subject: str, what: str, write: bool) -> Exc
     sign_in = "set HF_TOKEN, or run `hf auth login`"
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         return FileNotFoundError(
-            f"{subject} is not on this disk and not in the cache, and the Hub is not asked: "
-            "unset HF_HUB_OFFLINE, or fetch it before"
+            f"{subject} is neither a path on this disk nor in the cache of the Hub, which is not "
+            "asked: unset HF_HUB_OFFLINE, or fetch it before"
         )
     if isinstance(error, HFValidationError):
         return ValueError(f"{subject} is neither a path on this disk nor an id of the Hub: {error}")

@@ -357,7 +357,7 @@ def test_what_is_not_there_is_said_without_asking_a_server(tmp_path):
 
 
 def test_a_hub_id_that_cannot_be_reached_may_be_a_path_misspelt(monkeypatch):
-    with pytest.raises(FileNotFoundError, match="factors: 'nobody/nothing' is no path"):
+    with pytest.raises(FileNotFoundError, match="factors: 'nobody/nothing' is neither a path"):
         FactorsFile("nobody/nothing")
 
 

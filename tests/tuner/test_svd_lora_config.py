@@ -25,8 +25,8 @@ from support.peft_fixtures import (
 
 from peft_svdinit import LoriConfig, SvdLoraConfig
 from peft_svdinit.factors import SIDECAR_NAME
+from peft_svdinit.files import locate
 from peft_svdinit.masks import MASK_FILE_NAME
-from peft_svdinit.tuner.config import stock_saved
 from peft_svdinit.tuner.config.alias import config_of_alias
 
 OPTIONS: dict[str, Any] = {
@@ -184,7 +184,7 @@ def test_an_adapter_of_the_hub_is_fetched_with_what_was_given(tmp_path, monkeypa
         asked.append((repo_id, filename, options))
         return str(tmp_path / options["subfolder"] / filename)
 
-    monkeypatch.setattr(stock_saved, "hf_hub_download", fetch)
+    monkeypatch.setattr(locate, "hf_hub_download", fetch)
     is_svd = config_class is SvdLoraConfig
     options: dict[str, Any] = {"svd_factors": "f"} if is_svd else {"lori_start": "elsewhere"}
     config_class(r=4, **options).save_pretrained(str(tmp_path / "second"))
