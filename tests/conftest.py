@@ -24,6 +24,14 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="what CI samples, in full: every recipe under every launch file",
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = {
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",

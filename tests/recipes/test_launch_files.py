@@ -1,4 +1,4 @@
-"""Every recipe under every launch file that runs without a GPU, as the table of the README says."""
+"""Recipes under every launch file that runs without a GPU, as the table of the README says."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ DEEPSPEED = [path.stem for path in sorted(FILES.glob("zero*.yaml"))]
 TESTED = [path.stem for path in sorted(FILES.glob("*.yaml")) if path.stem != "fsdp2"]
 # As the file says; all others in float32, so that losses can be compared.
 IN_BFLOAT16 = ("single_gpu", "zero3_offload")
+# The others run the two that train adapters, and all of them with --thorough.
+WITH_EVERY = ("cpu", "ddp", "zero2", "zero3")
 
 pytestmark = pytest.mark.slow
 
@@ -124,12 +126,14 @@ def ranks_of(folder: Path) -> dict[str, int]:
     "name",
     [pytest.param(n, marks=[pytest.mark.deepspeed] * (n in DEEPSPEED)) for n in TESTED],
 )
-def test_every_recipe_runs_as_the_launch_file_says(name, inputs, alone, tmp_path):
-    outputs, said = tmp_path, run_recipes(name, inputs, tmp_path, EVERY)
+def test_recipes_run_as_the_launch_file_says(name, inputs, alone, tmp_path, request):
+    every = name in WITH_EVERY or request.config.getoption("--thorough")
+    recipes = EVERY if every else ["train_lora", "train_lori"]
+    outputs, said = tmp_path, run_recipes(name, inputs, tmp_path, recipes)
     # Of several processes the first one finds the ranks and says what all are.
     assert said.count("rank_budget: ") == 1 and said.count("runs as: ") >= 1
     options = dict(option.removeprefix("--expected_").split() for option in documented(name))
-    for recipe in EVERY:
+    for recipe in recipes:
         records = [json.loads(path.read_text()) for path in (outputs / recipe).rglob("run.json")]
         assert records and all(record["status"] == "completed" for record in records), recipe
         for runs_as in (record["runs_as"] for record in records):
