@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..analysis import COMPARISON_NUMBERS, COMPARISON_REPORT, markdown_table
+from ..analysis import COMPARISON_NUMBERS, COMPARISON_REPORT, escaped, markdown_table
 from ..files import read_json
 from ..training import LOSS_CURVE, RUN_INFO, Run, launched, read_run
 
@@ -79,14 +79,15 @@ def figures_of_comparison(folder: Path, run: Figures) -> Figures:
                 f"comparison: {folder} has no {path.name}; `svdinit compare` and "
                 "recipes/compare_inits.py write it"
             )
-    context = read_json(numbers, "comparison").get("context") or {}
-    title, sections = _sections(report.read_text(encoding="utf-8"))
+    found = read_json(numbers, "comparison")
+    context, headline = found.get("context") or {}, escaped(found.get("headline") or "")
+    sections = _sections(report.read_text(encoding="utf-8"))
     shown = [f"### {name}\n\n{sections[name]}" for name in _SHOWN if name in sections]
     plot = folder / _COMPARISON_PLOT
     command = context.get("command")
     facts = {key: context[key] for key in ("model", "dataset", "machine") if context.get(key)}
     return Figures(
-        text="\n\n".join([title, *shown]),
+        text="\n\n".join([*([f"**{headline}**"] if headline else []), *shown]),
         plot=plot if plot.is_file() else None,
         files=(numbers,),
         command=f"python {command}" if command else None,
@@ -133,8 +134,8 @@ def _facts(info: dict[str, Any]) -> dict[str, str]:
     return {key: value for key, value in found.items() if value}
 
 
-def _sections(report: str) -> tuple[str, dict[str, str]]:
-    """What stands under the title of a report, and its sections by their headings."""
-    _, *parts = re.split(r"^#+ ", report, flags=re.MULTILINE)
-    (_, *first), *rest = (part.split("\n", 1) for part in parts)
-    return "".join(first).strip(), {name.strip(): "".join(text).strip() for name, *text in rest}
+def _sections(report: str) -> dict[str, str]:
+    """The sections of a report by their headings."""
+    _, *parts = re.split(r"^## ", report, flags=re.MULTILINE)
+    split = (part.partition("\n") for part in parts)
+    return {heading.strip(): text.strip() for heading, _, text in split}
