@@ -18,6 +18,8 @@ from .base_model import BaseModel
 
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 8
+# Whether they are there or not, these are no ids of the Hub.
+_DATA = (".csv", ".json", ".jsonl", ".parquet", ".txt")
 
 
 def without_paths(value: Any, base: BaseModel) -> Any:
@@ -43,7 +45,8 @@ def command_without_paths(command: str, base: BaseModel) -> tuple[str, list[str]
         else:
             equals, value = "", word
         public = without_paths(value, base)
-        if value and option not in ("", "--output_dir") and public != base.name and is_local(value):
+        is_file = is_local(value) or Path(value).suffix in _DATA
+        if is_file and value and option not in ("", "--output_dir") and public != base.name:
             read.append(public)
         words.append(f"{option}={public}" if equals else public or option)
     return shlex.join(words), read
