@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import re
 import sys
 from dataclasses import fields
 from typing import Any
@@ -25,6 +27,7 @@ from peft_svdinit.training.tokenizing import tokenize_examples
 DOCSTRINGS = "builtin:stdlib-docstrings"
 NAMES = "builtin:stdlib-names"
 TOPICS = "builtin:python-topics"
+ARITHMETIC = "builtin:arithmetic"
 TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -167,7 +170,8 @@ def test_the_collator_pads_labels_without_loss(side):
 
 
 @pytest.mark.parametrize(
-    ("name", "column"), [(DOCSTRINGS, "module"), (NAMES, "module"), (TOPICS, "topic")]
+    ("name", "column"),
+    [(DOCSTRINGS, "module"), (NAMES, "module"), (TOPICS, "topic"), (ARITHMETIC, "equation")],
 )
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**31), fraction=st.sampled_from([0.05, 0.1, 0.5]))
@@ -202,7 +206,22 @@ def test_another_seed_holds_out_other_groups(name, column):
     assert first != second
 
 
-@pytest.mark.parametrize("name", [DOCSTRINGS, NAMES, TOPICS])
+def test_the_problems_are_right_and_the_same_on_every_python():
+    train, evaluation = load_examples(ARITHMETIC)
+    problems: list[Any] = [*train, *evaluation]
+    for row in problems:
+        calculation, answer = row["equation"].split(" = ")
+        assert eval(calculation) == int(answer) > 0
+        assert row["completion"].endswith(f"The answer is {answer}")
+        for step in re.findall(r"[\d +*/-]+ = \d+", row["completion"]):
+            left, right = step.split(" = ")
+            assert eval(left.strip(" +*/-")) == int(right)
+    assert len({row["prompt"] for row in problems}) == 4000
+    digest = hashlib.sha256("".join(sorted(row["completion"] for row in problems)).encode())
+    assert digest.hexdigest()[:16] == "f16ee7e9aa5bfe90"
+
+
+@pytest.mark.parametrize("name", [DOCSTRINGS, NAMES, TOPICS, ARITHMETIC])
 def test_every_builtin_data_set_can_be_tokenised(name):
     train, _ = load_examples(name, max_train_samples=20)
     rows = tokenize_examples(train, PLAIN, 1024)
@@ -323,7 +342,11 @@ def test_wrong_options_are_refused(options, expected, jsonl):
     ("name", "content", "expected"),
     [
         ("builtin:docstrings", None, "known ones: .*; did you mean builtin:stdlib-docstrings"),
-        ("builtin:xyz", None, "unknown .* 'builtin:xyz'; known .*-names, builtin:python-topics"),
+        (
+            "builtin:xyz",
+            None,
+            "unknown .* 'builtin:xyz'; known .*-names, .*-topics, .*:arithmetic",
+        ),
         ("./absent.jsonl", None, "there is no file or folder './absent.jsonl'"),
         ("absent.csv", None, "there is no file or folder"),
         ("data.pkl", "x", "must end in .json, .jsonl"),

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .arithmetic import arithmetic
 from .docstrings import stdlib_docstrings
 from .signatures import stdlib_names
 from .topics import python_topics
@@ -46,6 +47,12 @@ BUILTIN_DATASETS = {
         python_topics,
         group_column="topic",
         split_rows=python_topics,
+    ),
+    "builtin:arithmetic": BuiltinDataset(
+        "word problems in two steps to their solution and its number, as in GSM8K",
+        arithmetic,
+        group_column="equation",
+        split_rows=arithmetic,
     ),
 }
 
