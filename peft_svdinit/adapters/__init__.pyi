@@ -1,3 +1,5 @@
+from .checking.stock_loading import load_stock_adapter as load_stock_adapter
+from .checking.text import divergence as divergence
 from .dtypes import BYTES as BYTES
 from .dtypes import Dtype as Dtype
 from .export.write import export_adapter as export_adapter

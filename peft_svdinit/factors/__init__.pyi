@@ -65,6 +65,7 @@ from .svd_guided import LoraInit as LoraInit
 from .svd_guided import Split as Split
 from .svd_guided import Start as Start
 from .svd_guided import SvdGuided as SvdGuided
+from .warm_starts.base_check import check_base_of_adapter as check_base_of_adapter
 from .warm_starts.held import Held as Held
 from .warm_starts.source import kind_of as kind_of
 from .warm_starts.start import warm_start as warm_start

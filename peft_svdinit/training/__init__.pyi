@@ -1,7 +1,9 @@
 from .arguments import RecipeArguments as RecipeArguments
+from .builtin.model import builtin_of_folder as builtin_of_folder
 from .builtin.model import original_of as original_of
 from .builtin.model import resolve_model as resolve_model
 from .data import DataOptions as DataOptions
+from .data import load_examples as load_examples
 from .data import prepare_examples as prepare_examples
 from .environment import describe_environment as describe_environment
 from .in_one_piece import whole_weights as whole_weights
@@ -37,4 +39,6 @@ from .runs import read_run_info as read_run_info
 from .runs import write_run_info as write_run_info
 from .skeleton import enable_checkpointing_ as enable_checkpointing_
 from .skeleton import load_skeleton as load_skeleton
+from .tokenizing import IGNORED_LABEL as IGNORED_LABEL
 from .tokenizing import completion_collator as completion_collator
+from .tokenizing import tokenize_examples as tokenize_examples

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import logging
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,15 @@ def original_of(name: str) -> str | None:
         if name == _PREFIX + key or (is_folder and Path(name).name.startswith(f"{key}-")):
             return wheel.original
     return None
+
+
+def builtin_of_folder(path: str) -> str | None:
+    """The `builtin:` name of the folder that one was converted into, here or on another machine.
+
+    None of any other path. An adapter trained on a built-in model names that folder as its base.
+    """
+    found = re.fullmatch(r"(.+)-[0-9a-f]{10}", re.split(r"[/\\]", path)[-1])
+    return _PREFIX + found[1] if found and found[1] in _WHEELS else None
 
 
 def _locate(model: str, wheel: _Wheel) -> tuple[Path, str]:

@@ -1,0 +1,106 @@
+"""Adapters side by side: a table of what was measured, with intervals, and all figures as JSON."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..files import write_json, write_text
+from ..training import for_json
+from .markdown import columns_table, document, escaped, facts, section
+from .runs.wording import NOT_KNOWN, count, loss, share, signed, significant
+
+EVALUATION_JSON, EVALUATION_REPORT = "evaluation.json", "evaluation.md"
+_READING = (
+    "Losses are nats per token. Brackets hold 95 % intervals over the examples drawn, in which no "
+    "variation of training is: those of losses and agreement are of the ratio estimator, those of "
+    "differences are paired over examples, and exact match has Wilson's."
+)
+Row = Mapping[str, Any]
+
+
+def write_evaluation(record: Mapping[str, Any], folder: str | os.PathLike) -> Path:
+    """Write `evaluation.json` and `evaluation.md`.
+
+    Args:
+        record: `model`, `data` (of each metric), `environment`, `command`, and `results`, one row
+            for the base and one for each adapter.
+        folder: where to.
+
+    Returns:
+        The path of the table.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / EVALUATION_JSON, for_json({"format_version": 1, **record}))
+    write_text(folder / EVALUATION_REPORT, evaluation_report(record))
+    return folder / EVALUATION_REPORT
+
+
+def evaluation_report(record: Mapping[str, Any]) -> str:
+    """The table and what it is of, as Markdown."""
+    rows = record["results"]
+    data = {
+        metric.replace("_", " "): f"{escaped(about['dataset_name'])}, {about['examples']} examples "
+        f"(seed {about['split_seed']} of the draw)"
+        for metric, about in record["data"].items()
+    }
+    versions = record["environment"]["versions"]
+    return document(
+        f"# Adapters of {escaped(record['model']['model_name_or_path'])}",
+        columns_table(rows, _columns(rows)),
+        _READING,
+        *[f"{escaped(row['name'])}: {row['note']}." for row in rows if row.get("note")],
+        section("Data", facts(data)),
+        section("Command", f"```\n{record['command']}\n```"),
+        section("Versions", facts({name: versions[name] for name in versions})),
+    )
+
+
+def _columns(rows: list[Row]) -> dict[str, Callable[[Row], str]]:
+    columns: dict[str, Callable[[Row], str]] = {
+        "adapter": lambda row: escaped(row["name"]),
+        "parameters": lambda row: count(row["parameters"]),
+    }
+    metrics = {metric for row in rows for metric in row}
+    if "loss" in metrics:
+        columns["loss"] = lambda row: _with_interval(row["loss"], "loss", loss)
+        columns["against base"] = lambda row: _difference(row["loss"].get("against_base"))
+        if len(rows) > 2:
+            first = escaped(rows[1]["name"])
+            columns[f"against {first}"] = lambda row: _difference(row["loss"].get("against_first"))
+    if "exact_match" in metrics:
+        columns["exact match"] = lambda row: _with_interval(
+            row["exact_match"], "exact_match", share
+        )
+    if "forgetting" in metrics:
+        columns["forgetting"] = lambda row: _difference(row["forgetting"], "forgetting")
+    if "agreement" in metrics:
+        columns["KL from teacher"] = lambda row: _with_interval(row["agreement"], "kl", loss)
+        columns["top-1 as teacher"] = lambda row: _with_interval(row["agreement"], "top_1", share)
+    for task in rows[0].get("lm_eval", {}):
+        columns[escaped(task)] = lambda row, task=task: _harness_cell(row["lm_eval"][task])
+    return columns
+
+
+def _with_interval(figures: Row, name: str, words: Callable[[float], str]) -> str:
+    bounds = figures[f"{name}_interval"]
+    text = words(figures[name])
+    return text if bounds is None else f"{text} ({words(bounds[0])} to {words(bounds[1])})"
+
+
+def _difference(figures: Row | None, name: str = "difference") -> str:
+    """Empty for the model that the difference is from."""
+    return _with_interval(figures, name, signed) if figures and name in figures else ""
+
+
+def _harness_cell(figures: Row) -> str:
+    """The task's first metric, with its standard error where the harness gives one."""
+    names = [name for name in figures if "," in name and "_stderr" not in name]
+    if not names:
+        return NOT_KNOWN
+    error = figures.get(names[0].replace(",", "_stderr,"))
+    value = f"{names[0].partition(',')[0]} {significant(figures[names[0]], 3)}"
+    return value if error is None else f"{value} \u00b1 {significant(error, 2)}"

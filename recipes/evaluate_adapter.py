@@ -1,0 +1,114 @@
+"""Adapters side by side in one table: held-out loss, exact match, forgetting, agreement.
+
+    python recipes/evaluate_adapter.py --adapters runs/random runs/svd --output_dir evaluation
+    python recipes/evaluate_adapter.py --adapters lora=user/adapter@v1 ours=runs/svd \\
+        --dataset_name my.jsonl --teacher runs/full --output_dir evaluation
+    python recipes/evaluate_adapter.py --adapters runs/svd --exact_match_dataset openai/gsm8k \\
+        --exact_match_config main --exact_match_split test --max_new_tokens 300 \\
+        --exact_match_template 'Question: {question}\\nAnswer:' --exact_match_samples 1319
+    python recipes/evaluate_adapter.py --adapters runs/svd --lm_eval_tasks gsm8k hellaswag
+
+Any adapters that PEFT loads on one causal language model, those of this package and others. The
+base model is loaded once and measured first; each adapter is put on it, measured, and taken off.
+The folder then holds `evaluation.md`, the table, and `evaluation.json`, with the figures of each
+example, so that others can be paired with them.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from dataclasses import asdict
+
+from stages.attached import BASE, attached, check_adapters, find_adapters
+from stages.evaluation import (
+    Evaluation,
+    base_options,
+    compare_,
+    device_of,
+    loaded,
+    names_of,
+    teacher_model,
+)
+from stages.evaluation_options import (
+    AdaptedModelOptions,
+    EvaluationOptions,
+    ExactMatchOptions,
+    ForgettingOptions,
+    HarnessOptions,
+    HeldOutOptions,
+)
+from stages.evaluation_sets import EvaluationSets
+from stages.harness import check_harness, harness_results
+from stages.metric_modules import metric
+from stages.processes import leave_process_group
+
+from peft_svdinit.analysis import write_evaluation
+from peft_svdinit.training import (
+    describe_environment,
+    load_tokenizer,
+    parse_options,
+    refusals_in_one_line,
+)
+
+CLASSES = (
+    EvaluationOptions, AdaptedModelOptions, HeldOutOptions, ExactMatchOptions, ForgettingOptions,
+    HarnessOptions,
+)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    began = time.monotonic()
+    given = parse_options(CLASSES, argv, description=__doc__ or "")
+    options, model, data, exact_match, forgetting, harness = given
+    with refusals_in_one_line(given):
+        metric("perplexity")
+        check_harness(harness)
+        device = device_of(options)
+        adapters = find_adapters(options.adapters)
+        model = base_options(model, adapters)
+        tokenizer = load_tokenizer(model)
+        sets = EvaluationSets.prepare(tokenizer, options, data, exact_match, forgetting)
+        base = loaded(model, device)
+        check_adapters(base, adapters, names_of(model), check_base=options.check_base)
+        for adapter in adapters:
+            with attached(base, adapter):
+                pass  # What PEFT cannot load is refused before any work.
+    with teacher_model(options, model, device) as teacher:
+        evaluation = Evaluation(sets, options, exact_match, teacher)
+        with refusals_in_one_line(given):
+            evaluation.check_vocabulary(base)
+        rows = [{**evaluation.measured(base, BASE), "parameters": 0}]
+        for adapter in adapters:
+            with attached(base, adapter) as adapted:
+                rows.append({**evaluation.measured(adapted, adapter.name), **adapter.describe()})
+    compare_(rows)
+    if harness.lm_eval_tasks:
+        del base
+        for row, adapter in zip(rows, [None, *adapters], strict=True):
+            row["lm_eval"] = harness_results(
+                harness,
+                model,
+                adapter and adapter.folder,
+                device=str(device),
+                batch_size=options.eval_batch_size,
+            )
+    command = ["python", "recipes/evaluate_adapter.py", *(sys.argv[1:] if argv is None else argv)]
+    record = {
+        "model": asdict(model),
+        "data": sets.about,
+        "teacher": options.teacher,
+        "environment": describe_environment(device),
+        "command": shlex.join(command),
+        "seconds": round(time.monotonic() - began, 1),
+        "results": rows,
+    }
+    report = write_evaluation(record, options.output_dir)
+    print(report.read_text(encoding="utf-8"))
+    print(f"Table and figures of each example in {options.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
+    leave_process_group()

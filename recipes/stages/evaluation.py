@@ -1,0 +1,208 @@
+"""One base model and its adapters, measured one after the other on the same examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from peft_svdinit.factors import kind_of
+from peft_svdinit.files import is_local
+from peft_svdinit.training import (
+    ModelOptions,
+    builtin_of_folder,
+    load_model,
+    refusals_in_one_line,
+    resolve_model,
+)
+from stages.answers import greedy_answers
+from stages.attached import SavedAdapter, attached, check_adapters, find_adapters
+from stages.evaluation_options import AdaptedModelOptions, EvaluationOptions, ExactMatchOptions
+from stages.evaluation_sets import EvaluationSets
+from stages.metric_modules import metric
+from stages.token_losses import agreement, example_losses
+
+Row = dict[str, Any]
+
+
+def base_options(given: AdaptedModelOptions, adapters: list[SavedAdapter]) -> ModelOptions:
+    """The base that was given, or else what the first adapter calls its own.
+
+    Raises:
+        ValueError: if it says nothing, or names a folder that is not there.
+    """
+    name, adapter = given.model_name_or_path, adapters[0]
+    if name is None:
+        name = adapter.base
+        if not name:
+            raise ValueError(f"{adapter.place} names no base model; set model_name_or_path")
+        name = builtin_of_folder(name) or name
+        if is_local(name) and not Path(name).is_dir():
+            raise ValueError(
+                f"{adapter.place} says that its base model is {name!r}, which is not on this "
+                "disk; set model_name_or_path"
+            )
+    return ModelOptions(**{**vars(given), "model_name_or_path": name})
+
+
+def loaded(options: ModelOptions, device: torch.device) -> Any:
+    """A base model to evaluate, on its device."""
+    model: Any = load_model(options)
+    return (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
+
+
+def device_of(options: EvaluationOptions) -> torch.device:
+    """Where to evaluate.
+
+    Raises:
+        ValueError: for a device that torch does not know, or several processes.
+    """
+    if PartialState().num_processes > 1:
+        raise ValueError("adapters are evaluated in one process, start it without a launcher")
+    try:
+        return torch.device(options.device or PartialState().device or "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device must be one of torch's, got {options.device!r}") from error
+
+
+def names_of(options: ModelOptions) -> tuple[str, str]:
+    """What a base is called: its folder, and as it was given."""
+    return resolve_model(options.model_name_or_path), options.model_name_or_path
+
+
+@contextmanager
+def teacher_model(
+    options: EvaluationOptions, base: ModelOptions, device: torch.device
+) -> Iterator[Any]:
+    """The teacher in memory, beside the base: a model, or an adapter on a base of its own."""
+    if options.teacher is None:
+        yield None
+        return
+    with refusals_in_one_line([options]):
+        source = resolve_model(options.teacher, "teacher")
+        kind = kind_of(source, argument="teacher")
+        if kind == "factors":
+            raise ValueError(
+                f"teacher must be an adapter or a model, {source} holds factors of one"
+            )
+        if kind == "model":
+            model = loaded(replace(base, model_name_or_path=source), device)
+            adapter = None
+        else:
+            model = loaded(base, device)
+            (adapter,) = find_adapters([source], "teacher")
+            check_adapters(model, [adapter], names_of(base), check_base=options.check_base)
+    if adapter is None:
+        yield model
+        return
+    with attached(model, adapter) as teacher:
+        yield teacher
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured of every model."""
+
+    sets: EvaluationSets
+    options: EvaluationOptions
+    exact_match: ExactMatchOptions
+    teacher: Any = None
+
+    def check_vocabulary(self, model: Any) -> None:
+        """Raise ValueError unless the teacher predicts the model's tokens."""
+        sizes = [one.config.get_text_config().vocab_size for one in (model, self.teacher or model)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"teacher predicts {sizes[1]} tokens and the base {sizes[0]}: models of different "
+                "vocabularies cannot be compared"
+            )
+
+    def measured(self, model: Any, name: str) -> Row:
+        """Its figures, with those of each example beside them."""
+        sets, size, found = self.sets, self.options.eval_batch_size, Row(name=name)
+        if sets.held_out is not None and "loss" in self.options.metrics:
+            losses = asdict(example_losses(model, sets.held_out, size, f"{name}: loss"))
+            found["loss"] = {**metric("perplexity").compute(**losses), "per_example": losses}
+        if sets.held_out is not None and self.teacher is not None:
+            found["agreement"] = self._agreement(model, name)
+        if sets.general is not None:
+            losses = asdict(example_losses(model, sets.general, size, f"{name}: general text"))
+            found["forgetting"] = {"per_example": losses}
+        if sets.questions is not None:
+            found["exact_match"] = self._exact_match(model, name)
+        return found
+
+    def _agreement(self, model: Any, name: str) -> Row:
+        examples = agreement(
+            self.teacher, model, self.sets.held_out, self.options.eval_batch_size,  # pyright: ignore
+            f"{name}: agreement",
+        )  # fmt: skip
+        ratio = metric("perplexity").compute
+        kl = ratio(nll=examples.kl, tokens=examples.tokens)
+        top = ratio(nll=[float(count) for count in examples.agreeing], tokens=examples.tokens)
+        return {
+            "kl": kl["loss"],
+            "kl_interval": kl["loss_interval"],
+            "top_1": top["loss"],
+            "top_1_interval": top["loss_interval"],
+            "per_example": asdict(examples),
+        }
+
+    def _exact_match(self, model: Any, name: str) -> Row:
+        asked, options = self.sets.questions, self.exact_match
+        assert asked is not None
+        answers = greedy_answers(
+            model,
+            asked,
+            self.sets.tokenizer,
+            batch_size=options.generation_batch_size,
+            max_new_tokens=options.max_new_tokens,
+            title=f"{name}: answers",
+        )
+        pairs = {"predictions": answers, "references": asked.references}
+        kind = {"answers": options.exact_match_answers}
+        right = metric("exact_match").matches(*pairs.values(), **kind)
+        shown = range(min(options.shown_answers, len(answers)))
+        return {
+            **metric("exact_match").compute(**pairs, **kind),
+            "per_example": {"right": right},
+            "shown": [
+                {
+                    "question": self.sets.tokenizer.decode(asked.prompts[number]),
+                    "reference": asked.references[number],
+                    "answer": answers[number],
+                    "right": right[number],
+                }
+                for number in shown
+            ],
+        }
+
+
+def compare_(rows: list[Row]) -> None:
+    """Add to each row how it differs from the base's, the first, and from the first adapter's.
+
+    The examples are pairs, and a difference of losses has the interval of an increase.
+    """
+    base, first = rows[:2]
+    for row in rows:
+        if "forgetting" in row and row is not base:
+            row["forgetting"] |= _increase(base, row, "forgetting")
+        for title, other in (("against_base", base), ("against_first", first)):
+            if "loss" in row and row is not other and row is not base:
+                found = _increase(other, row, "loss")
+                row["loss"][title] = {
+                    "difference": found["forgetting"],
+                    "difference_interval": found["forgetting_interval"],
+                }
+
+
+def _increase(before: Row, after: Row, name: str) -> Row:
+    first, second = before[name]["per_example"], after[name]["per_example"]
+    return metric("forgetting").compute(
+        before=first["nll"], after=second["nll"], tokens=first["tokens"]
+    )

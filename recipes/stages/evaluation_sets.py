@@ -1,0 +1,100 @@
+"""What adapters are evaluated on: held-out examples, general text, and questions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from peft_svdinit.training import (
+    DataOptions,
+    load_examples,
+    refusals_in_one_line,
+    tokenize_examples,
+)
+from stages.answers import Questions
+from stages.evaluation_options import EvaluationOptions, ExactMatchOptions, ForgettingOptions
+
+
+@dataclass(frozen=True)
+class EvaluationSets:
+    """Tokenised examples; None of what is not measured.
+
+    Attributes:
+        about: of each of the metrics, what tells its data from others, as JSON values.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    held_out: Dataset | None
+    general: Dataset | None
+    questions: Questions | None
+    about: dict[str, dict[str, Any]]
+
+    @classmethod
+    def prepare(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        options: EvaluationOptions,
+        data: DataOptions,
+        exact_match: ExactMatchOptions,
+        forgetting: ForgettingOptions,
+    ) -> EvaluationSets:
+        """Load and tokenise them.
+
+        Raises:
+            SystemExit: with one line, where a data set, a column or a chat template is missing.
+        """
+        about: dict[str, dict[str, Any]] = {}
+
+        def tokens(metric: str, data: DataOptions, examples: Dataset) -> Dataset:
+            found = tokenize_examples(examples, tokenizer, data.max_length)
+            about[metric] = {**asdict(data), "examples": len(found), "digest": _digest(found)}
+            return found
+
+        held_out = general = asked = None
+        if "loss" in options.metrics or options.teacher is not None:
+            with refusals_in_one_line([data]):
+                held_out = tokens("loss", data, load_examples(data)[1])
+        if "forgetting" in options.metrics:
+            with refusals_in_one_line([forgetting]):
+                text = forgetting.data(data)
+                general = tokens("forgetting", text, load_examples(text)[1])
+        if "exact_match" in options.metrics:
+            with refusals_in_one_line([exact_match]):
+                chosen, examples = _questions(exact_match, data)
+                examples = _in_template(examples, exact_match.exact_match_template)
+                asked = Questions.of(tokens("exact_match", chosen, examples), tokenizer)
+        return cls(tokenizer, held_out, general, asked, about)
+
+
+def _questions(exact_match: ExactMatchOptions, data: DataOptions) -> tuple[DataOptions, Dataset]:
+    """By the first pair of columns that the data set has."""
+    first, *others = exact_match.data(data)
+    try:
+        return first, load_examples(first)[1]
+    except ValueError:
+        for other in others:
+            try:
+                return other, load_examples(other)[1]
+            except ValueError:
+                continue
+        raise
+
+
+def _in_template(examples: Dataset, template: str) -> Dataset:
+    if "prompt" not in examples.column_names:
+        return examples
+    return examples.map(
+        lambda row: {"prompt": template.replace("{question}", row["prompt"] or "")},
+        desc="Questions",
+    )
+
+
+def _digest(examples: Dataset) -> str:
+    """Of the token ids and labels: losses may be paired where it is equal."""
+    rows = [examples["input_ids"][:], examples["labels"][:]]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
