@@ -21,14 +21,13 @@ import sys
 import time
 from dataclasses import asdict
 
-from stages.attached import BASE, attached, check_adapters, find_adapters
+from stages.attached import find_adapters
 from stages.evaluation import (
     Evaluation,
     base_options,
-    compare_,
+    checked_base,
     device_of,
-    loaded,
-    names_of,
+    measured,
     teacher_model,
 )
 from stages.evaluation_options import (
@@ -70,22 +69,11 @@ def main(argv: list[str] | None = None) -> None:
         model = base_options(model, adapters)
         tokenizer = load_tokenizer(model)
         sets = EvaluationSets.prepare(tokenizer, options, data, exact_match, forgetting)
-        base = loaded(model, device)
-        check_adapters(base, adapters, names_of(model), check_base=options.check_base)
-        for adapter in adapters:
-            with attached(base, adapter):
-                pass  # What PEFT cannot load is refused before any work.
-    with teacher_model(options, model, device) as teacher:
-        evaluation = Evaluation(sets, options, exact_match, teacher)
-        with refusals_in_one_line(given):
-            evaluation.check_vocabulary(base)
-        rows = [{**evaluation.measured(base, BASE), "parameters": 0}]
-        for adapter in adapters:
-            with attached(base, adapter) as adapted:
-                rows.append({**evaluation.measured(adapted, adapter.name), **adapter.describe()})
-    compare_(rows)
+        base = checked_base(model, adapters, device, check_base=options.check_base)
+    with teacher_model(options, base, model, device) as teacher:
+        rows = measured(base, adapters, Evaluation(sets, options, exact_match, teacher))
+    del base  # The harness loads its own.
     if harness.lm_eval_tasks:
-        del base
         for row, adapter in zip(rows, [None, *adapters], strict=True):
             row["lm_eval"] = harness_results(
                 harness,

@@ -156,6 +156,8 @@ def attached(base: Any, adapter: SavedAdapter) -> Iterator[PeftModel]:
     if adapter.moves_base:
         kept = {name: one.detach().clone() for name, one in base.named_parameters()}
     flags = {name: one.requires_grad for name, one in base.named_parameters()}
+    # PEFT takes its layers off, and leaves modules that the adapter stores whole.
+    children = {module: dict(module._modules) for module in base.modules()}
     try:
         model = load_stock_adapter(base, adapter.folder)
     except ValueError as error:
@@ -168,6 +170,8 @@ def attached(base: Any, adapter: SavedAdapter) -> Iterator[PeftModel]:
         unload: Any = getattr(model.base_model, "unload", None)
         if unload is not None:
             unload()
+        for module, own in children.items():
+            module._modules.update(own)
         with torch.no_grad():
             for name, parameter in base.named_parameters():
                 parameter.requires_grad_(flags[name])

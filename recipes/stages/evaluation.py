@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from peft_svdinit.training import (
     resolve_model,
 )
 from stages.answers import greedy_answers
-from stages.attached import SavedAdapter, attached, check_adapters, find_adapters
+from stages.attached import BASE, SavedAdapter, attached, check_adapters, find_adapters
 from stages.evaluation_options import AdaptedModelOptions, EvaluationOptions, ExactMatchOptions
 from stages.evaluation_sets import EvaluationSets
 from stages.metric_modules import metric
@@ -30,7 +30,7 @@ from stages.token_losses import agreement, example_losses
 Row = dict[str, Any]
 
 
-def base_options(given: AdaptedModelOptions, adapters: list[SavedAdapter]) -> ModelOptions:
+def base_options(given: AdaptedModelOptions, adapters: Sequence[SavedAdapter]) -> ModelOptions:
     """The base that was given, or else what the first adapter calls its own.
 
     Raises:
@@ -50,12 +50,6 @@ def base_options(given: AdaptedModelOptions, adapters: list[SavedAdapter]) -> Mo
     return ModelOptions(**{**vars(given), "model_name_or_path": name})
 
 
-def loaded(options: ModelOptions, device: torch.device) -> Any:
-    """A base model to evaluate, on its device."""
-    model: Any = load_model(options)
-    return (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
-
-
 def device_of(options: EvaluationOptions) -> torch.device:
     """Where to evaluate.
 
@@ -70,38 +64,62 @@ def device_of(options: EvaluationOptions) -> torch.device:
         raise ValueError(f"device must be one of torch's, got {options.device!r}") from error
 
 
-def names_of(options: ModelOptions) -> tuple[str, str]:
-    """What a base is called: its folder, and as it was given."""
-    return resolve_model(options.model_name_or_path), options.model_name_or_path
+def checked_base(
+    options: ModelOptions,
+    adapters: Sequence[SavedAdapter],
+    device: torch.device,
+    *,
+    check_base: bool,
+) -> Any:
+    """The base model on its device, on which every adapter has been put once.
+
+    Raises:
+        ValueError: if an adapter is of another base, or PEFT cannot load it.
+    """
+    base = _loaded(options, device)
+    names = resolve_model(options.model_name_or_path), options.model_name_or_path
+    check_adapters(base, adapters, names, check_base=check_base)
+    for adapter in adapters:
+        with attached(base, adapter):
+            pass
+    return base
 
 
 @contextmanager
 def teacher_model(
-    options: EvaluationOptions, base: ModelOptions, device: torch.device
+    options: EvaluationOptions, base: Any, base_options: ModelOptions, device: torch.device
 ) -> Iterator[Any]:
-    """The teacher in memory, beside the base: a model, or an adapter on a base of its own."""
+    """The teacher in memory, beside the base: a model, or an adapter on a base of its own.
+
+    Raises:
+        SystemExit: with one line, where it is neither, or of another base or vocabulary.
+    """
     if options.teacher is None:
         yield None
         return
+    adapters: list[SavedAdapter] = []
     with refusals_in_one_line([options]):
         source = resolve_model(options.teacher, "teacher")
         kind = kind_of(source, argument="teacher")
         if kind == "factors":
-            raise ValueError(
-                f"teacher must be an adapter or a model, {source} holds factors of one"
-            )
+            raise ValueError(f"teacher must be an adapter or a model, {source} holds factors")
         if kind == "model":
-            model = loaded(replace(base, model_name_or_path=source), device)
-            adapter = None
+            model = _loaded(replace(base_options, model_name_or_path=source), device)
         else:
-            model = loaded(base, device)
-            (adapter,) = find_adapters([source], "teacher")
-            check_adapters(model, [adapter], names_of(base), check_base=options.check_base)
-    if adapter is None:
-        yield model
-        return
-    with attached(model, adapter) as teacher:
+            adapters = find_adapters([source], "teacher")
+            model = checked_base(base_options, adapters, device, check_base=options.check_base)
+        sizes = [one.config.get_text_config().vocab_size for one in (model, base)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"teacher must have the base's vocabulary of {sizes[1]} tokens, it has {sizes[0]}"
+            )
+    with attached(model, adapters[0]) if adapters else nullcontext(model) as teacher:
         yield teacher
+
+
+def _loaded(options: ModelOptions, device: torch.device) -> Any:
+    model: Any = load_model(options)
+    return (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
 
 
 @dataclass(frozen=True)
@@ -113,16 +131,7 @@ class Evaluation:
     exact_match: ExactMatchOptions
     teacher: Any = None
 
-    def check_vocabulary(self, model: Any) -> None:
-        """Raise ValueError unless the teacher predicts the model's tokens."""
-        sizes = [one.config.get_text_config().vocab_size for one in (model, self.teacher or model)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"teacher predicts {sizes[1]} tokens and the base {sizes[0]}: models of different "
-                "vocabularies cannot be compared"
-            )
-
-    def measured(self, model: Any, name: str) -> Row:
+    def row(self, model: Any, name: str) -> Row:
         """Its figures, with those of each example beside them."""
         sets, size, found = self.sets, self.options.eval_batch_size, Row(name=name)
         if sets.held_out is not None and "loss" in self.options.metrics:
@@ -183,7 +192,17 @@ class Evaluation:
         }
 
 
-def compare_(rows: list[Row]) -> None:
+def measured(base: Any, adapters: Sequence[SavedAdapter], evaluation: Evaluation) -> list[Row]:
+    """A row of the base and of each adapter, with their differences."""
+    rows = [{**evaluation.row(base, BASE), "parameters": 0}]
+    for adapter in adapters:
+        with attached(base, adapter) as model:
+            rows.append({**evaluation.row(model, adapter.name), **adapter.describe()})
+    _compare_(rows)
+    return rows
+
+
+def _compare_(rows: list[Row]) -> None:
     """Add to each row how it differs from the base's, the first, and from the first adapter's.
 
     The examples are pairs, and a difference of losses has the interval of an increase.

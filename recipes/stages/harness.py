@@ -58,7 +58,6 @@ def harness_results(
         limit=options.lm_eval_limit,
         device=device,
         batch_size=batch_size,
-        bootstrap_iters=0,
     )
     return {
         task: {name: value for name, value in figures.items() if isinstance(value, float | int)}

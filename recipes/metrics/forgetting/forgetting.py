@@ -26,10 +26,11 @@ Returns:
 def increase(before: Any, after: Any, tokens: Any) -> tuple[float, tuple[float, float] | None]:
     """Of the mean loss per token, with its 95 % interval; the examples are pairs.
 
-    The figure is that of PEFT's method comparison (MetaMathQA), the loss after minus the base's;
-    the interval is the ratio estimator's of the differences: each example's residual from the
-    common increase, by Cochran, Sampling Techniques (1977), section 6.4. What is hard about an
-    example is hard before and after, and cancels.
+    As PEFT's method comparison (MetaMathQA) defines it, the loss after minus the base's; its own
+    figures are of logits that are compared with the tokens of their own places, losses here are of
+    the next token. The interval is the ratio estimator's of the differences: each example's
+    residual from the common increase, by Cochran, Sampling Techniques (1977), section 6.4. What is
+    hard about an example is hard before and after, and cancels.
 
     Args:
         before, after: (examples,) summed losses in nats.
