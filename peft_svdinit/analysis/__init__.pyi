@@ -6,6 +6,8 @@ from .deltas.teacher import write_factors_analysis as write_factors_analysis
 from .deltas.teacher import write_teacher as write_teacher
 from .deltas.totals import Analysis as Analysis
 from .deltas.totals import analyze as analyze
+from .evaluation import EVALUATION_JSON as EVALUATION_JSON
+from .evaluation import evaluation_table as evaluation_table
 from .evaluation import write_evaluation as write_evaluation
 from .markdown import escaped as escaped
 from .markdown import markdown_table as markdown_table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,12 @@ def write_evaluation(record: Mapping[str, Any], folder: str | os.PathLike) -> Pa
     return folder / EVALUATION_REPORT
 
 
+def evaluation_table(rows: Sequence[Row]) -> str:
+    """Markdown: a row for the base and for each adapter, and how to read it."""
+    notes = [f"{escaped(row['name'])}: {row['note']}." for row in rows if row.get("note")]
+    return "\n\n".join([columns_table(rows, _columns(rows)), _READING, *notes])
+
+
 def evaluation_report(record: Mapping[str, Any]) -> str:
     """The table and what it is of, as Markdown."""
     rows = record["results"]
@@ -50,16 +56,14 @@ def evaluation_report(record: Mapping[str, Any]) -> str:
     versions = record["environment"]["versions"]
     return document(
         f"# Adapters of {escaped(record['model']['model_name_or_path'])}",
-        columns_table(rows, _columns(rows)),
-        _READING,
-        *[f"{escaped(row['name'])}: {row['note']}." for row in rows if row.get("note")],
+        evaluation_table(rows),
         section("Data", facts(data)),
         section("Command", f"```\n{record['command']}\n```"),
         section("Versions", facts({name: versions[name] for name in versions})),
     )
 
 
-def _columns(rows: list[Row]) -> dict[str, Callable[[Row], str]]:
+def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
     columns: dict[str, Callable[[Row], str]] = {
         "adapter": lambda row: escaped(row["name"]),
         "parameters": lambda row: count(row["parameters"]),

@@ -25,6 +25,10 @@ class PushOptions:
         default=None,
         metadata={"help": "Folder of a comparison whose figures the card shows."},
     )
+    evaluation: str | None = field(
+        default=None,
+        metadata={"help": "Folder of recipes/evaluate_adapter.py, whose table the card shows."},
+    )
     private: bool = field(default=False, metadata={"help": "Make the repository private."})
     revision: str | None = field(
         default=None, metadata={"help": "Branch to push to, made if it does not exist."}
@@ -52,6 +56,7 @@ def run(options: PushOptions) -> None:
         options.repo_id,
         base_model=options.base_model,
         comparison=options.comparison,
+        evaluation=options.evaluation,
         private=options.private or None,
         revision=options.revision,
         create_pr=options.create_pr,
@@ -65,7 +70,10 @@ def run(options: PushOptions) -> None:
 
 def _print_card(options: PushOptions) -> None:
     shared = hub.Shared.of(
-        options.folder, base_model=options.base_model, comparison=options.comparison
+        options.folder,
+        base_model=options.base_model,
+        comparison=options.comparison,
+        evaluation=options.evaluation,
     )
     with shared.staged() as files:
         for name, path in files.items():

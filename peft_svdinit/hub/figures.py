@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..analysis import COMPARISON_NUMBERS, COMPARISON_REPORT, escaped, markdown_table
+from ..analysis import (
+    COMPARISON_NUMBERS,
+    COMPARISON_REPORT,
+    EVALUATION_JSON,
+    escaped,
+    evaluation_table,
+    markdown_table,
+)
 from ..files import read_json
 from ..training import LOSS_CURVE, RUN_INFO, Run, launched, read_run
 
@@ -94,6 +101,31 @@ def figures_of_comparison(folder: Path, run: Figures) -> Figures:
         facts={**run.facts, **{key: str(value) for key, value in facts.items()}},
         limits=(sections["Limits"],) if "Limits" in sections else (),
     )
+
+
+def with_evaluation(figures: Figures, folder: Path) -> Figures:
+    """These with the table that `recipes/evaluate_adapter.py` wrote to `folder`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged.
+    """
+    path = folder / EVALUATION_JSON
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"evaluation: {folder} has no {path.name}; recipes/evaluate_adapter.py writes it"
+        )
+    record = read_json(path, "evaluation")
+    try:
+        table = evaluation_table(record["results"])
+        sets = ", ".join(
+            f"{about['dataset_name']} ({metric.replace('_', ' ')}, {about['examples']} examples)"
+            for metric, about in record["data"].items()
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"evaluation: {path} is damaged ({error!r}); write it again") from error
+    text = "\n\n".join(filter(None, [figures.text, f"### Evaluation\n\n{table}"]))
+    return replace(figures, text=text, facts={**figures.facts, "evaluated on": sets})
 
 
 def _run_rows(run: Run) -> Iterator[tuple[str, str]]:

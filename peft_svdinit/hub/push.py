@@ -56,6 +56,7 @@ def push_to_hub(
     *,
     base_model: str | None = None,
     comparison: str | os.PathLike | None = None,
+    evaluation: str | os.PathLike | None = None,
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
@@ -77,6 +78,7 @@ def push_to_hub(
         base_model: the base's id on the Hub, where the folder records none or a path of this disk;
             `user/name@revision` says which one.
         comparison: folder of a comparison, whose figures the card shows in place of the run's own.
+        evaluation: folder of `recipes/evaluate_adapter.py`, whose table the card shows beside them.
         private: whether a new repository is; one that exists must be so if True.
         revision: branch to push to, made if it does not exist; `refs/pr/N` of a pull request.
         create_pr: open a pull request in place of a commit.
@@ -94,7 +96,9 @@ def push_to_hub(
     """
     if create_pr and revision is not None:
         raise ValueError("create_pr opens a request against the default branch; leave revision out")
-    shared = Shared.of(folder, base_model=base_model, comparison=comparison, token=token)
+    shared = Shared.of(
+        folder, base_model=base_model, comparison=comparison, evaluation=evaluation, token=token
+    )
     api = _api(token)
     repo_id = prepare_repository(repo_id, private, create_pr=create_pr, token=token)
     if revision is not None and not revision.startswith("refs/"):

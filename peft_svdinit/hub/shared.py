@@ -16,7 +16,7 @@ from .artefact import Artefact, recognise
 from .base_model import BaseModel, find_base
 from .card import PLOT, card_data, card_text
 from .card_merge import merged_card
-from .figures import Figures, figures_of_comparison, figures_of_run
+from .figures import Figures, figures_of_comparison, figures_of_run, with_evaluation
 from .publishable import publish_file
 
 CARD = "README.md"
@@ -37,6 +37,7 @@ class Shared:
         *,
         base_model: str | None = None,
         comparison: str | os.PathLike | None = None,
+        evaluation: str | os.PathLike | None = None,
         token: str | None = None,
     ) -> Shared:
         """Arguments and errors are those of `push_to_hub`."""
@@ -44,6 +45,8 @@ class Shared:
         figures = figures_of_run(artefact.folder)
         if comparison is not None:
             figures = figures_of_comparison(Path(comparison).expanduser(), figures)
+        if evaluation is not None:
+            figures = with_evaluation(figures, Path(evaluation).expanduser())
         return cls(artefact, find_base(artefact, base_model, token), figures)
 
     def card(self, existing: str | None, repo_id: str) -> str:

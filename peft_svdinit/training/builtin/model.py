@@ -76,11 +76,8 @@ def resolve_model(name: str, argument: str = "model_name_or_path") -> str:
 
 def original_of(name: str) -> str | None:
     """The model of the Hub that a `builtin:` one was quantised from, by its name or its folder."""
-    is_folder = Path(name).parent == cache_root()
-    for key, wheel in _WHEELS.items():
-        if name == _PREFIX + key or (is_folder and Path(name).name.startswith(f"{key}-")):
-            return wheel.original
-    return None
+    wheel = _WHEELS.get((builtin_of_folder(name) or name).removeprefix(_PREFIX))
+    return wheel.original if wheel else None
 
 
 def builtin_of_folder(path: str) -> str | None:
