@@ -91,18 +91,7 @@ def test_what_cannot_be_pushed_is_said_before_the_training(
 
 @pytest.mark.slow
 def test_the_card_of_a_comparison_repeats_it(server, tmp_path, monkeypatch):
-    quick = [
-        "--teacher_steps",
-        "2",
-        "--teacher_rank",
-        "4",
-        "--eval_steps",
-        "1",
-        "--seeds",
-        "0",
-        "1",
-    ]
-    quick += ["--peft_inits", "pissa_niter_4", "--starts", "delta"]
+    quick = "--teacher_steps 2 --teacher_rank 4 --eval_steps 1 --seeds 0 --starts delta".split()
     compare_inits.main([*OPTIONS, *NAMED, *quick, "--output_dir", "out"])
     card = server.files("user/shared")["README.md"].decode()
     (command,) = re.findall(r"```bash\npython (.*)\n```", card)

@@ -134,7 +134,7 @@ def test_a_start_from_another_source_than_the_ranks_computes_its_own(inputs, tmp
         assert torch.allclose(layer.S, expected[name].S[: layer.rank], rtol=1e-4)
 
 
-@pytest.mark.parametrize("start", ["delta", "subspace", "reference"])
+@pytest.mark.parametrize("start", ["delta", "reference"])
 def test_a_start_from_gradients_takes_those_that_the_ranks_were_read_from(
     inputs, tmp_path, start, monkeypatch
 ):

@@ -47,9 +47,7 @@ def trainer(scene: Scene, folder: Path, callbacks: list | None = None, **options
 @pytest.mark.parametrize(
     "options",
     [
-        {"svd_start": "delta"},
         {"svd_start": "subspace"},
-        {"svd_start": "reference"},
         {"svd_start": "reference", "svd_split": "balanced", "rank_pattern": {"q_proj": 3}},
         {"svd_start": "delta", "use_dora": True},
     ],
