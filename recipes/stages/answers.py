@@ -63,6 +63,9 @@ def greedy_answers(
         eos_token_id=[end for end in dict.fromkeys(ends) if end is not None],
         pad_token_id=tokenizer.pad_token_id,
     )
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:
+        batch_size = 1  # PEFT puts virtual tokens before the padding, from where positions count.
     device = next(model.parameters()).device
     answers = [""] * len(questions.prompts)
     lengths = [len(prompt) for prompt in questions.prompts]
