@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             materials = cache(lambda: Materials.prepare(setting.model, setting.data))
             materials()
     plan = make_plan(setting, materials)
-    push = prepare_push(setting.arguments, setting.model.model_name_or_path)
+    push = prepare_push(setting.arguments, setting.model) if "compare" in steps else None
     report = print if state.is_main_process else (lambda line: None)
     try:
         run_tasks(
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     if "compare" in steps and state.is_main_process:
         write_report(setting, plan)
         print(f"Finished in {(time.monotonic() - began) / 60:.1f} minutes.")
-    if "compare" in steps:
+    if push is not None:
         push(plan.shared.folder, comparison=str(setting.arguments.output_dir))
 
 

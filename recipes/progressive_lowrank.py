@@ -22,6 +22,7 @@ from stages.fit import Materials, check_complete, fit, outcome
 from stages.low_rank_options import LowRankOptions
 from stages.processes import leave_process_group
 from stages.progressive import factor_batches, train_in_two
+from stages.pushing import prepare_push
 from train_full_teacher import loaded
 
 from peft_svdinit.low_rank import LowRankPlan, check_rule, low_rank_layers
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"the switch is after {step} of max_steps={arguments.max_steps} steps, so that "
                 "nothing would be trained at low rank; take more steps, or switch earlier"
             )
+        push = prepare_push(arguments, model)
         in_place = low.is_in_place(arguments)
         if not in_place and step == 0:
             raise ValueError(
@@ -76,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         low_rank = LowRankPlan.of(trained).summary() if low_rank_layers(trained) else "still dense"
         print(f"{outcome(run)}; {low_rank}; model and record in {run.directory}")
     check_complete(Path(str(arguments.output_dir)))
+    push(str(arguments.output_dir))
 
 
 if __name__ == "__main__":

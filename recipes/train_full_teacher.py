@@ -11,6 +11,7 @@ from typing import Any
 from stages.dry_run import DryRunOptions, print_estimate
 from stages.fit import Materials, check_complete, fit, outcome
 from stages.processes import leave_process_group
+from stages.pushing import prepare_push
 from transformers import PreTrainedModel
 
 from peft_svdinit.training import (
@@ -55,11 +56,13 @@ def main(argv: list[str] | None = None) -> None:
         if dry.dry_run:
             refuse_quantised(model)
             return print_estimate(dry, model, data, None, arguments)
+        push = prepare_push(arguments, model)
         materials, teacher = Materials.prepare(model, data), loaded(model)
     run = fit(teacher, materials, arguments)
     if run is not None:
         print(f"{outcome(run)}; model and record in {run.directory}")
     check_complete(Path(str(arguments.output_dir)))
+    push(str(arguments.output_dir))
 
 
 if __name__ == "__main__":

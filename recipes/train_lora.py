@@ -32,6 +32,7 @@ from stages.dry_run import DryRunOptions, print_estimate
 from stages.fit import Materials, check_complete, fit, outcome
 from stages.lora_options import LoraOptions
 from stages.processes import leave_process_group
+from stages.pushing import prepare_push
 from stages.rank_budget import BudgetedRanks, ranks_within_budget
 from stages.warm_start import moments_of_source, started_from_source
 from torch.utils.data import DataLoader
@@ -125,12 +126,14 @@ def main(argv: list[str] | None = None) -> None:
     with refusals_in_one_line((model, data, lora, arguments, dry)):
         if dry.dry_run:
             return print_estimate(dry, model, data, lora, arguments)
+        push = prepare_push(arguments, model)
         materials = Materials.prepare(model, data)
         peft_model, callbacks, noted = started(materials, model, lora, arguments)
     run = fit(peft_model, materials, arguments, extra=noted, callbacks=callbacks)
     if run is not None:
         print(f"{outcome(run)}; adapter and record in {run.directory}")
     check_complete(Path(str(arguments.output_dir)), *([MOMENTS_FILE_NAME] * lora.save_moments))
+    push(str(arguments.output_dir))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from stages.lori_stages import (
 )
 from stages.lori_tasks import calibration_task, mask_task, run_inputs
 from stages.processes import leave_process_group
+from stages.pushing import prepare_push
 
 from peft_svdinit import FactorsFile
 from peft_svdinit.adapters import compact_adapter_folder
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         with state.main_process_first():
             layers = check_inputs(model, lori, arguments)
             materials = Materials.prepare(model, data)
+    push = prepare_push(arguments, model)
     *stages, training = make_tasks(model, data, lori, arguments, layers, materials)
     run_tasks(
         stages,
@@ -86,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{outcome(run)}; {share(mask)}")
         print(f"{_size(stock)} of stock adapter, {_size(compact)} compact, in {run.directory}")
     check_complete(Path(str(arguments.output_dir)))
+    push(str(arguments.output_dir))
 
 
 def check_inputs(

@@ -15,4 +15,8 @@ from .merging.merge import merge as merge
 from .merging.methods import MajoritySign as MajoritySign
 from .merging.methods import MergeMethod as MergeMethod
 from .merging.methods import Method as Method
+from .output_folder import EXPORT_REPORT as EXPORT_REPORT
+from .output_folder import EXTRACTION_JSON as EXTRACTION_JSON
+from .output_folder import MERGE_JSON as MERGE_JSON
+from .output_folder import RESIZE_REPORT as RESIZE_REPORT
 from .resizing.resize import resize as resize

@@ -64,6 +64,8 @@ def run(options: PushOptions) -> None:
         card=options.card,
     )
     print(f"{len(pushed.files)} files: {', '.join(pushed.files)}")
+    if pushed.deleted:
+        print(f"Deleted, of the last push: {', '.join(pushed.deleted)}")
     _print_left_out(pushed.left_out)
     print(f"{pushed.repo_id}@{pushed.commit}\n{pushed.url}")
 
@@ -78,8 +80,9 @@ def _print_card(options: PushOptions) -> None:
     with shared.staged() as files:
         for name, path in files.items():
             print(f"{path.stat().st_size:>14,} bytes  {name}")
+        card = shared.card(shared.own_card or hub.Card(), options.repo_id, files, options.revision)
     _print_left_out(shared.artefact.left_out)
-    print(f"\n{shared.card(shared.own_card, options.repo_id)}")
+    print(f"\nThe card of a new repository:\n\n{card}")
 
 
 def _print_left_out(left_out: dict[str, str]) -> None:

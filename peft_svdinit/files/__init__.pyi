@@ -4,10 +4,10 @@ from .atomic import write_text as write_text
 from .headed_file import HeadedFile as HeadedFile
 from .headed_file import checked_fields as checked_fields
 from .hub import ask_hub as ask_hub
+from .hub import split_revision as split_revision
 from .lazy_mapping import LazyMapping as LazyMapping
 from .locate import fetched_file as fetched_file
 from .locate import file_stamps as file_stamps
-from .locate import hub_id as hub_id
 from .locate import hub_pickles as hub_pickles
 from .locate import inside as inside
 from .locate import is_local as is_local

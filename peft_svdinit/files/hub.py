@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -23,10 +23,12 @@ from huggingface_hub.errors import (
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+Use = Literal["path", "read", "write"]
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds before the second, third, … try; the Hub's own Retry-After goes before, if longer."""
-_LONGEST_WAIT = 60.0
+# Some calls of huggingface_hub wait themselves; no further try begins after this many seconds.
+PATIENCE = 60.0
 _AGAIN = (408, 429, 500, 502, 503, 504)
 # Of huggingface_hub's HTTP client, which is another one in its next version.
 _CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # pyright: ignore
@@ -45,7 +47,8 @@ def ask_hub(
     *,
     argument: str,
     what: str = "",
-    write: bool = False,
+    use: Use = "path",
+    again: bool = True,
 ) -> Answer:
     """What `call` of huggingface_hub returns; a busy or broken Hub is asked again.
 
@@ -57,15 +60,18 @@ def ask_hub(
         name: of the repository, with its revision.
         argument: by which the user gave it; the messages of errors begin with it.
         what: is asked of the repository: a file's name.
-        write: whether `call` changes the repository.
+        use: "path" of a name that may be a path misspelt, "read" of what is a repository for sure,
+            "write" of one that is to be changed.
+        again: whether `call` may be made twice where its first answer is lost.
 
     Raises:
         FileNotFoundError: if there is no such repository, revision or file, or the Hub hides it;
-            likewise, unless `write` is set, if the Hub cannot be reached.
+            likewise, of a possible path, if the Hub cannot be reached.
         PermissionError: if the repository is gated, or the token wrong or without the right.
-        ConnectionError: if the Hub is busy or fails, time and again.
+        ConnectionError: if the Hub is busy or fails, time and again, or cannot be reached.
         ValueError: if `name` is no Hub id.
     """
+    began = time.monotonic()
     for wait in (*WAITS, None):
         try:
             return call()
@@ -73,9 +79,10 @@ def ask_hub(
             cause = _cause(error)
             if not isinstance(cause, _ERRORS):
                 raise
-            if wait is None or not _is_passing(cause):
-                raise _in_words(cause, f"{argument}: {name!r}", what, write) from error
-            wait = min(max(wait, _retry_after(cause)), _LONGEST_WAIT)
+            late = time.monotonic() - began > PATIENCE
+            if wait is None or late or not _is_passing(cause, again):
+                raise _in_words(cause, f"{argument}: {name!r}", what, use) from error
+            wait = min(max(wait, _retry_after(cause)), PATIENCE)
             logger.warning(
                 "The Hub did not answer (%s); asking again in %.0f s.", _briefly(cause), wait
             )
@@ -94,13 +101,17 @@ def _status(error: BaseException) -> int | None:
     return getattr(response, "status_code", None)
 
 
-def _is_passing(error: BaseException) -> bool:
+def _is_passing(error: BaseException, again: bool) -> bool:
     if isinstance(error, OfflineModeIsEnabled):
         return False
     status = _status(error)
     if status is not None:
         return status in _AGAIN
-    return _is_of_network(error) and not type(error).__name__.startswith("Connect")
+    return again and _is_of_network(error) and not _is_unreachable(error)
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    return type(error).__name__.startswith("Connect")
 
 
 def _is_of_network(error: BaseException) -> bool:
@@ -121,14 +132,16 @@ def _briefly(error: BaseException) -> str:
     return f"HTTP {status}" if status else type(error).__name__
 
 
-def _in_words(error: BaseException, subject: str, what: str, write: bool) -> Exception:
+def _in_words(error: BaseException, subject: str, what: str, use: Use) -> Exception:
     status = _status(error)
     sign_in = "set HF_TOKEN, or run `hf auth login`"
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
-        return FileNotFoundError(
-            f"{subject} is neither a path on this disk nor in the cache of the Hub, which is not "
-            "asked: unset HF_HUB_OFFLINE, or fetch it before"
-        )
+        nowhere = "is neither a path on this disk nor in the cache of the Hub, which is not asked"
+        if use == "path":
+            return FileNotFoundError(
+                f"{subject} {nowhere}: unset HF_HUB_OFFLINE, or fetch it first"
+            )
+        return ConnectionError(f"{subject}: the Hub is not asked, unset HF_HUB_OFFLINE")
     if isinstance(error, HFValidationError):
         return ValueError(f"{subject} is neither a path on this disk nor an id of the Hub: {error}")
     if isinstance(error, GatedRepoError):
@@ -139,10 +152,13 @@ def _in_words(error: BaseException, subject: str, what: str, write: bool) -> Exc
     if isinstance(error, RevisionNotFoundError):
         return FileNotFoundError(f"{subject} has no such revision on the Hub")
     if isinstance(error, RepositoryNotFoundError):
+        found = {
+            "path": "neither a path on this disk nor a repository of the Hub that you can see",
+            "read": "no repository of the Hub that you can see",
+            "write": "no repository of the Hub that you can write to",
+        }
         return FileNotFoundError(
-            f"{subject} is {'' if write else 'neither a path on this disk nor '}"
-            f"{'no' if write else 'a'} repository of the Hub that you can "
-            f"{'write to' if write else 'see'}; check the spelling, and if it is private {sign_in}"
+            f"{subject} is {found[use]}; check the spelling, and if it is private {sign_in}"
         )
     if isinstance(error, EntryNotFoundError) or status == 404:
         return FileNotFoundError(f"{subject} has no {what or 'such file'} on the Hub")
@@ -151,24 +167,29 @@ def _in_words(error: BaseException, subject: str, what: str, write: bool) -> Exc
             f"{subject}: the Hub does not take your token, or there is none; {sign_in}"
         )
     if status == 403:
-        right = "write to it" if write else "read it"
+        right = "write to it" if use == "write" else "read it"
         return PermissionError(
             f"{subject}: the Hub does not let your token {right}{_said(error)}; use a token that "
             f"may {right}"
         )
-    if status == 429 or status in _AGAIN:
+    if status in _AGAIN:
         busy = "asks for fewer requests" if status == 429 else f"fails (HTTP {status})"
         return ConnectionError(
-            f"{subject}: the Hub {busy} time and again; run the same command later: what has "
-            "arrived is not sent again"
+            f"{subject}: the Hub {busy} time and again; try again later: what has arrived is not "
+            "sent again"
         )
     if status is not None:
         return ConnectionError(f"{subject}: the Hub refuses (HTTP {status}){_said(error)}")
+    if _is_of_network(error) and not _is_unreachable(error):
+        return ConnectionError(
+            f"{subject}: the connection to the Hub broke off ({_briefly(error)}); try again: what "
+            "has arrived is not sent again"
+        )
     if _is_of_network(error):
         unreachable = f"the Hub at {constants.ENDPOINT} cannot be reached ({_briefly(error)})"
-        if write:
-            return ConnectionError(f"{subject}: {unreachable}")
-        return FileNotFoundError(f"{subject} is no path on this disk, and {unreachable}")
+        if use == "path":
+            return FileNotFoundError(f"{subject} is no path on this disk, and {unreachable}")
+        return ConnectionError(f"{subject}: {unreachable}")
     return OSError(f"{subject}: {error}")
 
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from ..adapters import EXPORT_REPORT, EXTRACTION_JSON, MERGE_JSON, RESIZE_REPORT
 from ..factors import FACTORS_FILE_NAME, SIDECAR_NAME
 from ..files import WrongKind, read_json, refuse_pickle
 from ..low_rank import PLAN_NAME
@@ -15,16 +16,17 @@ from ..masks import COMPACT_FILE_NAME, MASK_FILE_NAME
 from ..models import CONFIG_NAME, WEIGHTS_NAME
 from ..training import RUN_INFO, TRAINING_LOG
 
+_INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "merges.txt", "vocab.txt", "vocab.json", "tokenizer.model"),
 )
-_RECORDS = (RUN_INFO, TRAINING_LOG, "extraction.json", "resize.json", "merge_report.json")
+RECORDS = (RUN_INFO, TRAINING_LOG, EXTRACTION_JSON, RESIZE_REPORT, MERGE_JSON, EXPORT_REPORT)
 _ADAPTER = (CONFIG_NAME, WEIGHTS_NAME, SIDECAR_NAME, MASK_FILE_NAME, COMPACT_FILE_NAME)
 _MODEL = (
     *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
-    *("model.safetensors.index.json", PLAN_NAME, "low_rank.safetensors"),
+    *(_INDEX, PLAN_NAME, "low_rank.safetensors"),
 )
 
 
@@ -66,8 +68,6 @@ KINDS = (
         *(("lora", "lori", "mask"), (MASK_FILE_NAME,)),
     ),
 )
-# What an earlier push may have left that this one lacks.
-OWN_FILES = tuple(dict.fromkeys(pattern for kind in KINDS for pattern in (*kind.files, *_RECORDS)))
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Artefact:
         files: the names of its files that are shared.
         left_out: the other names, with the reason.
         config: `adapter_config.json` of an adapter, `config.json` of a model.
+        options: of this package that an adapter was made with, `svdinit_config.json`.
     """
 
     folder: Path
@@ -87,16 +88,10 @@ class Artefact:
     files: tuple[str, ...]
     left_out: dict[str, str]
     config: dict[str, Any]
+    options: dict[str, Any]
 
     def has(self, name: str) -> bool:
         return name in self.files
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options of this package that the adapter was made with, `svdinit_config.json`."""
-        if not self.has(SIDECAR_NAME):
-            return {}
-        return read_json(self.folder / SIDECAR_NAME, "folder")
 
 
 def recognise(folder: str | os.PathLike) -> Artefact:
@@ -104,7 +99,8 @@ def recognise(folder: str | os.PathLike) -> Artefact:
 
     Raises:
         FileNotFoundError: if there is no such folder, or it holds nothing of these kinds.
-        ValueError: if it holds pickles in place of safetensors, or a damaged configuration.
+        ValueError: if it holds pickles in place of safetensors, a damaged configuration, an
+            adapter that is no LoRA, or not all shards of a model.
         WrongKind: if it is a file.
     """
     path = Path(folder).expanduser()
@@ -120,16 +116,30 @@ def recognise(folder: str | os.PathLike) -> Artefact:
             f"folder: {path} holds nothing to share: none of {markers} is in it"
         )
     _refuse_pickled_weights(kind, entries)
-    patterns = (*kind.files, *_RECORDS)
+    patterns = (*kind.files, *RECORDS)
     files = tuple(
         name
         for name, entry in entries.items()
-        if entry.is_file() and any(fnmatchcase(name, pattern) for pattern in patterns)
+        if entry.is_file()
+        and not _leads_out(entry)
+        and any(fnmatchcase(name, pattern) for pattern in patterns)
     )
-    left_out = {name: _reason(entry) for name, entry in entries.items() if name not in files}
+    reasons = {name: _reason(entry) for name, entry in entries.items() if name not in files}
+    left_out = {name: reason for name, reason in reasons.items() if reason}
     has_config = kind.marker in (CONFIG_NAME, "config.json")
     config = read_json(path / kind.marker, "folder") if has_config else {}
-    return Artefact(path, kind, files, {k: v for k, v in left_out.items() if v}, config)
+    options = read_json(path / SIDECAR_NAME, "folder") if SIDECAR_NAME in files else {}
+    if kind.marker == CONFIG_NAME and config.get("peft_type") != "LORA":
+        raise ValueError(
+            f"folder: {path} holds an adapter of type {config.get('peft_type')}, only LORA is "
+            "shared by this package; PEFT's own push_to_hub takes it"
+        )
+    if _INDEX in files:
+        shards = set(read_json(path / _INDEX, "folder").get("weight_map", {}).values())
+        missing = sorted(map(str, shards - set(files)))
+        if missing:
+            raise ValueError(f"folder: {path} lacks {', '.join(missing)}, of which {_INDEX} tells")
+    return Artefact(path, kind, files, left_out, config, options)
 
 
 def _refuse_pickled_weights(kind: Kind, entries: dict[str, Path]) -> None:
@@ -143,10 +153,20 @@ def _refuse_pickled_weights(kind: Kind, entries: dict[str, Path]) -> None:
     raise FileNotFoundError(f"folder: {next(iter(entries.values())).parent} has no {weights}")
 
 
+def _leads_out(entry: Path) -> bool:
+    """Whether it links what is not in the folder; a snapshot of the cache links its blobs."""
+    folder, target = entry.parent.resolve(), entry.resolve()
+    snapshot = folder.parent.name == "snapshots"
+    allowed = [folder, *([folder.parents[1] / "blobs"] if snapshot else [])]
+    return not any(target.is_relative_to(place) for place in allowed)
+
+
 def _reason(entry: Path) -> str:
     """Why a file stays here; nothing of what nobody would miss."""
     if entry.name.startswith(".") or entry.name == "README.md":
         return ""
     if any(fnmatchcase(entry.name, pattern) for pattern in _PICKLES):
         return "a pickle"
+    if _leads_out(entry):
+        return "a link out of the folder"
     return "a folder" if entry.is_dir() else "no part of it"

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..factors import FactorsFile
-from ..files import ask_hub, hub_id, is_local
+from ..files import ask_hub, is_local, split_revision
 from ..masks import load_compact, load_mask
 from ..training import original_of
 from .artefact import Artefact
@@ -50,27 +50,49 @@ def find_base(artefact: Artefact, given: str | None, token: str | None = None) -
 
     Raises:
         ValueError: if neither names one, or as `named_base`.
-        FileNotFoundError, PermissionError, ConnectionError: if a `given` id is not on the Hub.
+        FileNotFoundError, PermissionError, ConnectionError: as `base_on_hub`.
     """
     recorded, revision = _recorded(artefact)
+    for value in (recorded, revision):
+        if not isinstance(value, str | None):
+            raise ValueError(f"folder: {artefact.folder} names {value!r} as its base model")
     source = given or recorded
     if not source:
         raise ValueError(
             f"folder: {artefact.folder} does not say what its base model is; name it as the Hub "
             "does, base_model=user/name"
         )
-    base = named_base(source, None if given else revision)
+    base = base_on_hub(source, token)
+    if recorded and not is_local(recorded) and split_revision(recorded)[0] != base.name:
+        logger.warning("The base model is recorded as %s, and shared as %s.", recorded, base.name)
+    same = recorded is not None and split_revision(recorded)[0] == base.name
+    return replace(
+        base, recorded=recorded or source, revision=base.revision or (revision if same else None)
+    )
+
+
+def base_on_hub(source: str, token: str | None = None) -> BaseModel:
+    """As `named_base`, with its licence.
+
+    Raises:
+        ValueError: as `named_base`.
+        FileNotFoundError, PermissionError: if the Hub has no such model or revision, or hides it;
+            the original of a `builtin:` model need not be there.
+        ConnectionError: if the Hub does not answer.
+    """
+    base = named_base(source)
+    name = f"{base.name}@{base.revision}" if base.revision else base.name
     try:
-        licence = ask_hub(lambda: _licence(base.name, token), base.name, argument="base_model")
+        licence = ask_hub(lambda: _licence(base, token), name, argument="base_model", use="read")
     except OSError as error:
-        if given == base.name:
+        if not base.quantised_from:
             raise
         logger.warning("The licence of the base model is not known: %s", error)
         licence = {}
-    return replace(base, recorded=recorded or source, licence=licence)
+    return replace(base, licence=licence)
 
 
-def named_base(source: str, revision: str | None = None) -> BaseModel:
+def named_base(source: str) -> BaseModel:
     """The base model of the Hub that `source` is: `user/name`, `user/name@revision`, or a snapshot
     in its cache; of a `builtin:` model the one that it was quantised from.
 
@@ -81,7 +103,7 @@ def named_base(source: str, revision: str | None = None) -> BaseModel:
     if original:
         return BaseModel(original, quantised_from=True)
     if not is_local(source):
-        return BaseModel(*hub_id(source, revision, "base_model"))
+        return BaseModel(*split_revision(source))
     parts = Path(source).parts
     # models--user--name/snapshots/commit
     if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
@@ -107,7 +129,7 @@ def _recorded(artefact: Artefact) -> tuple[str | None, str | None]:
     return compact.config.get("base_model_name_or_path"), compact.config.get("revision")
 
 
-def _licence(name: str, token: str | None) -> dict[str, Any]:
-    card: Any = HfApi(token=token).model_info(name).card_data
+def _licence(base: BaseModel, token: str | None) -> dict[str, Any]:
+    card: Any = HfApi(token=token).model_info(base.name, revision=base.revision).card_data
     found = {key: getattr(card, key, None) for key in _LICENCE} if card else {}
     return {key: value for key, value in found.items() if value}

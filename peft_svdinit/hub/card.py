@@ -33,14 +33,20 @@ def card_data(artefact: Artefact, base: BaseModel) -> dict[str, Any]:
     return {**data, "pipeline_tag": "text-generation"} if is_causal else data
 
 
-def card_text(artefact: Artefact, base: BaseModel, figures: Figures, repo_id: str) -> str:
+def card_text(
+    artefact: Artefact,
+    base: BaseModel,
+    figures: Figures,
+    repo_id: str,
+    revision: str | None = None,
+) -> str:
     """Our part of the card, as Markdown."""
     picture = f"![What was measured]({PLOT})" if figures.plot else ""
     measured = "\n\n".join(part for part in (figures.text, picture) if part)
     command, files = command_without_paths(figures.command or "", base)
     limits = [*figures.limits, *_limits(base, files)]
     sections = {
-        "Use": usage(artefact, base, repo_id),
+        "Use": usage(artefact, base, repo_id, revision),
         "What was measured": measured or "Nothing that was recorded.",
         "How it was made": _made(figures, command, base),
         "Limits": "\n".join(f"- {limit}" for limit in limits),
@@ -51,7 +57,8 @@ def card_text(artefact: Artefact, base: BaseModel, figures: Figures, repo_id: st
 
 
 def _summary(artefact: Artefact, base: BaseModel) -> str:
-    what = f"A {artefact.kind.name} for [{base.name}](https://huggingface.co/{base.name})"
+    of = "fine-tuned from" if artefact.kind.name == "model" else "for"
+    what = f"A {artefact.kind.name} {of} [{base.name}](https://huggingface.co/{base.name})"
     if base.revision:
         what += f" at revision `{base.revision}`"
     details = [_sizes(artefact), _start(artefact)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -10,73 +12,98 @@ from huggingface_hub import ModelCard, ModelCardData
 
 BEGIN = "<!-- peft-svdinit: this part is written again by every push -->"
 END = "<!-- peft-svdinit: end -->"
+_HOLDS = re.compile(r"^<!-- peft-svdinit holds (?P<kind>[^:]+): (?P<files>.*) -->$", re.MULTILINE)
+_FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*(?:\r?\n|\Z)", re.M | re.S)
+_LICENCE = ("license", "license_name", "license_link")
 # What its author may know better than we do.
-_KEPT = ("license", "license_name", "license_link", "pipeline_tag", "base_model_relation")
+_KEPT = (*_LICENCE, "pipeline_tag")
 
 
-def merged_card(existing: str | None, data: Mapping[str, Any], text: str, title: str) -> str:
-    """The whole card.
+@dataclass(frozen=True)
+class Card:
+    """A README.md: its metadata, and the text below them."""
 
-    Args:
-        existing: the card there is; None or PEFT's unfilled template is none.
-        data: metadata that is ours to say; of tags there may be more, and a licence and a pipeline
-            that are there already stay.
-        text: our part.
-        title: of a new card.
+    metadata: dict[Any, Any] = field(default_factory=dict)
+    body: str = ""
 
-    Raises:
-        ValueError: if the existing card's metadata cannot be read, or its marks of our part are
-            broken.
-    """
-    ours = f"{BEGIN}\n\n{text}\n\n{END}"
-    card = _read(existing or "")
-    known = card.data.to_dict()
-    if existing is None or is_unfilled(existing):
-        body = f"# {title}\n\n{ours}\n"
-    else:
-        body = _replaced(card.text, ours)
-    kept = {key: known[key] for key in _KEPT if known.get(key)}
-    tags = sorted({*_listed(known.get("tags")), *_listed(data.get("tags"))})
-    # PEFT writes a tag with the path of the base on the disk of whoever trained.
-    stale = f"base_model:{data.get('base_model_relation')}:"
-    tags = [tag for tag in tags if not tag.startswith(stale) or tag in data["tags"]]
-    merged = ModelCardData(**{**known, **data, **kept, "tags": tags})
-    return f"---\n{merged.to_yaml()}\n---\n\n{body.lstrip()}"
+    @classmethod
+    def read(cls, text: str | None) -> Card | None:
+        """None of None.
+
+        Raises:
+            ValueError: if the metadata cannot be read, or the marks of our part are broken.
+        """
+        if text is None:
+            return None
+        front = _FRONT.match(text)
+        try:
+            metadata = yaml.safe_load(front["yaml"]) if front else {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"card: the metadata of README.md is damaged: {error}") from error
+        if not isinstance(metadata, dict | None):
+            raise ValueError(f"card: the metadata of README.md is no mapping, but {metadata!r}")
+        body = text[front.end() :] if front else text.removeprefix("\ufeff")
+        if (body.count(BEGIN), body.count(END)) not in ((0, 0), (1, 1)) or (
+            body.find(BEGIN) > body.find(END)
+        ):
+            raise ValueError(
+                f"card: README.md must have the line {BEGIN!r} once, and {END!r} after it; mend "
+                "the two, or delete both with what is between them"
+            )
+        return cls(metadata or {}, body)
+
+    @property
+    def is_unfilled(self) -> bool:
+        """Whether nobody wrote a text: PEFT saves a template with every adapter."""
+        template = set(ModelCard.from_template(ModelCardData()).text.splitlines())
+        added = ("### Framework versions", "- PEFT ")
+        lines = [line for line in self.body.splitlines() if line.strip()]
+        return all(line in template or line.startswith(added) for line in lines)
+
+    @property
+    def of_others(self) -> str:
+        """What others wrote."""
+        return self._with_part("").strip()
+
+    @property
+    def holds(self) -> tuple[str | None, list[str]]:
+        """What the last push by this package put there: its kind, and the names of its files."""
+        found = _HOLDS.search(self.body)
+        return (found["kind"], found["files"].split(", ")) if found else (None, [])
+
+    def _with_part(self, part: str) -> str:
+        if BEGIN not in self.body:
+            return f"{self.body.rstrip()}\n\n{part}\n"
+        before, _, rest = self.body.partition(BEGIN)
+        return f"{before}{part}{rest.partition(END)[2]}"
+
+    def merged(self, data: Mapping[str, Any], text: str, title: str) -> str:
+        """The whole card with `data` and `text` of ours, the latter in place of an earlier one.
+
+        Args:
+            data: metadata that is ours to say; of tags there may be more, and a licence and a
+                pipeline that are there already stay.
+            text: our part.
+            title: of a card that nobody wrote yet.
+        """
+        part = f"{BEGIN}\n\n{text}\n\n{END}"
+        body = f"# {title}\n\n{part}\n" if self.is_unfilled else self._with_part(part)
+        known = self.metadata
+        kept = {key: known[key] for key in _KEPT if known.get(key)}
+        if "license" in kept:
+            data = {key: value for key, value in data.items() if key not in _LICENCE}
+        # PEFT writes a tag with the path of the base on the disk of whoever trained.
+        tags = {t for t in _listed(known.get("tags")) if not str(t).startswith("base_model:")}
+        tags |= set(data["tags"])
+        merged = {**known, **data, **kept, "tags": sorted(tags, key=str)}
+        front = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)
+        return f"---\n{front}---\n\n{body.lstrip()}"
 
 
-def is_unfilled(card: str) -> bool:
-    """Whether a card is the template that PEFT saves with every adapter, with nothing filled in."""
-    template = set(ModelCard.from_template(ModelCardData()).text.splitlines())
-    added = ("### Framework versions", "- PEFT ")
-    lines = [line for line in _read(card).text.splitlines() if line.strip()]
-    return all(line in template or line.startswith(added) for line in lines)
+def held(kind: str, files: Collection[str]) -> str:
+    """The line by which a later push knows what this one put there."""
+    return f"<!-- peft-svdinit holds {kind}: {', '.join(files)} -->"
 
 
-def without_our_part(card: str) -> str:
-    """What of a card others wrote, its metadata left out."""
-    text = _read(card).text
-    return (_replaced(text, "") if BEGIN in text else text).strip()
-
-
-def _read(card: str) -> ModelCard:
-    try:
-        return ModelCard(card)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"card: the metadata of README.md is damaged: {error}") from error
-
-
-def _replaced(text: str, ours: str) -> str:
-    if BEGIN not in text and END not in text:
-        return f"{text.rstrip()}\n\n{ours}\n"
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in after:
-        raise ValueError(
-            f"card: README.md must have the line {BEGIN!r} once, and {END!r} after it; mend the "
-            "two, or delete both with what is between them"
-        )
-    return f"{before}{ours}{after}"
-
-
-def _listed(value: Any) -> list[str]:
+def _listed(value: Any) -> list[Any]:
     return [value] if isinstance(value, str) else list(value or [])

@@ -36,6 +36,7 @@ class Figures:
         plot: a picture of it.
         files: further files to publish beside the card.
         command: that repeats it.
+        runs_as: of the run, what its processes were.
         facts: of how it was made, by name.
         limits: what the figures cannot show, a sentence or more each.
     """
@@ -44,6 +45,7 @@ class Figures:
     plot: Path | None = None
     files: tuple[Path, ...] = ()
     command: str | None = None
+    runs_as: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
     limits: tuple[str, ...] = ()
 
@@ -64,6 +66,7 @@ def figures_of_run(folder: Path) -> Figures:
         text=markdown_table(["", "value"], _run_rows(run)),
         plot=plot if plot.is_file() else None,
         command=launched(command, run.info.get("runs_as") or {}) if command else None,
+        runs_as=run.info.get("runs_as") or {},
         facts=_facts(run.info),
         limits=(
             *unfinished,
@@ -97,7 +100,7 @@ def figures_of_comparison(folder: Path, run: Figures) -> Figures:
         text="\n\n".join([*([f"**{headline}**"] if headline else []), *shown]),
         plot=plot if plot.is_file() else None,
         files=(numbers,),
-        command=f"python {command}" if command else None,
+        command=launched(command, run.runs_as) if command else None,
         facts={**run.facts, **{key: str(value) for key, value in facts.items()}},
         limits=(sections["Limits"],) if "Limits" in sections else (),
     )

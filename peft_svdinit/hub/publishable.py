@@ -4,67 +4,86 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import struct
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
+from ..analysis import COMPARISON_NUMBERS
 from ..factors import IN_MEMORY, SIDECAR_NAME
-from ..files import is_local, write_json
+from ..files import is_local, opened, read_json, write_json
+from ..models import CONFIG_NAME
+from .artefact import RECORDS
 from .base_model import BaseModel
 
+# Others are published as they are: a tokenizer's vocabulary has what looks like paths.
+_CHANGED = (CONFIG_NAME, SIDECAR_NAME, COMPARISON_NUMBERS, "svd_analysis_rank*.json", *RECORDS)
+# Absolute, of a home, or out of the working directory; neither a Hub id nor an address.
+_PATH = re.compile(r"(?<![\w./~:-])(?:~[\w-]*|\.\.?)?/[^\s\"'=,;\[\]{}()]*")
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 8
 # Whether they are there or not, these are no ids of the Hub.
 _DATA = (".csv", ".json", ".jsonl", ".parquet", ".txt")
+_MODEL_OPTION = "--model_name_or_path"
 
 
 def without_paths(value: Any, base: BaseModel) -> Any:
-    """JSON in which the base has its name on the Hub, and other absolute paths their last part."""
+    """JSON in which the base has its name on the Hub, and of other paths the last part is left."""
     if isinstance(value, dict):
-        return {key: without_paths(entry, base) for key, entry in value.items()}
+        return {
+            key: command_without_paths(entry, base)[0]
+            if key == "command" and isinstance(entry, str)
+            else without_paths(entry, base)
+            for key, entry in value.items()
+        }
     if isinstance(value, list):
         return [without_paths(entry, base) for entry in value]
     if not isinstance(value, str):
         return value
     if value == base.recorded:
         return base.name
-    is_path = os.path.isabs(value) or value.startswith("~")
-    return Path(value).name or value if is_path else value
+    return _PATH.sub(lambda found: Path(found[0]).name, value)
 
 
 def command_without_paths(command: str, base: BaseModel) -> tuple[str, list[str]]:
     """As `without_paths`, of a command; and the names of files that it reads from this disk."""
     words, read, option = [], [], ""
+    command, mark, comment = command.partition("  # ")
     for word in shlex.split(command):
-        if word.startswith("--"):
-            option, equals, value = word.partition("=")
-        else:
-            equals, value = "", word
+        option, equals, value = word.partition("=") if word.startswith("--") else (option, "", word)
+        if not equals and word.startswith("--"):
+            words.append(word)
+            continue
         public = without_paths(value, base)
+        if option == _MODEL_OPTION and (is_local(value) or value == base.recorded):
+            public = base.name
         is_file = is_local(value) or Path(value).suffix in _DATA
-        if is_file and value and option not in ("", "--output_dir") and public != base.name:
+        if is_file and option not in ("", "--output_dir") and public != base.name:
             read.append(public)
-        words.append(f"{option}={public}" if equals else public or option)
-    return shlex.join(words), read
+        words.append(f"{option}={public}" if equals else public)
+    return shlex.join(words) + mark + without_paths(comment, base), read
 
 
 def publish_file(source: Path, target: Path, base: BaseModel) -> None:
-    """Put `source` at `target`: as it is where it names no path of this disk, else changed."""
-    if source.suffix == ".json":
-        value = json.loads(source.read_text(encoding="utf-8"))
+    """Put `source` at `target`: as it is where it names no path of this disk, else changed.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    if any(fnmatchcase(source.name, pattern) for pattern in _CHANGED) and source.suffix == ".json":
+        value = read_json(source, "folder")
         changed = without_paths(value, base)
-        if source.name == SIDECAR_NAME and is_local(value.get("svd_factors") or ""):
+        if source.name == SIDECAR_NAME and value.get("svd_factors"):
             # These are not published; the weights that came of them are.
             changed["svd_factors"] = IN_MEMORY
         if changed != value:
             write_json(target, changed)
             return
     elif source.suffix == ".safetensors":
-        with safe_open(source, framework="pt") as file:
+        with opened(source, "folder") as file:
             metadata = file.metadata() or {}
         changed = {key: _changed(text, base) for key, text in metadata.items()}
         if changed != metadata:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from inspect import signature
 from typing import Any, Literal, TypeVar
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_token,
+)
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..files import ask_hub, fetched_file
-from .artefact import OWN_FILES
-from .card import PLOT
-from .card_merge import is_unfilled, without_our_part
+from .card_merge import Card
 from .shared import CARD, Shared
 
 logger = logging.getLogger(__name__)
@@ -36,6 +40,7 @@ class Pushed:
         url: of the commit, or of the pull request.
         commit: its hash; `user/name@hash` names just this.
         files: that it holds.
+        deleted: what the last push had put there, and this one has not.
         left_out: what of the folder stayed here, with the reason.
     """
 
@@ -43,6 +48,7 @@ class Pushed:
     url: str
     commit: str
     files: tuple[str, ...]
+    deleted: tuple[str, ...]
     left_out: dict[str, str]
 
 
@@ -69,8 +75,8 @@ def push_to_hub(
     One commit holds everything, so that nobody loads a half; one that breaks is resumed by the same
     call: large files that have arrived are not sent again. The files are those of their kind, never
     a pickle. In their configurations the base model has its name on the Hub, and other absolute
-    paths their last part. What an earlier push left and this one lacks is deleted. A card that is
-    there is kept, but for our part of it.
+    paths their last part. What the last push put there and this one lacks is deleted, and nothing
+    else. A card that is there is kept, but for our part of it.
 
     Args:
         folder: as `save_pretrained`, a recipe, or a verb wrote it.
@@ -92,37 +98,48 @@ def push_to_hub(
         PermissionError: if there is no token, or it may not write.
         ConnectionError: if the Hub cannot be reached, or fails.
         ValueError: if the base is not known, the folder holds pickles, an existing repository is
-            public although `private` is set, or the cards contradict each other.
+            public although `private` is set or holds another kind, or the cards differ.
     """
+    if card not in (None, "hub", "folder"):
+        raise ValueError(f"card must be hub or folder, got {card!r}")
     if create_pr and revision is not None:
         raise ValueError("create_pr opens a request against the default branch; leave revision out")
+    api = _api(token)
     shared = Shared.of(
         folder, base_model=base_model, comparison=comparison, evaluation=evaluation, token=token
     )
-    api = _api(token)
     repo_id = prepare_repository(repo_id, private, create_pr=create_pr, token=token)
     if revision is not None and not revision.startswith("refs/"):
         _asked(repo_id, lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
     with shared.staged() as files:
         for _ in range(_ATTEMPTS):
-            head = _asked(repo_id, lambda: api.model_info(repo_id, revision=revision))
-            there = [entry.rfilename for entry in head.siblings or []]
-            existing = _read_card(repo_id, head.sha, token) if CARD in there else None
-            text = shared.card(_kept(existing, shared.own_card, card), repo_id)
+            at = f"{repo_id}@{revision}" if revision else repo_id
+            head = _asked(at, lambda: api.model_info(repo_id, revision=revision))
+            there = {entry.rfilename for entry in head.siblings or []}
+            on_hub = Card.read(_read_card(repo_id, head.sha, token)) if CARD in there else None
+            kind, before = on_hub.holds if on_hub else (None, [])
+            if kind not in (None, shared.artefact.kind.name):
+                raise ValueError(
+                    f"repo_id: {repo_id} holds a {kind}, and {shared.artefact.folder} a "
+                    f"{shared.artefact.kind.name}; choose another repository"
+                )
+            existing = _kept(on_hub, shared.own_card, card)
+            text = shared.card(existing, repo_id, files, None if create_pr else revision)
+            deleted = tuple(sorted(there & set(before) - set(files)))
             operations = [CommitOperationAdd(CARD, text.encode())]
             operations += [CommitOperationAdd(name, str(path)) for name, path in files.items()]
             try:
                 commit = _commit(
-                    api, repo_id, [*operations, *_stale(there, files)],
+                    api, repo_id, [*operations, *map(CommitOperationDelete, deleted)],
                     commit_message=commit_message or f"Push {shared.artefact.kind.name}",
                     revision=revision, create_pr=create_pr, parent_commit=head.sha,
                 )  # fmt: skip
             except _HeadMoved:
                 logger.warning("%s has changed meanwhile; its card is read again.", repo_id)
                 continue
-            url = commit.pr_url or commit.commit_url
+            url = str(commit.pr_url or commit.commit_url)
             left_out = shared.artefact.left_out
-            return Pushed(repo_id, str(url), commit.oid, (CARD, *files), left_out)
+            return Pushed(repo_id, url, commit.oid, (CARD, *files), deleted, left_out)
     raise ConnectionError(f"repo_id: {repo_id!r} changes all the time; push again later")
 
 
@@ -154,11 +171,15 @@ def prepare_repository(
 
 
 def _api(token: str | None) -> HfApi:
+    found = token or get_token()
+    if found and not re.fullmatch(r"[!-~]+", found):
+        # The HTTP client would print it.
+        raise ValueError("token: what is set has characters that no token has; set it again")
     return HfApi(token=token, library_name="peft-svdinit")
 
 
-def _asked(repo_id: str, call: Callable[[], Answer]) -> Answer:
-    return ask_hub(call, repo_id, argument="repo_id", write=True)
+def _asked(repo_id: str, call: Callable[[], Answer], again: bool = True) -> Answer:
+    return ask_hub(call, repo_id, argument="repo_id", use="write", again=again)
 
 
 def _commit(api: HfApi, repo_id: str, operations: list[Any], **options: Any) -> CommitInfo:
@@ -172,7 +193,8 @@ def _commit(api: HfApi, repo_id: str, operations: list[Any], **options: Any) -> 
                 raise _HeadMoved from error
             raise
 
-    return _asked(repo_id, commit)
+    # A second request would open a second pull request.
+    return _asked(repo_id, commit, again=not options["create_pr"])
 
 
 def _read_card(repo_id: str, commit: str | None, token: str | None) -> str:
@@ -180,28 +202,18 @@ def _read_card(repo_id: str, commit: str | None, token: str | None) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _kept(on_hub: str | None, own: str | None, keep: Keep | None) -> str | None:
-    """The card that others wrote; of two that differ the one that the user keeps."""
-    cards = {
-        name: text
-        for name, text in (("hub", on_hub), ("folder", own))
-        if text is not None and not is_unfilled(text)
-    }
-    if len(cards) < 2:
-        return next(iter(cards.values()), None)
-    if keep is None and len({without_our_part(text) for text in cards.values()}) > 1:
-        raise ValueError(
-            "card: the README.md in the folder and the one on the Hub differ; card=hub keeps that "
-            "of the Hub, card=folder the other"
-        )
-    return cards[keep or "hub"]
-
-
-def _stale(there: Collection[str], files: Collection[str]) -> list[CommitOperationDelete]:
-    """What an earlier push left, and this one has not."""
-    own = (*OWN_FILES, PLOT)
-    return [
-        CommitOperationDelete(name)
-        for name in there
-        if name not in files and any(fnmatchcase(name, pattern) for pattern in own)
-    ]
+def _kept(on_hub: Card | None, own: Card | None, keep: Keep | None) -> Card:
+    """The card that others wrote; of two that differ the text that the user keeps."""
+    cards = {"hub": on_hub or Card(), "folder": own or Card()}
+    written = [name for name, found in cards.items() if not found.is_unfilled]
+    if len(written) > 1 and keep is None:
+        if cards["hub"].of_others != cards["folder"].of_others:
+            raise ValueError(
+                "card must say whose README.md is kept, hub or folder: the one in the folder and "
+                "the one on the Hub differ"
+            )
+    chosen = keep if keep and len(written) > 1 else (written or ["hub"])[0]
+    metadata = cards["folder"].metadata | cards["hub"].metadata
+    if chosen == "folder" and keep:
+        metadata = cards["hub"].metadata | cards["folder"].metadata
+    return Card(metadata, cards[chosen].body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..masks import COMPACT_FILE_NAME, MASK_FILE_NAME
 from .artefact import Artefact, recognise
 from .base_model import BaseModel, find_base
 from .card import PLOT, card_data, card_text
-from .card_merge import merged_card
+from .card_merge import Card, held
 from .figures import Figures, figures_of_comparison, figures_of_run, with_evaluation
 from .publishable import publish_file
 
@@ -49,17 +49,20 @@ class Shared:
             figures = with_evaluation(figures, Path(evaluation).expanduser())
         return cls(artefact, find_base(artefact, base_model, token), figures)
 
-    def card(self, existing: str | None, repo_id: str) -> str:
+    def card(
+        self, existing: Card, repo_id: str, files: Collection[str], revision: str | None = None
+    ) -> str:
         """The whole card, around what others wrote in an existing one."""
         data = card_data(self.artefact, self.base)
-        text = card_text(self.artefact, self.base, self.figures, repo_id)
-        return merged_card(existing, data, text, repo_id.rpartition("/")[2])
+        text = card_text(self.artefact, self.base, self.figures, repo_id, revision)
+        text = f"{held(self.artefact.kind.name, files)}\n\n{text}"
+        return existing.merged(data, text, repo_id.rpartition("/")[2])
 
     @property
-    def own_card(self) -> str | None:
+    def own_card(self) -> Card | None:
         """The README.md in the folder."""
         path = self.artefact.folder / CARD
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        return Card.read(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     @contextmanager
     def staged(self) -> Iterator[dict[str, Path]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from ..factors import SIDECAR_NAME, FactorsFile
-from ..low_rank import PLAN_NAME
+from ..factors import FactorsFile
+from ..low_rank import PLAN_NAME, is_small_form
 from ..masks import load_mask
 from .artefact import Artefact
 from .base_model import BaseModel
@@ -21,13 +21,19 @@ _CLASSES = {
 }
 
 
-def usage(artefact: Artefact, base: BaseModel, repo_id: str) -> str:
-    """Markdown with code that can be pasted."""
+def usage(artefact: Artefact, base: BaseModel, repo_id: str, revision: str | None) -> str:
+    """Markdown with code that can be pasted.
+
+    Args:
+        artefact, base: what is shared, and on what.
+        repo_id, revision: where it is; None is the default branch.
+    """
+    named = f"{repo_id}@{revision}" if revision else repo_id
     kind = artefact.kind.name
     if kind == "LoRA adapter":
-        return _adapter(artefact, base, repo_id)
+        return _adapter(artefact, base, repo_id, revision)
     if kind == "model":
-        return _model(artefact, repo_id)
+        return _model(artefact, repo_id, revision)
     if kind == "set of SVD factors":
         file = FactorsFile(artefact.folder, argument="folder")
         rank = min(_RANK, *map(file.rank_of, file))
@@ -36,9 +42,9 @@ def usage(artefact: Artefact, base: BaseModel, repo_id: str) -> str:
             _code(
                 "from peft import get_peft_model",
                 "from peft_svdinit import SvdLoraConfig",
-                *_base("CAUSAL_LM", base),
+                *_base(_class_of(artefact), base),
                 "config = SvdLoraConfig(",
-                f'    r={rank}, svd_factors="{repo_id}",',
+                f'    r={rank}, svd_factors="{named}",',
                 f"    target_modules={_targets(file)},",
                 ")",
                 "model = get_peft_model(base, config)",
@@ -49,7 +55,7 @@ def usage(artefact: Artefact, base: BaseModel, repo_id: str) -> str:
     if kind == "compact LoRI adapter":
         return _joined(
             "peft-svdinit turns it into the stock LoRA that it stands for, which PEFT loads:",
-            f"```bash\nsvdinit export --adapter {repo_id} --output_dir my-adapter\n```",
+            f"```bash\nsvdinit export --adapter {named} --output_dir my-adapter\n```",
         )
     mask = load_mask(artefact.folder, argument="folder")
     rank = max(layer.rank for layer in mask.layers.values())
@@ -58,59 +64,65 @@ def usage(artefact: Artefact, base: BaseModel, repo_id: str) -> str:
         _code(
             "from peft import get_peft_model",
             "from peft_svdinit import LoriConfig",
-            *_base("CAUSAL_LM", base),
+            *_base(_class_of(artefact), base),
             "config = LoriConfig(",
             f"    r={rank}, lori_density={mask.density}, lori_seed={mask.seed},",
-            f'    lori_mask="{repo_id}", target_modules={_targets(mask.layers)},',
+            f'    lori_mask="{named}", target_modules={_targets(mask.layers)},',
             ")",
             "model = get_peft_model(base, config)",
         ),
     )
 
 
-def _adapter(artefact: Artefact, base: BaseModel, repo_id: str) -> str:
-    task = artefact.config.get("task_type") or ""
+def _adapter(artefact: Artefact, base: BaseModel, repo_id: str, revision: str | None) -> str:
+    at = f', revision="{revision}"' if revision else ""
+    of_base = f', base_revision="{base.revision}"' if base.revision else ""
     stock = _code(
         "from peft import PeftModel",
-        *_base(task, base),
-        f'model = PeftModel.from_pretrained(base, "{repo_id}")',
+        *_base(_class_of(artefact), base),
+        f'model = PeftModel.from_pretrained(base, "{repo_id}"{at})',
     )
     parts = ["With stock PEFT:", stock]
     sidecar = artefact.options.get("config_class")
-    if artefact.has(SIDECAR_NAME) and sidecar:
+    if sidecar:
         parts += [
             "To train on as it was trained, with peft-svdinit:",
             _code(
                 f"from peft_svdinit import {sidecar}",
-                f'config = {sidecar}.from_pretrained("{repo_id}")',
-                f'model = PeftModel.from_pretrained(base, "{repo_id}", config=config, '
-                "is_trainable=True)",
+                f'config = {sidecar}.from_pretrained("{repo_id}"{at})',
+                "model = PeftModel.from_pretrained(",
+                f'    base, "{repo_id}", config=config, is_trainable=True{at}',
+                ")",
             ),
         ]
     parts += [
         "To start a smaller or larger adapter from it, with peft-svdinit:",
         _code(
             "from peft_svdinit import warm_start",
-            f'start = warm_start("{repo_id}", base="{base.name}", rank=8)',
+            f'start = warm_start("{repo_id}", base="{base.name}", rank=8{at}{of_base})',
             'factors = start.save("start")  # svd_factors of a SvdLoraConfig',
         ),
     ]
     return _joined(*parts)
 
 
-def _model(artefact: Artefact, repo_id: str) -> str:
-    architecture = (artefact.config.get("architectures") or [""])[0]
-    known = "AutoModelForCausalLM" if architecture.endswith("ForCausalLM") else "AutoModel"
-    parts = [
-        "With stock Transformers:",
-        _code(f"from transformers import {known}", f'model = {known}.from_pretrained("{repo_id}")'),
-    ]
+def _model(artefact: Artefact, repo_id: str, revision: str | None) -> str:
+    known = _class_of(artefact)
+    at = f', revision="{revision}"' if revision else ""
+    load = f'model = {known}.from_pretrained("{repo_id}"{at})'
+    if is_small_form(artefact.folder):
+        register = "from peft_svdinit.low_rank import register_small_form"
+        return _joined(
+            "With peft-svdinit; stock Transformers cannot load this form:",
+            _code(f"from transformers import {known}", register, "register_small_form()", load),
+        )
+    parts = ["With stock Transformers:", _code(f"from transformers import {known}", load)]
     if artefact.has(PLAN_NAME):
         parts += [
             "With its layers of low rank, which multiply less, by peft-svdinit:",
             _code(
                 "from peft_svdinit.low_rank import load_low_rank",
-                f'model = load_low_rank("{repo_id}")',
+                f'model = load_low_rank("{repo_id}"{at})',
             ),
         ]
     return _joined(*parts)
@@ -121,8 +133,20 @@ def _targets(layers: Iterable[str]) -> str:
     return json.dumps(sorted({name.rpartition(".")[2] for name in layers}))
 
 
-def _base(task: str, base: BaseModel) -> list[str]:
-    name = _CLASSES.get(task, "AutoModel")
+def _class_of(artefact: Artefact) -> str:
+    """The class by which transformers loads the base, or the model itself."""
+    task = artefact.config.get("task_type")
+    if task in _CLASSES:
+        return _CLASSES[task]
+    if task:
+        return "AutoModel"
+    # PEFT notes it where an adapter has no task; a model's configuration lists its own.
+    noted = (artefact.config.get("auto_mapping") or {}).get("base_model_class")
+    own = (artefact.config.get("architectures") or [None])[0]
+    return noted or own or _CLASSES["CAUSAL_LM"]
+
+
+def _base(name: str, base: BaseModel) -> list[str]:
     revision = f', revision="{base.revision}"' if base.revision else ""
     return [
         f"from transformers import {name}",

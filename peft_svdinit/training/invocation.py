@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Of options that say where results go and what they are called there, not what they are.
-_LEFT_OUT = ("--config", "--push_to_hub", "--hub_", "--resume_from_checkpoint", "--dry_run")
+# Options that say where results go and what they are called there, not what they are.
+_LEFT_OUT = ("--config", "--push_to_hub", "--resume_from_checkpoint")
+_LEFT_OUT_PREFIXES = ("--hub_", "--dry_run")
 
 
 def invocation(
@@ -17,18 +18,25 @@ def invocation(
 ) -> str:
     """`recipes/<script> --option value …`, without a file of options, and without a token.
 
+    What no command line can say, null for one, stands in a comment behind it.
+
     Args:
         script: the recipe's file.
         argv: of the command line.
         arguments: what a file of options says, in the command line's form.
         values: what it says that no command line can.
     """
-    given = [*arguments, *(f"--{n}={json.dumps(v)}" for n, v in values.items() if v is not None)]
+    said = {name: value for name, value in values.items() if isinstance(value, dict)}
+    given = [*arguments, *(f"--{name}={json.dumps(value)}" for name, value in said.items())]
     kept: list[str] = []
-    for option, words in _grouped([*given, *argv]).items():
-        if not option.startswith(_LEFT_OUT):
+    options = _grouped([*given, *argv])
+    for option, words in options.items():
+        if option not in _LEFT_OUT and not option.startswith(_LEFT_OUT_PREFIXES):
             kept += words
-    return shlex.join([f"recipes/{Path(script).name}", *kept])
+    command = shlex.join([f"recipes/{Path(script).name}", *kept])
+    unsaid = [name for name in values if name not in said and f"--{name}" not in options]
+    listed = ", ".join(f"{name}: {json.dumps(values[name])}" for name in unsaid)
+    return f"{command}  # in a file of options: {listed}" if unsaid else command
 
 
 def launched(invocation: str, runs_as: Mapping[str, Any]) -> str:
@@ -38,13 +46,18 @@ def launched(invocation: str, runs_as: Mapping[str, Any]) -> str:
         invocation: as above.
         runs_as: as `RunsAs.as_dict` has it.
     """
-    processes = runs_as.get("processes") or 1
-    if runs_as.get("wrapper") == "DeepSpeedEngine":
-        file = f"recipes/accelerate/zero{runs_as.get('stage')}.yaml"
-        return f"accelerate launch --config_file {file} --num_processes {processes} {invocation}"
-    if processes > 1:
+    processes, wrapper = runs_as.get("processes") or 1, str(runs_as.get("wrapper"))
+    if wrapper == "DeepSpeedEngine":
+        offload = "_offload" if runs_as.get("offloaded") else ""
+        file = f"zero{runs_as.get('stage')}{offload}"
+    elif wrapper.startswith(("FSDP", "FullySharded")):
+        file = "fsdp2"
+    elif processes > 1:
         return f"torchrun --nproc_per_node {processes} {invocation}"
-    return f"python {invocation}"
+    else:
+        return f"python {invocation}"
+    options = f"--config_file recipes/accelerate/{file}.yaml --num_processes {processes}"
+    return f"accelerate launch {options} {invocation}"
 
 
 def _grouped(words: Sequence[str]) -> dict[str, list[str]]:

@@ -38,7 +38,6 @@ from peft_svdinit.training import (
     read_run_info,
 )
 from stages.processes import check_same_start
-from stages.pushing import prepare_push
 from trainer_callbacks import ComparisonCallback, RunsAsCallback
 
 
@@ -106,10 +105,9 @@ def fit(
 
     Raises:
         SystemExit: with one line, where the training would run as something else than the
-            arguments expect, or `push_to_hub` is set and the Hub does not take it.
+            arguments expect.
         RuntimeError: if the processes would begin with different numbers.
     """
-    push = prepare_push(arguments, model.config.name_or_path)
     command = {"command": arguments.invocation} if arguments.invocation else {}
     # New ones, for a process may train twice, and DeepSpeed's plugin makes one Accelerator.
     arguments = replace(arguments, push_to_hub=False)
@@ -142,7 +140,6 @@ def fit(
     except NotAsExpected as error:
         raise SystemExit(f"error: {as_typed(str(error), [arguments])}") from error
     trainer.save_model()
-    push(folder)
     return read_run(folder) if trainer.is_world_process_zero() else None
 
 

@@ -9,20 +9,21 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from peft_svdinit.hub import named_base, prepare_repository, push_to_hub
-from peft_svdinit.training import RecipeArguments, refusals_in_one_line
+from peft_svdinit.hub import base_on_hub, prepare_repository, push_to_hub
+from peft_svdinit.training import ModelOptions, RecipeArguments, refusals_in_one_line
 
 Push = Callable[..., None]
 
 
-def prepare_push(arguments: RecipeArguments, base: str) -> Push:
+def prepare_push(arguments: RecipeArguments, model: ModelOptions) -> Push:
     """What pushes a folder, once it is written; it does nothing without `push_to_hub`.
 
-    The repository is made now, by the main process, so that a missing token costs no training.
+    The base is looked for on the Hub, and the repository made, now and by the main process, so that
+    a missing token costs no training. The push takes as long as it takes: no process waits for it.
 
     Args:
         arguments: of the run.
-        base: the model that was trained on, for the card.
+        model: that is trained.
 
     Raises:
         SystemExit: with one line, on all processes, if the base has no name on the Hub, or the Hub
@@ -30,15 +31,28 @@ def prepare_push(arguments: RecipeArguments, base: str) -> Push:
     """
     if not arguments.push_to_hub:
         return lambda folder, **more: None
-    base = arguments.hub_base_model or base
+    base = arguments.hub_base_model or model.model_name_or_path
+    if not arguments.hub_base_model and model.model_revision != "main" and "@" not in base:
+        base = f"{base}@{model.model_revision}"
     name = arguments.hub_model_id or Path(str(arguments.output_dir)).absolute().name
+    refusal: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            with refusals_in_one_line([RecipeArguments]):
+                base_on_hub(base)
+                prepare_repository(name, arguments.hub_private_repo)
+        except SystemExit as end:
+            refusal = [end.code]
+    broadcast_object_list(refusal)
+    if refusal[0]:
+        raise SystemExit(refusal[0])
 
-    def make_repository() -> None:
-        named_base(base)
-        prepare_repository(name, arguments.hub_private_repo)
-
-    def push(folder: Path, **more: Any) -> None:
-        def publish() -> None:
+    def push(folder: str | Path, **more: Any) -> None:
+        if not PartialState().is_main_process:
+            return
+        by_hand = f"`svdinit push --folder {folder} --repo_id {name} --base_model {base}`"
+        says = f"error: what was trained is not pushed, {by_hand} does it"
+        with refusals_in_one_line([RecipeArguments], says):
             pushed = push_to_hub(
                 folder,
                 name,
@@ -47,23 +61,6 @@ def prepare_push(arguments: RecipeArguments, base: str) -> Push:
                 revision=arguments.hub_revision,
                 **more,
             )
-            print(f"{pushed.repo_id} is at {pushed.url}")
+        print(f"{pushed.repo_id} is at {pushed.url}")
 
-        _on_main(publish, f"error: {folder} is trained, but not pushed")
-
-    _on_main(make_repository, "error")
     return push
-
-
-def _on_main(act: Callable[[], None], says: str) -> None:
-    """Do it on the main process; a refusal ends all processes with one line."""
-    refusal = [None]
-    if PartialState().is_main_process:
-        try:
-            with refusals_in_one_line([RecipeArguments], says):
-                act()
-        except SystemExit as end:
-            refusal = [end.code]
-    broadcast_object_list(refusal)
-    if refusal[0]:
-        raise SystemExit(refusal[0])

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from support.hub import READ, STRANGER, WRITE, stand_in_hub
-from support.shared_artefacts import BASE, KINDS, add_base, save_adapter, save_lori
+from support.shared_artefacts import (
+    BASE,
+    KINDS,
+    add_base,
+    save_adapter,
+    save_adapter_factors,
+    save_lori,
+)
 from support.stock_process import run_without_us
+from support.tiny_models import save_pair, truncate
 
 from peft_svdinit import push_to_hub
 from peft_svdinit.cli import main as svdinit
@@ -42,7 +53,7 @@ def metadata_of(card: str) -> dict:
 def test_every_kind_comes_back_and_its_card_says_how(there, tmp_path, kind, monkeypatch):
     server, base = there
     folder = KINDS[kind](tmp_path / "here" / "folder", base)
-    given = BASE if kind == "low rank" else None
+    given = BASE if kind.startswith("low rank") else None
     pushed = push_to_hub(folder, "user/shared", base_model=given)
     files = server.files("user/shared")
     assert set(pushed.files) == files.keys() - {".gitattributes"}
@@ -56,8 +67,10 @@ def test_every_kind_comes_back_and_its_card_says_how(there, tmp_path, kind, monk
     monkeypatch.chdir(tmp_path)
     with server.in_this_process(tmp_path / "clean", READ):
         names: dict = {}
-        for code in code_of(card):
-            exec(code, names)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            for code in code_of(card):
+                exec(code, names)
         at = f"user/shared@{pushed.commit}"
         if kind == "factors":
             assert FactorsFile(at).metadata.source["path"] == "adapter"
@@ -95,22 +108,47 @@ assert any(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in
 
 def test_a_card_keeps_what_others_wrote(there, tmp_path):
     server, base = there
-    folder = save_adapter(tmp_path / "folder", base)
+    folder = save_lori(tmp_path / "folder", base)
     push_to_hub(folder, "user/shared")
     card = server.files("user/shared")["README.md"].decode()
     card = card.replace("# shared", "# Our adapter\n\nBy hand.").replace("tags:", "tags:\n- ours")
     mine = {"README.md": f"{card}\n## Thanks\n".replace("apache-2.0", "mit").encode()}
-    server.add("user/shared", {**server.files("user/shared"), **mine, "notes.txt": b"kept",
-                               "lori_mask.safetensors": b"of an earlier push"})  # fmt: skip
-    push_to_hub(folder, "user/shared", comparison=None)
+    theirs = {"notes.txt": b"kept", "model.safetensors": b"kept too"}
+    server.add("user/shared", {**server.files("user/shared"), **mine, **theirs})
+    (folder / "lori_mask.safetensors").unlink()
+    (folder / "svdinit_config.json").unlink()
+    pushed = push_to_hub(folder, "user/shared")
+    assert set(pushed.deleted) == {
+        "lori_adapter.safetensors", "lori_mask.safetensors", "svdinit_config.json",
+    }  # fmt: skip
     files = server.files("user/shared")
+    assert theirs.keys() <= files.keys() and not set(pushed.deleted) & files.keys()
     after = files["README.md"].decode()
     assert after.count("# Our adapter\n\nBy hand.") == after.count("## Thanks") == 1
-    assert after.count("## Use") == 1 and "peft-svdinit: end" in after
+    assert after.count("## Use") == 1 and after.count("peft-svdinit: end") == 1
     metadata = metadata_of(after)
     assert {"ours", "lora", "peft-svdinit"} <= set(metadata["tags"])
     assert metadata["license"] == "mit"
-    assert "notes.txt" in files and "lori_mask.safetensors" not in files
+
+
+def test_a_repository_made_with_a_licence_keeps_it(there, tmp_path):
+    server, base = there
+    index = [{"name": name, "results": []} for name in ("one", "two")]
+    made = {"license": "llama3", "language": "de", 1: "a", "model-index": index}
+    server.add("user/shared", {"README.md": f"\ufeff---\n{yaml.safe_dump(made)}---\n".encode()})
+    push_to_hub(save_adapter(tmp_path / "folder", base), "user/shared")
+    card = server.files("user/shared")["README.md"].decode()
+    assert metadata_of(card).items() >= made.items() and "license_name" not in metadata_of(card)
+    assert "# shared" in card
+
+
+def test_one_repository_holds_one_kind(there, tmp_path):
+    server, base = there
+    push_to_hub(save_adapter(tmp_path / "folder", base), "user/shared")
+    before = server.files("user/shared")
+    with pytest.raises(ValueError, match=r"holds a LoRA adapter, and .* a set of SVD factors"):
+        push_to_hub(save_adapter_factors(tmp_path / "factors", base), "user/shared")
+    assert server.files("user/shared") == before
 
 
 def test_two_cards_of_others_are_a_question(there, tmp_path):
@@ -118,7 +156,7 @@ def test_two_cards_of_others_are_a_question(there, tmp_path):
     folder = save_adapter(tmp_path / "folder", base)
     (folder / "README.md").write_text("# From the folder\n")
     server.add("user/shared", {"README.md": b"# From the Hub\n"})
-    with pytest.raises(ValueError, match="and the one on the Hub differ; card=hub keeps"):
+    with pytest.raises(ValueError, match="card must say whose"):
         push_to_hub(folder, "user/shared")
     titles: dict[Any, str] = {"hub": "# From the Hub", "folder": "# From the folder"}
     for keep, title in titles.items():
@@ -141,6 +179,66 @@ def test_a_card_that_cannot_be_kept_is_not_replaced(there, tmp_path, card):
     with pytest.raises(ValueError, match="card: "):
         push_to_hub(save_adapter(tmp_path / "folder", base), "user/shared")
     assert server.files("user/shared") == {"README.md": card.encode()}
+
+
+@pytest.mark.parametrize(
+    ("base_model", "message"),
+    [
+        ("user/typo", "base_model: 'user/typo' is no repository of the Hub that you can see"),
+        ("user/base@v9", "base_model: 'user/base@v9' has no such revision"),
+        (None, "base_model: the base model is /nowhere/base, a path of this disk"),
+    ],
+)
+def test_a_base_that_nobody_can_load_is_refused(there, tmp_path, base_model, message):
+    server, _ = there
+    folder = save_adapter(tmp_path / "folder", Path("/nowhere/base"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        push_to_hub(folder, "user/shared", base_model=base_model)
+    assert not server.requests("create")
+
+
+def test_a_tokenizer_is_published_as_it_is(there, tmp_path):
+    server, base = there
+    folder = save_adapter(tmp_path / "folder", base)
+    tokenizer = json.dumps({"model": {"merges": [["~", "/x"], ["/a", "/b"]], "vocab": {"/a/b": 1}}})
+    (folder / "tokenizer.json").write_text(tokenizer)
+    push_to_hub(folder, "user/shared")
+    assert server.files("user/shared")["tokenizer.json"].decode() == tokenizer
+
+
+def test_a_link_out_of_the_folder_stays_here(there, tmp_path):
+    server, base = there
+    folder = save_adapter(tmp_path / "folder", base)
+    (tmp_path / "secret").write_text("secret")
+    (folder / "training_log.csv").symlink_to(tmp_path / "secret")
+    pushed = push_to_hub(folder, "user/shared")
+    assert pushed.left_out["training_log.csv"] == "a link out of the folder"
+    assert "training_log.csv" not in server.files("user/shared")
+
+
+def test_what_would_not_load_is_not_published(there, tmp_path):
+    server, base = there
+    folder = save_adapter(tmp_path / "folder", base)
+    truncate(folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="folder: "):
+        push_to_hub(folder, "user/shared")
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace('"LORA"', '"IA3"'))
+    with pytest.raises(ValueError, match="an adapter of type IA3, only LORA is shared"):
+        push_to_hub(folder, "user/shared")
+    model = save_pair(tmp_path, sharded=True).tuned_folder
+    shard = min(model.glob("model-*"))
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"lacks {shard.name}"):
+        push_to_hub(model, "user/shared", base_model=BASE)
+    assert not server.requests("commit")
+
+
+def test_a_token_that_is_none_is_not_shown(there, tmp_path):
+    _, base = there
+    with pytest.raises(ValueError, match="token: ") as refused:
+        push_to_hub(save_adapter(tmp_path / "f", base), "user/shared", token="hf_secret\n")
+    assert "hf_secret" not in str(refused.value) and refused.value.__cause__ is None
 
 
 def test_a_branch_is_made_and_a_pull_request_opened(there, tmp_path, capsys):

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from transformers import PreTrainedModel
 
 from peft_svdinit import FactorsMetadata, SvdLoraConfig, save_factors
 from peft_svdinit.factors import LoraAdapter
-from peft_svdinit.low_rank import LowRankPlan, PlannedLayer, factorize_
+from peft_svdinit.low_rank import LowRankPlan, PlannedLayer, factorize_, save_small_form
 from support.hub import StandInHub
 from support.lori_fixtures import lori_model, saved_compact
 from support.tiny_models import TARGETS, tiny_model, trained_adapter
@@ -33,6 +34,10 @@ def save_adapter(folder: Path, base: Path, **options) -> Path:
     config = folder / "adapter_config.json"
     config.write_text(config.read_text().replace("tiny-llama", str(base)))
     return folder
+
+
+def save_without_task(folder: Path, base: Path) -> Path:
+    return save_adapter(folder, base, task_type=None)
 
 
 def save_svd_adapter(folder: Path, base: Path) -> Path:
@@ -81,20 +86,31 @@ def save_compact(folder: Path, base: Path) -> Path:
     return folder
 
 
-def save_low_rank(folder: Path, base: Path) -> Path:
+def low_rank_model() -> PreTrainedModel:
     model = tiny_model()
     layers = {"model.layers.0.mlp.up_proj": PlannedLayer(4, (24, 16))}
     factorize_(model, LowRankPlan(layers))
-    model.save_pretrained(str(folder))
+    return model
+
+
+def save_low_rank(folder: Path, base: Path) -> Path:
+    low_rank_model().save_pretrained(str(folder))
+    return folder
+
+
+def save_small(folder: Path, base: Path) -> Path:
+    save_small_form(low_rank_model(), folder)
     return folder
 
 
 KINDS = {
     "adapter": save_adapter,
+    "adapter without a task": save_without_task,
     "svd adapter": save_svd_adapter,
     "lori": save_lori,
     "factors": save_adapter_factors,
     "mask": save_mask,
     "compact": save_compact,
     "low rank": save_low_rank,
+    "low rank, small": save_small,
 }
