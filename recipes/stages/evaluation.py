@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -56,8 +57,9 @@ def device_of(options: EvaluationOptions) -> torch.device:
     Raises:
         ValueError: for a device that torch does not know, or several processes.
     """
-    if PartialState().num_processes > 1:
-        raise ValueError("adapters are evaluated in one process, start it without a launcher")
+    # Of the launcher: without GPUs, PartialState knows one process of several.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("adapters are evaluated in one process: start it without a launcher")
     try:
         return torch.device(options.device or PartialState().device or "cpu")
     except RuntimeError as error:

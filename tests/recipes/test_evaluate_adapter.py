@@ -274,6 +274,12 @@ def test_a_wrong_option_is_refused_in_one_line(more, expected, inputs, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_launcher_of_several_processes_is_refused(inputs, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refusal(capsys, ["--adapters", f"{inputs}/first", *options(inputs)])
+    assert line.endswith("in one process: start it without a launcher")
+
+
 @pytest.mark.parametrize(
     ("adapters", "edit", "expected"),
     [
