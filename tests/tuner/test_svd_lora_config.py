@@ -272,6 +272,22 @@ def test_the_alias_means_the_default_svd_config():
     )
 
 
+@pytest.mark.parametrize(
+    ("alias", "options"),
+    [
+        ("svd_subspace:some/file", {"svd_factors": "some/file", "svd_start": "subspace"}),
+        ("svd_reference:some/file", {"svd_factors": "some/file", "svd_start": "reference"}),
+        (
+            "svd_weight",
+            {"svd_source": "weight", "svd_start": "reference", "svd_split": "balanced"},
+        ),
+    ],
+)
+def test_other_starts_have_an_alias_too(alias, options):
+    config = config_of_alias(LoraConfig(r=4, init_lora_weights=alias))
+    assert config == SvdLoraConfig(r=4, init_lora_weights=True, **options)
+
+
 def test_another_config_is_no_alias():
     config = LoraConfig(r=4, init_lora_weights="pissa")
     assert config_of_alias(config) is config
