@@ -5,6 +5,7 @@ from .builtin.model import resolve_model as resolve_model
 from .data import DataOptions as DataOptions
 from .data import load_examples as load_examples
 from .data import prepare_examples as prepare_examples
+from .dataset_source import load_splits as load_splits
 from .environment import describe_environment as describe_environment
 from .in_one_piece import whole_weights as whole_weights
 from .invocation import launched as launched
