@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 from datasets import Dataset
+from datasets.exceptions import DatasetsError
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -56,7 +59,8 @@ class MethodData:
         Raises:
             ValueError: if a data set or a column is not there, or too small.
         """
-        tokenizer = load_tokenizer(ModelOptions(model_name_or_path=protocol.model_id))
+        with _said_of("model_name_or_path", "model_id"):
+            tokenizer = load_tokenizer(ModelOptions(model_name_or_path=protocol.model_id))
         train, valid, test = _pairs(options)
         short = ((q, a) for q, a in train if len(f"{q} {a}") <= options.char_limit)
         template, limit = protocol.query_template, protocol.max_seq_length
@@ -143,7 +147,8 @@ def _pairs(options: MethodDataOptions) -> tuple[Iterator[tuple[str, str]], Pairs
     if options.test_dataset_name is None:
         others = columns
     else:
-        splits = load_splits(options.test_dataset_name, options.test_dataset_config, None)
+        with _said_of("dataset_name", "test_dataset_name"):
+            splits = load_splits(options.test_dataset_name, options.test_dataset_config, None)
     test = splits["test" if "test" in splits else "train"]
     if "train" in splits and "test" in splits:
         # PEFT's draw: numpy's global generator of seed 0, which shuffles the numbers of the rows.
@@ -166,6 +171,15 @@ def _pairs(options: MethodDataOptions) -> tuple[Iterator[tuple[str, str]], Pairs
     )
 
 
+@contextmanager
+def _said_of(argument: str, option: str) -> Iterator[None]:
+    """Refusals of an argument are about the option that it comes from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(argument, option, 1)) from error
+
+
 def _rows(dataset: Dataset, columns: tuple[str, str], argument: str) -> Iterator[tuple[str, str]]:
     missing = set(columns) - set(dataset.column_names)
     if missing:
@@ -181,11 +195,15 @@ def _general_texts(options: MethodDataOptions) -> list[str]:
     if name.startswith("builtin:"):
         rows: Any = load_examples(DataOptions(dataset_name=name))[1]
         return [row["prompt"] + row["completion"] for row in islice(rows, count)]
-    if name.endswith((".json", ".jsonl", ".csv", ".parquet", ".txt")):
-        rows = load_splits(name, None, None)["train"]
+    if Path(name).suffix in (".json", ".jsonl", ".csv", ".parquet", ".txt"):
+        with _said_of("dataset_name", "general_dataset_name"):
+            rows = load_splits(name, None, None)["train"]
     else:
         # Streamed, for the first rows of it need no download of all.
-        rows = datasets.load_dataset(name, split="train", streaming=True)
+        try:
+            rows = datasets.load_dataset(name, split="train", streaming=True)
+        except (OSError, ValueError, DatasetsError) as error:
+            raise ValueError(f"general_dataset_name: cannot load {name!r}: {error}") from error
     found: list[Mapping[str, Any]] = list(islice(rows, count))
     if not found or options.general_text_column not in found[0]:
         raise ValueError(

@@ -113,7 +113,7 @@ class MethodDataOptions:
         default="openai/gsm8k",
         metadata={
             "help": "Questions to answer; those of validation are from its train split, if it has "
-            "one. With a builtin: dataset_name null is its held-out part."
+            "one. With a builtin: dataset_name it is null, the held-out part of that."
         },
     )
     test_dataset_config: str | None = field(
@@ -138,8 +138,8 @@ class MethodDataOptions:
         for name in ("valid_size", "general_samples", "char_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.test_dataset_name is None and not self.dataset_name.startswith("builtin:"):
+        if (self.test_dataset_name is None) != self.dataset_name.startswith("builtin:"):
             raise ValueError(
-                "test_dataset_name must name a data set, for dataset_name is not built-in: nothing "
-                "of it is held out"
+                "test_dataset_name must be null with a builtin: dataset_name, of which a part is "
+                f"held out, and only there; got {self.test_dataset_name!r}"
             )

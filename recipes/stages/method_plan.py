@@ -153,12 +153,8 @@ def with_total_budget(experiments: list[Experiment], options: MethodOptions) -> 
 
 def examples_needed(experiments: list[Experiment], options: MethodOptions) -> int:
     """Training examples that the plan reads."""
-    return max(
-        (each.protocol.max_steps + options.teacher_steps) * each.protocol.batch_size
-        if len(with_total_budget(experiments, options)) > len(experiments)
-        else each.protocol.max_steps * each.protocol.batch_size
-        for each in experiments
-    )
+    runs = with_total_budget(experiments, options)
+    return max(each.steps * each.protocol.batch_size for each in runs)
 
 
 def _plain(experiment: Experiment) -> dict[str, Any]:

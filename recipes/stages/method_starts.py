@@ -160,8 +160,8 @@ class StartMaker:
         return cost
 
     def _random_mask(self, folder: Path) -> dict[str, Any]:
-        model = loaded_base(self.experiment.protocol, torch.device("cpu"))
-        layers = linear_modules(model, _targets(model, self._stock))
+        skeleton = model_skeleton(resolve_model(self.experiment.protocol.model_id), "model_id")
+        layers = linear_modules(skeleton, _targets(skeleton, self._stock))
         shapes = {name: (layer.out_features, self._stock.r) for name, layer in layers.items()}
         widths = {name: layer.in_features for name, layer in layers.items()}
         scores = LayerScores.random(shapes, widths, self.seed)

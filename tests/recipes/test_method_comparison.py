@@ -254,6 +254,20 @@ def test_each_seed_has_its_own_A(resumed):
     assert {mask.seed for mask in masks} == {0, 1}
 
 
+def test_data_and_random_masks_make_starts_too(options, tmp_path):
+    names = ["lora/llama-3.2-3B-rank32-gradient-delta", "lori/llama-3.2-3B-rank32-random"]
+    names += ["lora/llama-3.2-3B-rank32-activation-subspace", f"{REFERENCE}-svd-weight"]
+    argv = [*options, "--experiments", REFERENCE, *names, "--seeds", "3", "--start_batches", "1"]
+    method_comparison.main([*argv, "--output_dir", str(tmp_path)])
+    gradient, random, activation, weight = (result(tmp_path, name, 3)["svdinit"] for name in names)
+    assert gradient["start"]["tokens"] > activation["start"]["tokens"] > 0
+    assert gradient["step_0"]["test loss"] < gradient["base"]["test loss"]
+    assert random["start"]["tokens"] == 0 and random["begins_at_base"] and not weight["start"]
+    assert not (tmp_path / "results" / f"{TOTAL.replace('/', '--')}--seed3.json").exists()
+    (mask,) = (tmp_path / "runs").glob("random_mask-*")
+    assert load_mask(mask).seed == 3
+
+
 def refused(argv: list[str], capsys) -> str:
     with pytest.raises(SystemExit) as error:
         method_comparison.main(argv)
@@ -275,6 +289,8 @@ def refused(argv: list[str], capsys) -> str:
         (["--experiments", "{pissa}", "--teacher_steps", "1"], "the model is not its base"),
         (["--experiments", "{other}"], "experiments: 'lost/factors' is not on this disk"),
         (["--teacher_steps", "99"], "has 40 examples"),
+        (["--test_dataset_name", "lost.jsonl"], "--test_dataset_name: .* 'lost.jsonl'"),
+        (["--dataset_name", "builtin:arithmetic"], "--test_dataset_name must be null"),
         (["--query_column", "asked"], "--query_column.*query, response, got asked"),
     ],
 )
