@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
 from typing import Any
 
 from ..factors import FactorsFile
+from ..files import is_local
 from ..masks import load_mask
 from .artefact import Artefact
 from .base_model import BaseModel
@@ -17,7 +19,7 @@ TAG = "peft-svdinit"
 PLOT = "peft_svdinit_results.png"
 
 
-def card_data(artefact: Artefact, base: BaseModel) -> dict[str, Any]:
+def card_data(artefact: Artefact, base: BaseModel, figures: Figures) -> dict[str, Any]:
     """The metadata that is ours to say."""
     tags = {TAG, *artefact.kind.tags, f"base_model:{artefact.kind.relation}:{base.name}"}
     start = _start(artefact)
@@ -29,6 +31,9 @@ def card_data(artefact: Artefact, base: BaseModel) -> dict[str, Any]:
         "tags": sorted(tags),
         **base.licence,
     }
+    dataset = figures.facts.get("dataset", "")
+    if re.fullmatch(r"[\w-]+/[\w.-]+", dataset) and not is_local(dataset):
+        data["datasets"] = [dataset]
     is_causal = artefact.config.get("task_type") == "CAUSAL_LM"
     return {**data, "pipeline_tag": "text-generation"} if is_causal else data
 

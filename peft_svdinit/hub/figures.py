@@ -160,6 +160,7 @@ def _facts(info: dict[str, Any]) -> dict[str, str]:
     versions = {"Python": info["versions"].get("python")}
     versions |= {key: value for key, value in info["versions"].items() if key != "python"}
     found = {
+        "dataset": info["extra"].get("dataset") or "",
         "versions": ", ".join(f"{key} {value}" for key, value in versions.items() if value),
         "revision of the code": f"`{info['git_revision']}`" if info["git_revision"] else "",
         "hardware": f"{hardware['cpu_cores']} CPU cores, {hardware['device']}, "

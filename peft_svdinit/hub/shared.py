@@ -53,7 +53,7 @@ class Shared:
         self, existing: Card, repo_id: str, files: Collection[str], revision: str | None = None
     ) -> str:
         """The whole card, around what others wrote in an existing one."""
-        data = card_data(self.artefact, self.base)
+        data = card_data(self.artefact, self.base, self.figures)
         text = card_text(self.artefact, self.base, self.figures, repo_id, revision)
         text = f"{held(self.artefact.kind.name, files)}\n\n{text}"
         return existing.merged(data, text, repo_id.rpartition("/")[2])

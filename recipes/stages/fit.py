@@ -43,8 +43,9 @@ from trainer_callbacks import ComparisonCallback, RunsAsCallback
 
 @dataclass(frozen=True)
 class Materials:
-    """What runs on one data set share."""
+    """What runs on one data set share; `source` is what the user calls it."""
 
+    source: str
     tokenizer: PreTrainedTokenizerBase
     train: Dataset
     evaluation: Dataset
@@ -57,7 +58,7 @@ class Materials:
         # The longest first: batches of like lengths waste little on padding.
         lengths = [-len(ids) for ids in evaluation["input_ids"]]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        return cls(tokenizer, train, evaluation.select(order))
+        return cls(data.dataset_name, tokenizer, train, evaluation.select(order))
 
     def part(self, seed: int, first: int, count: int) -> Materials:
         """`count` training examples from number `first` on in the order that `seed` shuffles.
@@ -108,13 +109,14 @@ def fit(
             arguments expect.
         RuntimeError: if the processes would begin with different numbers.
     """
-    command = {"command": arguments.invocation} if arguments.invocation else {}
+    made = {"dataset": materials.source}
+    made |= {"command": arguments.invocation} if arguments.invocation else {}
     # New ones, for a process may train twice, and DeepSpeed's plugin makes one Accelerator.
     arguments = replace(arguments, push_to_hub=False)
     check_same_start(model)
     folder = Path(str(arguments.output_dir))
     resume = checkpoint_to_resume(arguments)
-    record = ComparisonCallback(name=folder.name, extra={**(extra or {}), **command})
+    record = ComparisonCallback(name=folder.name, extra={**(extra or {}), **made})
     runs_as = RunsAsCallback(
         expected_processes=arguments.expected_processes,
         expected_wrapper=arguments.expected_wrapper,

@@ -51,6 +51,7 @@ def test_a_run_is_pushed_with_its_figures_and_its_command(server, tmp_path):
     card = files["README.md"].decode()
     loss = json.loads(files["run.json"])["metrics"]["eval_loss"]
     assert f"| evaluation loss at the end | {loss:.4f} |" in card and "`data.jsonl`" in card
+    assert "- dataset: data.jsonl" in card
     (command,) = re.findall(r"```bash\npython (.*)\n```", card)
     script, *argv = shlex.split(command)
     assert script == "recipes/train_lora.py" and not {"--config", "--push_to_hub"} & set(argv)
