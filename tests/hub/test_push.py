@@ -26,6 +26,9 @@ from peft_svdinit import push_to_hub
 from peft_svdinit.cli import main as svdinit
 from peft_svdinit.factors import FactorsFile, LoraAdapter
 from peft_svdinit.files import hub, resolve_folder
+from peft_svdinit.hub import push
+from peft_svdinit.hub.base_model import BaseModel
+from peft_svdinit.hub.publishable import command_without_paths
 from peft_svdinit.masks import load_compact, load_mask
 
 
@@ -295,13 +298,34 @@ def test_somebody_elses_commit_in_between_is_kept(there, tmp_path, monkeypatch):
     folder = save_adapter(tmp_path / "folder", base)
     push_to_hub(folder, "user/shared")
     first = server.files("user/shared")
-    save_adapter(folder, base, seed=2)
-    server.fail("commit", status=412)
     theirs = first["README.md"] + b"\nWritten meanwhile.\n"
-    server.add("user/shared", {**first, "README.md": theirs})
+    original, read = push._read_card, []
+
+    def read_card(*of):
+        card = original(*of)
+        if not read:
+            server.add("user/shared", {**first, "README.md": theirs})
+        read.append(card)
+        return card
+
+    monkeypatch.setattr(push, "_read_card", read_card)
+    save_adapter(folder, base, seed=2)
     push_to_hub(folder, "user/shared")
     assert b"Written meanwhile." in server.files("user/shared")["README.md"]
-    assert len(server.requests("commit")) == 3
+    assert len(read) == 2 and [each.status for each in server.requests("commit")][1] == 412
+
+
+def test_a_command_names_the_base_as_others_know_it():
+    base = BaseModel(BASE, recorded="of a fine-tune nothing")
+    command = (
+        "recipes/x.py --model_name_or_path /a/model --evals e=/home/me/e.jsonl --output_dir /o/x"
+    )
+    expected = f"recipes/x.py --model_name_or_path {BASE} --evals e=e.jsonl --output_dir x"
+    assert command_without_paths(command, base) == (expected, ["e=e.jsonl"])
+    builtin = (
+        "recipes/x.py --model_name_or_path builtin:smollm2-135m  # in a file of options: a: null"
+    )
+    assert command_without_paths(builtin, base) == (builtin, [])
 
 
 def test_a_public_repository_gets_nothing_private(there, tmp_path):
