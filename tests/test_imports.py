@@ -31,17 +31,9 @@ ROOMS: dict[str, set[str]] = {
     "adapters": {"linalg", "files", "models", "factors", "masks", "analysis"},
     "hub": {"files", "models", "training", "factors", "masks", "analysis", "low_rank", "adapters"},
     "cli": {
-        "linalg",
-        "files",
-        "models",
-        "training",
-        "factors",
-        "masks",
-        "analysis",
-        "adapters",
-        "hub",
+        "linalg", "files", "models", "training", "factors", "masks", "analysis", "adapters", "hub",
     },
-}
+}  # fmt: skip
 # Rooms that work without PEFT.
 WITHOUT_PEFT = (
     "linalg",
