@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run_tasks(plan.tasks, steps, report=print)
     except RuntimeError as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {str(error).replace('from_step=', '--only ')}") from error
     if STEPS[-1] not in steps:
         return
     output = Path(options.output_dir)

@@ -13,6 +13,7 @@ from scipy.special import stdtrit
 
 from peft_svdinit.analysis import markdown_table
 from peft_svdinit.files import write_json, write_text
+from stages.method_plan import TOTAL_BUDGET
 from stages.method_runs import OURS
 
 TABLE, NUMBERS = "method_comparison.md", "method_comparison.json"
@@ -21,7 +22,7 @@ _READING = """\
 Accuracy is of greedy answers to {questions} test questions, and means are over {seeds}. Brackets \
 hold 95 % intervals. Those of a mean are over the seeds (Student's t): they leave out that other \
 questions might have been asked, and are absent where no seed changes anything. Those of \
-differences to the first row are over the questions, each answered by all seeds of both rows. One \
+differences to another row are over the questions, each answered by all seeds of both rows. One \
 run's accuracy has a binomial standard error of about {error:.1f} points, so that a difference \
 whose bracket holds 0 says nothing. Test loss is nats per token of the test questions' own \
 answers, forgetting the increase of the loss of general text over the base's. At step 0 is the \
@@ -131,7 +132,7 @@ def write_report(results: Sequence[Result], context: Mapping[str, Any], folder: 
         seeds=f"{len(rows[0].results)} seeds" if len(rows[0].results) > 1 else "one seed",
         error=100 * math.sqrt(accuracy * (1 - accuracy) / questions),
     )
-    columns = _columns(rows[0])
+    columns = _columns(rows)
     table = markdown_table(list(columns), [[of(row) for of in columns.values()] for row in rows])
     bare = (
         f"The base without an adapter: accuracy {base['test accuracy']:.1%}, test loss "
@@ -145,12 +146,16 @@ def write_report(results: Sequence[Result], context: Mapping[str, Any], folder: 
     return report
 
 
-def _columns(reference: Row) -> dict[str, Callable[[Row], str]]:
-    def against(row: Row) -> str:
-        if row is reference:
-            return ""
-        mean, reach = mean_interval(question_differences(row, reference))
+def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+    reference = rows[0]
+    longer = next((row for row in rows if row.name == reference.name + TOTAL_BUDGET), None)
+
+    def against(row: Row, other: Row) -> str:
+        mean, reach = mean_interval(question_differences(row, other))
         return _bracketed(100 * mean, 100 * (reach or 0.0), "+.1f")
+
+    def against_longer(row: Row) -> str:
+        return against(row, longer) if longer and row.start_tokens else ""
 
     def step_0(row: Row) -> str:
         starts = row.ours("step_0")
@@ -166,7 +171,10 @@ def _columns(reference: Row) -> dict[str, Callable[[Row], str]]:
         "rate": lambda row: f"{row.rate:g}",
         "trained parameters": lambda row: f"{row.trainable:,}",
         "test accuracy, %": lambda row: _over_seeds(row.last("test accuracy"), 100, ".1f"),
-        "against the first, points": against,
+        "against the first, points": lambda row: (
+            "" if row is reference else against(row, reference)
+        ),
+        **({"against the total budget, points": against_longer} if longer else {}),
         "test loss": lambda row: _over_seeds(row.ours("test loss"), 1, ".4f"),
         "forgetting": lambda row: _over_seeds(row.last("forgetting"), 1, "+.4f"),
         "at step 0: accuracy, loss": step_0,
