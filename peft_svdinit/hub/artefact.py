@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import EXPORT_REPORT, EXTRACTION_JSON, MERGE_JSON, RESIZE_REPORT
+from ..analysis import COMPARISON_NUMBERS
 from ..factors import FACTORS_FILE_NAME, SIDECAR_NAME
 from ..files import WrongKind, read_json, refuse_pickle
 from ..low_rank import PLAN_NAME
@@ -23,6 +24,9 @@ _TOKENIZER = (
     *("chat_template.jinja", "merges.txt", "vocab.txt", "vocab.json", "tokenizer.model"),
 )
 RECORDS = (RUN_INFO, TRAINING_LOG, EXTRACTION_JSON, RESIZE_REPORT, MERGE_JSON, EXPORT_REPORT)
+# What belongs to the card.
+PLOT = "peft_svdinit_results.png"
+SHOWN = (COMPARISON_NUMBERS, PLOT)
 _ADAPTER = (CONFIG_NAME, WEIGHTS_NAME, SIDECAR_NAME, MASK_FILE_NAME, COMPACT_FILE_NAME)
 _MODEL = (
     *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
@@ -68,6 +72,12 @@ KINDS = (
         *(("lora", "lori", "mask"), (MASK_FILE_NAME,)),
     ),
 )
+
+
+def is_own(name: str) -> bool:
+    """Whether a push of this package may have written a file of the name, and may delete it."""
+    own = (*(pattern for kind in KINDS for pattern in kind.files), *RECORDS, *SHOWN)
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in own)
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ def recognise(folder: str | os.PathLike) -> Artefact:
         name
         for name, entry in entries.items()
         if entry.is_file()
-        and not _leads_out(entry)
+        and not leads_out(entry)
         and any(fnmatchcase(name, pattern) for pattern in patterns)
     )
     reasons = {name: _reason(entry) for name, entry in entries.items() if name not in files}
@@ -153,7 +163,7 @@ def _refuse_pickled_weights(kind: Kind, entries: dict[str, Path]) -> None:
     raise FileNotFoundError(f"folder: {next(iter(entries.values())).parent} has no {weights}")
 
 
-def _leads_out(entry: Path) -> bool:
+def leads_out(entry: Path) -> bool:
     """Whether it links what is not in the folder; a snapshot of the cache links its blobs."""
     folder, target = entry.parent.resolve(), entry.resolve()
     snapshot = folder.parent.name == "snapshots"
@@ -167,6 +177,6 @@ def _reason(entry: Path) -> str:
         return ""
     if any(fnmatchcase(entry.name, pattern) for pattern in _PICKLES):
         return "a pickle"
-    if _leads_out(entry):
+    if leads_out(entry):
         return "a link out of the folder"
     return "a folder" if entry.is_dir() else "no part of it"

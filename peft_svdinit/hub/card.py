@@ -9,14 +9,13 @@ from typing import Any
 from ..factors import FactorsFile
 from ..files import is_local
 from ..masks import load_mask
-from .artefact import Artefact
+from .artefact import PLOT, Artefact
 from .base_model import BaseModel
 from .figures import Figures
 from .publishable import command_without_paths, without_paths
 from .usage import usage
 
 TAG = "peft-svdinit"
-PLOT = "peft_svdinit_results.png"
 
 
 def card_data(artefact: Artefact, base: BaseModel, figures: Figures) -> dict[str, Any]:

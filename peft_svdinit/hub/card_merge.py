@@ -68,7 +68,8 @@ class Card:
     @property
     def holds(self) -> tuple[str | None, list[str]]:
         """What the last push by this package put there: its kind, and the names of its files."""
-        found = _HOLDS.search(self.body)
+        part = self.body.partition(BEGIN)[2].partition(END)[0]
+        found = _HOLDS.search(part)
         return (found["kind"], found["files"].split(", ")) if found else (None, [])
 
     def _with_part(self, part: str) -> str:

@@ -9,20 +9,30 @@ import shlex
 import shutil
 import struct
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..analysis import COMPARISON_NUMBERS
 from ..factors import IN_MEMORY, SIDECAR_NAME
 from ..files import is_local, opened, read_json, write_json
 from ..models import CONFIG_NAME
+from ..training import COMMENT
 from .artefact import RECORDS
 from .base_model import BaseModel
 
 # Others are published as they are: a tokenizer's vocabulary has what looks like paths.
 _CHANGED = (CONFIG_NAME, SIDECAR_NAME, COMPARISON_NUMBERS, "svd_analysis_rank*.json", *RECORDS)
+# Of these, the values that transformers has for where something was loaded from.
+_CONFIGS = ("config.json", "tokenizer_config.json")
+_ORIGINS = ("_name_or_path", "name_or_path", "tokenizer_file")
 # Absolute, of a home, or out of the working directory; neither a Hub id nor an address.
-_PATH = re.compile(r"(?<![\w./~:-])(?:~[\w-]*|\.\.?)?/[^\s\"'=,;\[\]{}()]*")
+_PATH = re.compile(
+    r"(?:file://)?(?<![\w./~\\])(?<!:(?=//))(?:~[\w-]*|\.\.?)?/(?!/)[^\s\"'=,;\[\]{}]+"
+    r"|\b[A-Za-z]:\\[^\s\"'=,;]+"
+)
+_WHOLE = re.compile(r"(?:/|~|\./|\.\./|file://|[A-Za-z]:[/\\])(?!.* -)[^\n]+")
+# Names and patterns of layers.
+_NO_PATHS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers")
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 8
 # Whether they are there or not, these are no ids of the Hub.
@@ -33,25 +43,34 @@ _MODEL_OPTION = "--model_name_or_path"
 def without_paths(value: Any, base: BaseModel) -> Any:
     """JSON in which the base has its name on the Hub, and of other paths the last part is left."""
     if isinstance(value, dict):
-        return {
-            key: command_without_paths(entry, base)[0]
-            if key == "command" and isinstance(entry, str)
-            else without_paths(entry, base)
-            for key, entry in value.items()
-        }
+        return {key: _of_key(key, entry, base) for key, entry in value.items()}
     if isinstance(value, list):
         return [without_paths(entry, base) for entry in value]
     if not isinstance(value, str):
         return value
     if value == base.recorded:
         return base.name
-    return _PATH.sub(lambda found: Path(found[0]).name, value)
+    if _WHOLE.fullmatch(value):
+        return _last_part(value)
+    return _PATH.sub(lambda found: _last_part(found[0]), value)
+
+
+def _of_key(key: str, value: Any, base: BaseModel) -> Any:
+    if key in _NO_PATHS:
+        return value
+    if key == "command" and isinstance(value, str):
+        return command_without_paths(value, base)[0]
+    return without_paths(value, base)
+
+
+def _last_part(path: str) -> str:
+    return PurePath(path.replace("\\", "/")).name
 
 
 def command_without_paths(command: str, base: BaseModel) -> tuple[str, list[str]]:
     """As `without_paths`, of a command; and the names of files that it reads from this disk."""
     words, read, option = [], [], ""
-    command, mark, comment = command.partition("  # ")
+    command, mark, comment = _without_comment(command)
     for word in shlex.split(command):
         option, equals, value = word.partition("=") if word.startswith("--") else (option, "", word)
         if not equals and word.startswith("--"):
@@ -65,6 +84,18 @@ def command_without_paths(command: str, base: BaseModel) -> tuple[str, list[str]
             read.append(public)
         words.append(f"{option}={public}" if equals else public)
     return shlex.join(words) + mark + without_paths(comment, base), read
+
+
+def _without_comment(command: str) -> tuple[str, str, str]:
+    """A command, and the comment that `invocation` put behind it; an argument may hold a mark."""
+    before, mark, comment = command.rpartition(COMMENT)
+    if not mark:
+        return command, "", ""
+    try:
+        shlex.split(before)
+    except ValueError:
+        return command, "", ""
+    return before, mark, comment
 
 
 def publish_file(source: Path, target: Path, base: BaseModel) -> None:
@@ -81,6 +112,13 @@ def publish_file(source: Path, target: Path, base: BaseModel) -> None:
             changed["svd_factors"] = IN_MEMORY
         if changed != value:
             write_json(target, changed)
+            return
+    elif source.name in _CONFIGS:
+        value = read_json(source, "folder")
+        origins = {key: value[key] for key in _ORIGINS if value.get(key)}
+        changed = without_paths(origins, base)
+        if changed != origins:
+            write_json(target, {**value, **changed})
             return
     elif source.suffix == ".safetensors":
         with opened(source, "folder") as file:

@@ -20,6 +20,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..files import ask_hub, fetched_file
+from .artefact import is_own
 from .card_merge import Card
 from .shared import CARD, Shared
 
@@ -104,13 +105,16 @@ def push_to_hub(
         raise ValueError(f"card must be hub or folder, got {card!r}")
     if create_pr and revision is not None:
         raise ValueError("create_pr opens a request against the default branch; leave revision out")
+    for name, given in {"revision": revision, "repo_id": repo_id}.items():
+        if given == "":
+            raise ValueError(f"{name} must not be empty")
     api = _api(token)
     shared = Shared.of(
         folder, base_model=base_model, comparison=comparison, evaluation=evaluation, token=token
     )
-    repo_id = prepare_repository(repo_id, private, create_pr=create_pr, token=token)
-    if revision is not None and not revision.startswith("refs/"):
-        _asked(repo_id, lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+    repo_id = prepare_repository(
+        repo_id, private, revision=revision, create_pr=create_pr, token=token
+    )
     with shared.staged() as files:
         for _ in range(_ATTEMPTS):
             at = f"{repo_id}@{revision}" if revision else repo_id
@@ -125,7 +129,7 @@ def push_to_hub(
                 )
             existing = _kept(on_hub, shared.own_card, card)
             text = shared.card(existing, repo_id, files, None if create_pr else revision)
-            deleted = tuple(sorted(there & set(before) - set(files)))
+            deleted = tuple(sorted(there & set(filter(is_own, before)) - set(files)))
             operations = [CommitOperationAdd(CARD, text.encode())]
             operations += [CommitOperationAdd(name, str(path)) for name, path in files.items()]
             try:
@@ -144,12 +148,17 @@ def push_to_hub(
 
 
 def prepare_repository(
-    repo_id: str, private: bool | None = None, *, create_pr: bool = False, token: str | None = None
+    repo_id: str,
+    private: bool | None = None,
+    *,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
 ) -> str:
-    """Make a repository to push to, if it is not there; its id with the namespace.
+    """Make a repository and a branch to push to, if they are not there; its id with the namespace.
 
     Args:
-        repo_id, private, token: as of `push_to_hub`.
+        repo_id, private, revision, token: as of `push_to_hub`.
         create_pr: whether a pull request will be opened, which needs a repository that is there.
 
     Raises:
@@ -167,6 +176,10 @@ def prepare_repository(
             f"private is set, but {repo_id} exists and is public; make it private on its page, or "
             "choose another repo_id"
         )
+    if revision is not None and revision.startswith("refs/"):
+        _asked(f"{repo_id}@{revision}", lambda: api.model_info(repo_id, revision=revision))
+    elif revision is not None:
+        _asked(repo_id, lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
     return repo_id
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from ..adapters import compact_adapter_folder
 from ..factors import SIDECAR_NAME
 from ..masks import COMPACT_FILE_NAME, MASK_FILE_NAME
-from .artefact import Artefact, recognise
+from .artefact import PLOT, Artefact, leads_out, recognise
 from .base_model import BaseModel, find_base
-from .card import PLOT, card_data, card_text
+from .card import card_data, card_text
 from .card_merge import Card, held
 from .figures import Figures, figures_of_comparison, figures_of_run, with_evaluation
 from .publishable import publish_file
@@ -62,7 +62,9 @@ class Shared:
     def own_card(self) -> Card | None:
         """The README.md in the folder."""
         path = self.artefact.folder / CARD
-        return Card.read(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not path.is_file() or leads_out(path):
+            return None
+        return Card.read(path.read_text(encoding="utf-8"))
 
     @contextmanager
     def staged(self) -> Iterator[dict[str, Path]]:

@@ -141,7 +141,9 @@ def _class_of(artefact: Artefact) -> str:
     if task:
         return "AutoModel"
     # PEFT notes it where an adapter has no task; a model's configuration lists its own.
-    noted = (artefact.config.get("auto_mapping") or {}).get("base_model_class")
+    mapping = artefact.config.get("auto_mapping") or {}
+    is_stock = str(mapping.get("parent_library")).startswith("transformers")
+    noted = mapping.get("base_model_class") if is_stock else None
     own = (artefact.config.get("architectures") or [None])[0]
     return noted or own or _CLASSES["CAUSAL_LM"]
 

@@ -8,6 +8,7 @@ from .data import prepare_examples as prepare_examples
 from .dataset_source import load_splits as load_splits
 from .environment import describe_environment as describe_environment
 from .in_one_piece import whole_weights as whole_weights
+from .invocation import COMMENT as COMMENT
 from .invocation import launched as launched
 from .log import EVAL_PREFIX as EVAL_PREFIX
 from .log import TRAINING_LOG as TRAINING_LOG

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+COMMENT = "  # in a file of options: "
 # Options that say where results go and what they are called there, not what they are.
 _LEFT_OUT = ("--config", "--push_to_hub", "--resume_from_checkpoint")
 _LEFT_OUT_PREFIXES = ("--hub_", "--dry_run")
@@ -36,7 +37,7 @@ def invocation(
     command = shlex.join([f"recipes/{Path(script).name}", *kept])
     unsaid = [name for name in values if name not in said and f"--{name}" not in options]
     listed = ", ".join(f"{name}: {json.dumps(values[name])}" for name in unsaid)
-    return f"{command}  # in a file of options: {listed}" if unsaid else command
+    return f"{command}{COMMENT}{listed}" if unsaid else command
 
 
 def launched(invocation: str, runs_as: Mapping[str, Any]) -> str:

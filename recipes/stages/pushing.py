@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def prepare_push(arguments: RecipeArguments, model: ModelOptions) -> Push:
         try:
             with refusals_in_one_line([RecipeArguments]):
                 base_on_hub(base)
-                prepare_repository(name, arguments.hub_private_repo)
+                prepare_repository(
+                    name, arguments.hub_private_repo, revision=arguments.hub_revision
+                )
         except SystemExit as end:
             refusal = [end.code]
     broadcast_object_list(refusal)
@@ -50,8 +53,12 @@ def prepare_push(arguments: RecipeArguments, model: ModelOptions) -> Push:
     def push(folder: str | Path, **more: Any) -> None:
         if not PartialState().is_main_process:
             return
-        by_hand = f"`svdinit push --folder {folder} --repo_id {name} --base_model {base}`"
-        says = f"error: what was trained is not pushed, {by_hand} does it"
+        given = {"folder": str(folder), "repo_id": name, "base_model": base, **more}
+        given |= {"revision": arguments.hub_revision} if arguments.hub_revision else {}
+        words = [word for option, value in given.items() for word in (f"--{option}", value)]
+        words += ["--private"] if arguments.hub_private_repo else []
+        by_hand = shlex.join(["svdinit", "push", *words])
+        says = f"error: what was trained is not pushed, `{by_hand}` does it"
         with refusals_in_one_line([RecipeArguments], says):
             pushed = push_to_hub(
                 folder,

@@ -28,7 +28,7 @@ from peft_svdinit.factors import FactorsFile, LoraAdapter
 from peft_svdinit.files import hub, resolve_folder
 from peft_svdinit.hub import push
 from peft_svdinit.hub.base_model import BaseModel
-from peft_svdinit.hub.publishable import command_without_paths
+from peft_svdinit.hub.publishable import command_without_paths, without_paths
 from peft_svdinit.masks import load_compact, load_mask
 
 
@@ -115,7 +115,8 @@ def test_a_card_keeps_what_others_wrote(there, tmp_path):
     push_to_hub(folder, "user/shared")
     card = server.files("user/shared")["README.md"].decode()
     card = card.replace("# shared", "# Our adapter\n\nBy hand.").replace("tags:", "tags:\n- ours")
-    mine = {"README.md": f"{card}\n## Thanks\n".replace("apache-2.0", "mit").encode()}
+    quoted = "<!-- peft-svdinit holds LoRA adapter: notes.txt, model.safetensors, README.md -->"
+    mine = {"README.md": f"{card}\n## Thanks\n{quoted}\n".replace("apache-2.0", "mit").encode()}
     theirs = {"notes.txt": b"kept", "model.safetensors": b"kept too"}
     server.add("user/shared", {**server.files("user/shared"), **mine, **theirs})
     (folder / "lori_mask.safetensors").unlink()
@@ -213,10 +214,13 @@ def test_a_link_out_of_the_folder_stays_here(there, tmp_path):
     server, base = there
     folder = save_adapter(tmp_path / "folder", base)
     (tmp_path / "secret").write_text("secret")
-    (folder / "training_log.csv").symlink_to(tmp_path / "secret")
+    for name in ("training_log.csv", "README.md"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / "secret")
     pushed = push_to_hub(folder, "user/shared")
     assert pushed.left_out["training_log.csv"] == "a link out of the folder"
     assert "training_log.csv" not in server.files("user/shared")
+    assert b"secret" not in server.files("user/shared")["README.md"]
 
 
 def test_what_would_not_load_is_not_published(there, tmp_path):
@@ -313,6 +317,24 @@ def test_somebody_elses_commit_in_between_is_kept(there, tmp_path, monkeypatch):
     push_to_hub(folder, "user/shared")
     assert b"Written meanwhile." in server.files("user/shared")["README.md"]
     assert len(read) == 2 and [each.status for each in server.requests("commit")][1] == 412
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/Users/John Smith/runs/x", "x"),
+        ("svd_reference:/home/ada/f", "svd_reference:f"),
+        ("file:///home/ada/x", "x"),
+        ("C:\\Users\\ada\\m", "m"),
+        ("~/runs/a(b)/c", "c"),
+        ("https://huggingface.co/user/x", None),
+        ("user/base", None),
+        (r"model\.layers\.\d+", None),
+        ("12 / 5 and/or 1/2", None),
+    ],
+)
+def test_of_a_path_the_last_part_is_published(value, expected):
+    assert without_paths(value, BaseModel(BASE)) == (expected or value)
 
 
 def test_a_command_names_the_base_as_others_know_it():

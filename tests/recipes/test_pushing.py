@@ -94,6 +94,13 @@ def test_what_cannot_be_pushed_is_said_before_the_training(
     assert not Path("out").exists() and not server.requests("commit")
 
 
+def test_a_push_that_fails_after_the_training_says_how_to_do_it_by_hand(server, tmp_path):
+    server.fail("commit", status=403)
+    with pytest.raises(SystemExit, match=r"`svdinit push --folder 'my out' .*--revision next`"):
+        train_lora.main([*OPTIONS, *NAMED, "--hub_revision", "next", "--output_dir", "my out"])
+    assert Path("my out", "adapter_model.safetensors").is_file()
+
+
 @pytest.mark.slow
 def test_the_card_of_a_comparison_repeats_it(server, tmp_path, monkeypatch):
     quick = "--teacher_steps 2 --teacher_rank 4 --eval_steps 1 --seeds 0 --starts delta".split()
