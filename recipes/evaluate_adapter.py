@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         sets = EvaluationSets.prepare(tokenizer, options, data, exact_match, forgetting)
         base = checked_base(model, adapters, device, check_base=options.check_base)
     with teacher_model(options, base, model, device) as teacher:
-        rows = measured(base, adapters, Evaluation(sets, options, exact_match, teacher))
+        with refusals_in_one_line(given):
+            rows = measured(base, adapters, Evaluation(sets, options, exact_match, teacher))
     del base  # The harness loads its own.
     if harness.lm_eval_tasks:
         for row, adapter in zip(rows, [None, *adapters], strict=True):

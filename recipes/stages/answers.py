@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -75,9 +76,19 @@ def greedy_answers(
         mask = padded([[1] * len(row) for row in rows], 0, "left")
         with torch.inference_mode():
             said = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                logits_processor=[_checked],
             )
         texts = tokenizer.batch_decode(said[:, ids.shape[1] :], skip_special_tokens=True)
         for number, text in zip(numbers, texts, strict=True):
             answers[number] = text
     return answers
+
+
+def _checked(ids: Tensor, scores: Tensor) -> Tensor:
+    """The scores as they are; the likeliest token of NaN would be one like any other."""
+    if not (scores < torch.inf).all():
+        raise ValueError("the model gives logits that are NaN or infinite: damaged weights?")
+    return scores

@@ -66,16 +66,13 @@ class SavedAdapter:
         numbers = sum(torch.Size(shape).numel() for shape in self.shapes.values())
         digest = hashlib.sha256((self.folder / WEIGHTS_NAME).read_bytes()).hexdigest()
         kind = {"peft_type": self.config.get("peft_type"), "rank": self.config.get("r")}
-        note = {
-            "note": f"initialised with {self.config['init_lora_weights']!r}, which PEFT repeats on "
-            "the base as it loads the adapter"
-        }
-        return {
-            "source": self.source,
-            **kind,
-            **{"parameters": numbers, "sha256": digest},
-            **(note if self.moves_base else {}),
-        }
+        found = {"source": self.source, **kind, "parameters": numbers, "sha256": digest}
+        if self.moves_base:
+            found["note"] = (
+                f"initialised with {self.config['init_lora_weights']!r}, which PEFT repeats on the "
+                "base as it loads the adapter"
+            )
+        return found
 
 
 def find_adapters(specs: Sequence[str], argument: str = _ARGUMENT) -> list[SavedAdapter]:
@@ -109,6 +106,7 @@ def find_adapters(specs: Sequence[str], argument: str = _ARGUMENT) -> list[Saved
                 f"{adapter.place} has task_type {task} (modules_to_save: {whole}); only adapters "
                 "of causal language models predict tokens"
             )
+        adapter.describe()  # What cannot be described is refused before anything is measured.
         found[name] = adapter
     return list(found.values())
 

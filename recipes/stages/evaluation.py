@@ -134,7 +134,17 @@ class Evaluation:
     teacher: Any = None
 
     def row(self, model: Any, name: str) -> Row:
-        """Its figures, with those of each example beside them."""
+        """Its figures, with those of each example beside them.
+
+        Raises:
+            ValueError: naming the model, if its logits or the teacher's are NaN or infinite.
+        """
+        try:
+            return self._row(model, name)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be measured: {error}") from error
+
+    def _row(self, model: Any, name: str) -> Row:
         sets, size, found = self.sets, self.options.eval_batch_size, Row(name=name)
         if sets.held_out is not None and "loss" in self.options.metrics:
             losses = asdict(example_losses(model, sets.held_out, size, f"{name}: loss"))

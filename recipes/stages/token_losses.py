@@ -51,6 +51,9 @@ def example_losses(model: Any, examples: Dataset, batch_size: int, title: str = 
         examples: of `tokenize_examples`: `input_ids`, and `labels` that are -100 without loss.
         batch_size: examples at a time; one has its logits in float32 at a time.
         title: of the progress bar.
+
+    Raises:
+        ValueError: if the model's logits are NaN or infinite.
     """
     nll, tokens = [0.0] * len(examples), [0] * len(examples)
     for batch in _batches(examples, batch_size, title):
@@ -65,12 +68,15 @@ def agreement(
 ) -> Agreement:
     """How near a model's predictions of the labels are to a teacher's.
 
-    Of both, the logits of one batch are held. The arguments are those of `example_losses`.
+    Of both, the logits of one batch are held. The arguments and errors are those of
+    `example_losses`.
     """
     count = len(examples)
     found = Agreement([0.0] * count, [0] * count, [0] * count)
     for batch in _batches(examples, batch_size, title):
-        pairs = zip(_predicted(teacher, batch), _predicted(model, batch), strict=True)
+        pairs = zip(
+            _predicted(teacher, batch, "the teacher"), _predicted(model, batch), strict=True
+        )
         for number, ((wanted, targets), (given, _)) in zip(batch.numbers, pairs, strict=True):
             log_p, log_q = (each.float().log_softmax(dim=-1) for each in (wanted, given))
             found.kl[number] = divergence(log_p, log_q)
@@ -105,7 +111,7 @@ def _batches(examples: Dataset, size: int, title: str) -> Iterator[_Batch]:
 
 @torch.inference_mode()
 def _predicted(
-    model: Any, batch: _Batch
+    model: Any, batch: _Batch, whose: str = "the model"
 ) -> list[tuple[Float[Tensor, "labels vocabulary"], Int[Tensor, " labels"]]]:
     """Of each example, the logits by which its labels are predicted, and these labels."""
     device = next(model.parameters()).device
@@ -119,5 +125,11 @@ def _predicted(
     found = []
     for row, labels in zip(logits, batch.labels.to(device), strict=True):
         places = (labels[1:] != IGNORED_LABEL).nonzero()[:, 0]
+        # -inf is a token that is ruled out; this is false of NaN.
+        if not (row[places] < torch.inf).all():
+            raise ValueError(
+                f"{whose} gives logits that are NaN or infinite: damaged weights, or a dtype that "
+                "is too narrow for them"
+            )
         found.append((row[places], labels[places + 1]))
     return found

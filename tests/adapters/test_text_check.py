@@ -57,6 +57,14 @@ def test_tokens_that_both_models_rule_out_do_not_count():
     assert divergence(p, q) == pytest.approx(divergence(p[:, :2], q[:, :2]))
 
 
+@pytest.mark.parametrize("damaged", ["p", "q"])
+def test_a_divergence_of_nan_is_nan(damaged):
+    logs = {name: torch.randn(2, 3).log_softmax(-1) for name in "pq"}
+    logs["p"][0, 0] = -torch.inf
+    logs[damaged][0, 0] = torch.nan
+    assert np.isnan(divergence(logs["p"], logs["q"]))
+
+
 def test_an_adapter_of_full_rank_is_the_tuned_model(tmp_path):
     pair = written(tmp_path)
     found = check(tmp_path, max_tokens=100, seed=5)

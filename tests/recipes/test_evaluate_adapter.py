@@ -24,6 +24,7 @@ from peft import (
     TaskType,
     get_peft_model,
 )
+from safetensors.torch import load_file, save_file
 from stages.answers import Questions, greedy_answers
 from stages.attached import attached, find_adapters
 from stages.evaluation_options import HarnessOptions
@@ -220,6 +221,33 @@ def test_the_recipe_writes_one_table_of_the_base_and_every_adapter(inputs, tmp_p
     )  # fmt: skip
     for row, line in zip(record["results"], table.splitlines()[4:7], strict=True):
         assert row["name"] in line and f"{row['loss']['loss']:.4g}" in line
+
+
+def test_an_adapter_without_lora_has_a_row(inputs, tmp_path):
+    save_adapter(inputs, "scales", KINDS["ia3"])
+    arguments = ["--adapters", f"{inputs}/scales", *options(inputs), "--metrics", "loss"]
+    evaluate_adapter.main([*arguments, "--output_dir", str(tmp_path)])
+    row = json.loads((tmp_path / "evaluation.json").read_text())["results"][1]
+    assert row["peft_type"] == "IA3" and row["parameters"] > 0 and "note" not in row
+
+
+@pytest.mark.parametrize("metrics", ["loss", "exact_match"])
+def test_an_adapter_of_nan_is_named_in_one_line(metrics, inputs, tmp_path, capsys):
+    broken = save_broken(inputs)
+    more = options(inputs, "--metrics", metrics, "--output_dir", str(tmp_path))
+    line = refusal(capsys, ["--adapters", f"{inputs}/first", str(broken), *more])
+    assert re.search("broken cannot be measured: the model gives logits that are NaN", line), line
+    more += ["--teacher", str(broken)]
+    line = refusal(capsys, ["--adapters", f"{inputs}/first", *more])
+    assert re.search("cannot be measured: the teacher gives logits that are NaN", line), line
+
+
+def save_broken(folder: Path) -> Path:
+    broken = shutil.copytree(folder / "first", folder / "broken", dirs_exist_ok=True)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    nan = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
+    save_file(nan, broken / "adapter_model.safetensors")
+    return broken
 
 
 def test_the_configuration_in_the_repository_is_one_of_this_recipe():

@@ -203,10 +203,12 @@ def can_compare(base_folder: Path, tuned_folder: Path) -> str | None:
 def divergence(
     log_p: Float[Tensor, "tokens vocabulary"], log_q: Float[Tensor, "tokens vocabulary"]
 ) -> float:
-    """Σ KL(p ‖ q) over the tokens, in nats, summed in float64."""
+    """Σ KL(p ‖ q) over the tokens, in nats, summed in float64; NaN where either is NaN."""
     log_p, log_q = log_p.double(), log_q.double()
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum().item()
+    # Not where p > 0, or NaN of a damaged model counts as no divergence.
+    terms = torch.where((p == 0) & ~log_q.isnan(), 0.0, p * (log_p - log_q))
+    return terms.sum().item()
 
 
 def _loaded(folder: Path, device: str | torch.device) -> Any:
