@@ -11,7 +11,8 @@
 Any adapters that PEFT loads on one causal language model, those of this package and others. The
 base model is loaded once and measured first; each adapter is put on it, measured, and taken off.
 The folder then holds `evaluation.md`, the table, and `evaluation.json`, with the figures of each
-example, so that others can be paired with them.
+example, so that others can be paired with them. A model that goes on asking after its answer is
+stopped, as by lm-evaluation-harness: an answer ends at the first of `--exact_match_stop`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from stages.evaluation import (
     checked_base,
     device_of,
     measured,
+    positions,
     teacher_model,
 )
 from stages.evaluation_options import (
@@ -70,6 +72,8 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = load_tokenizer(model)
         sets = EvaluationSets.prepare(tokenizer, options, data, exact_match, forgetting)
         base = checked_base(model, adapters, device, check_base=options.check_base)
+        if sets.questions is not None:
+            sets.questions.check_room(positions(base, adapters), exact_match.max_new_tokens)
     with teacher_model(options, base, model, device) as teacher:
         with refusals_in_one_line(given):
             rows = measured(base, adapters, Evaluation(sets, options, exact_match, teacher))

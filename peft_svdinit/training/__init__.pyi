@@ -43,4 +43,6 @@ from .skeleton import enable_checkpointing_ as enable_checkpointing_
 from .skeleton import load_skeleton as load_skeleton
 from .tokenizing import IGNORED_LABEL as IGNORED_LABEL
 from .tokenizing import completion_collator as completion_collator
+from .tokenizing import encode_prompts as encode_prompts
+from .tokenizing import prompts_and_completions as prompts_and_completions
 from .tokenizing import tokenize_examples as tokenize_examples

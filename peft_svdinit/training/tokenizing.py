@@ -44,11 +44,6 @@ def tokenize_examples(
     check_length(max_length)
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an end-of-sequence token; set tokenizer.eos_token")
-    if "messages" in dataset.column_names and not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template, which data with messages needs; use the "
-            "tokenizer of a chat model, or data with a prompt and a completion"
-        )
     tokenized = dataset.map(
         _encode_batch,
         fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
@@ -68,27 +63,46 @@ def completion_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSe
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED_LABEL)
 
 
-def _encode_batch(
-    batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict[str, list[list[int]]]:
+def prompts_and_completions(
+    batch: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[str, str]]:
+    """The texts of `load_examples` that have a completion; a plain text completes nothing.
+
+    Raises:
+        ValueError: of conversations, if the tokenizer has no chat template.
+    """
     if "messages" in batch:
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "the tokenizer has no chat template, which data with messages needs; use the "
+                "tokenizer of a chat model, or data with a prompt and a completion"
+            )
         pairs = [_prompt_and_reply(messages, tokenizer) for messages in batch["messages"]]
     elif "completion" in batch:
         pairs = list(zip(batch["prompt"], batch["completion"], strict=True))
     else:
         pairs = [("", text) for text in batch["text"]]
-    pairs = [(prompt or "", completion) for prompt, completion in pairs if completion]
+    return [(prompt or "", completion) for prompt, completion in pairs if completion]
+
+
+def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The whole prompts as `tokenize_examples` reads them, before it cuts any."""
+    return [start + prompt for start, prompt in _started(prompts, tokenizer)]
+
+
+def _encode_batch(
+    batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list[list[int]]]:
+    pairs = prompts_and_completions(batch, tokenizer)
     encoded: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     if not pairs:
         return encoded
-    start = _start_tokens(tokenizer)
     end: Any = tokenizer.eos_token_id
     prompts, completions = zip(*pairs, strict=True)
-    for text, prompt, completion in zip(
-        prompts, _encode(prompts, tokenizer), _encode(completions, tokenizer), strict=True
+    for (start, prompt), completion in zip(
+        _started(prompts, tokenizer), _encode(completions, tokenizer), strict=True
     ):
-        has_start = start and text.startswith(str(tokenizer.bos_token))
-        context, labels = _fit([] if has_start else start, prompt, [*completion, end], max_length)
+        context, labels = _fit(start, prompt, [*completion, end], max_length)
         encoded["input_ids"].append(context + labels)
         encoded["attention_mask"].append([1] * (len(context) + len(labels)))
         encoded["labels"].append([IGNORED_LABEL] * len(context) + labels)
@@ -97,6 +111,18 @@ def _encode_batch(
 
 def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _started(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
+    """Of each prompt, the start token where it has none of its own, and its tokens."""
+    start, own = _start_tokens(tokenizer), str(tokenizer.bos_token)
+    encoded = _encode(prompts, tokenizer) if prompts else []
+    return [
+        ([] if start and text.startswith(own) else start, ids)
+        for text, ids in zip(prompts, encoded, strict=True)
+    ]
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from peft_svdinit.training import IGNORED_LABEL
+from peft_svdinit.training import encode_prompts, prompts_and_completions
 from stages.token_losses import longest_first, padded
 
 
@@ -24,21 +27,42 @@ class Questions:
 
     @classmethod
     def of(cls, examples: Dataset, tokenizer: PreTrainedTokenizerBase) -> Questions:
-        """Of `tokenize_examples`: what has no loss is the question, the rest the answer.
+        """Of `load_examples`: the prompts, whole, and the completions as they are written.
 
         Raises:
-            ValueError: if an example has no question.
+            ValueError: if an example has no question, or none has an answer.
         """
-        prompts, references = [], []
-        for ids, labels in zip(examples["input_ids"], examples["labels"], strict=True):
-            start = next(place for place, label in enumerate(labels) if label != IGNORED_LABEL)
-            if not start:
-                raise ValueError(
-                    "exact_match_dataset must have questions and answers, and it has texts alone"
-                )
-            prompts.append(ids[:start])
-            references.append(str(tokenizer.decode(labels[start:], skip_special_tokens=True)))
-        return cls(prompts, references)
+        pairs = prompts_and_completions(examples[:], tokenizer)
+        if not pairs:
+            raise ValueError("exact_match_dataset must have questions and answers, and has none")
+        if not all(question for question, _ in pairs):
+            raise ValueError(
+                "exact_match_dataset must have questions and answers, and it has texts alone"
+            )
+        prompts = encode_prompts([question for question, _ in pairs], tokenizer)
+        return cls(prompts, [answer for _, answer in pairs])
+
+    def check_room(self, positions: int | None, max_new_tokens: int) -> None:
+        """Refuse questions that leave a model no room for the answer.
+
+        Args:
+            positions: that the model has for both, None where it has no limit.
+            max_new_tokens: of an answer.
+
+        Raises:
+            ValueError: with the number of such questions.
+        """
+        if positions is None:
+            return
+        lengths = [len(prompt) for prompt in self.prompts]
+        beyond = sum(length + max_new_tokens > positions for length in lengths)
+        if beyond:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} and a question must fit into the {positions} "
+                f"positions of the model: {beyond} of {len(lengths)} questions are too long, the "
+                f"longest has {max(lengths)} tokens; ask for shorter answers, or leave these "
+                "questions out of exact_match_dataset"
+            )
 
 
 def greedy_answers(
@@ -48,11 +72,25 @@ def greedy_answers(
     *,
     batch_size: int,
     max_new_tokens: int,
+    stop: Sequence[str] = (),
     title: str = "answers",
 ) -> list[str]:
     """What the model says to each question, the likeliest token each time, up to its end token.
 
-    Questions of a batch are padded on the left, so that each answer follows its question.
+    Questions of a batch are padded on the left, so that each answer follows its question. Of the
+    model's own generation settings only its special tokens count.
+
+    Args:
+        model: a causal language model, or one with an adapter.
+        questions: to be asked.
+        tokenizer: the model's.
+        batch_size: questions at a time.
+        max_new_tokens: of an answer.
+        stop: texts, at the first of which an answer ends.
+        title: of the progress bar.
+
+    Raises:
+        ValueError: if the model's logits are NaN or infinite.
     """
     own: Any = model.generation_config.eos_token_id
     ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
@@ -74,7 +112,7 @@ def greedy_answers(
         rows = [questions.prompts[number] for number in numbers]
         ids = padded(rows, int(tokenizer.pad_token_id or 0), "left")  # pyright: ignore
         mask = padded([[1] * len(row) for row in rows], 0, "left")
-        with torch.inference_mode():
+        with torch.inference_mode(), _without_own_settings(model):
             said = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -83,8 +121,23 @@ def greedy_answers(
             )
         texts = tokenizer.batch_decode(said[:, ids.shape[1] :], skip_special_tokens=True)
         for number, text in zip(numbers, texts, strict=True):
-            answers[number] = text
+            ends_at = [text.index(word) for word in stop if word in text]
+            answers[number] = text[: min(ends_at, default=len(text))]
     return answers
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """`generate` fills what its configuration leaves out from the model's, penalties and all."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig(
+        eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id, pad_token_id=own.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        inner.generation_config = own
 
 
 def _checked(ids: Tensor, scores: Tensor) -> Tensor:

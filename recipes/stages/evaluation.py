@@ -87,6 +87,13 @@ def checked_base(
     return base
 
 
+def positions(base: Any, adapters: Sequence[SavedAdapter]) -> int | None:
+    """How many tokens of text the base can read with any of the adapters; None without a limit."""
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    virtual = max(adapter.config.get("num_virtual_tokens") or 0 for adapter in adapters)
+    return None if limit is None else limit - virtual
+
+
 @contextmanager
 def teacher_model(
     options: EvaluationOptions, base: Any, base_options: ModelOptions, device: torch.device
@@ -183,6 +190,7 @@ class Evaluation:
             self.sets.tokenizer,
             batch_size=options.generation_batch_size,
             max_new_tokens=options.max_new_tokens,
+            stop=options.exact_match_stop,
             title=f"{name}: answers",
         )
         pairs = {"predictions": answers, "references": asked.references}

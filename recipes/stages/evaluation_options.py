@@ -111,6 +111,13 @@ class ExactMatchOptions:
         default="{question}",
         metadata={"help": r"What is asked, such as 'Question: {question}\nAnswer:'."},
     )
+    exact_match_stop: list[str] = field(
+        default_factory=lambda: ["Question:"],
+        metadata={
+            "help": "Texts at the first of which an answer ends, as in lm-evaluation-harness, for "
+            "models that go on with another question."
+        },
+    )
     exact_match_answers: str = field(
         default="numeric",
         metadata={"help": "numeric: the number that an answer ends in; text: all of it."},
@@ -125,6 +132,11 @@ class ExactMatchOptions:
             raise ValueError(
                 f"exact_match_answers must be text or numeric, got {self.exact_match_answers!r}"
             )
+        # A shell and argparse pass the two characters of an escape on as they are.
+        object.__setattr__(self, "exact_match_template", _unescaped(self.exact_match_template))
+        object.__setattr__(self, "exact_match_stop", [*map(_unescaped, self.exact_match_stop)])
+        if "" in self.exact_match_stop:
+            raise ValueError("exact_match_stop must not have an empty text, which ends any answer")
         if "{question}" not in self.exact_match_template:
             raise ValueError(
                 f"exact_match_template must have {{question}}, got {self.exact_match_template!r}"
@@ -215,6 +227,10 @@ class HarnessOptions:
     def __post_init__(self) -> None:
         if self.lm_eval_tasks is None and self.lm_eval_include_path is not None:
             raise ValueError("lm_eval_include_path needs lm_eval_tasks, the tasks to run")
+
+
+def _unescaped(text: str) -> str:
+    return text.replace(r"\n", "\n").replace(r"\t", "\t")
 
 
 def _with_defaults(others: DataOptions, **own: Any) -> DataOptions:

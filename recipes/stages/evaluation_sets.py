@@ -52,7 +52,11 @@ class EvaluationSets:
 
         def tokens(metric: str, data: DataOptions, examples: Dataset) -> Dataset:
             found = tokenize_examples(examples, tokenizer, data.max_length)
-            about[metric] = {**asdict(data), "examples": len(found), "digest": _digest(found)}
+            about[metric] = {
+                **asdict(data),
+                "examples": len(found),
+                "digest": _digest(found["input_ids"][:], found["labels"][:]),
+            }
             return found
 
         held_out = general = asked = None
@@ -67,7 +71,14 @@ class EvaluationSets:
             with refusals_in_one_line([exact_match]):
                 chosen, examples = _questions(exact_match, data)
                 examples = _in_template(examples, exact_match.exact_match_template)
-                asked = Questions.of(tokens("exact_match", chosen, examples), tokenizer)
+                asked = Questions.of(examples, tokenizer)
+                about["exact_match"] = {
+                    **asdict(chosen),
+                    "template": exact_match.exact_match_template,
+                    "stop": exact_match.exact_match_stop,
+                    "examples": len(asked.prompts),
+                    "digest": _digest(asked.prompts, asked.references),
+                }
         return cls(tokenizer, held_out, general, asked, about)
 
 
@@ -94,7 +105,6 @@ def _in_template(examples: Dataset, template: str) -> Dataset:
     )
 
 
-def _digest(examples: Dataset) -> str:
-    """Of the token ids and labels: losses may be paired where it is equal."""
-    rows = [examples["input_ids"][:], examples["labels"][:]]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+def _digest(*columns: list[Any]) -> str:
+    """Of token ids and labels, or answers: figures may be paired where it is equal."""
+    return hashlib.sha256(json.dumps(columns).encode()).hexdigest()

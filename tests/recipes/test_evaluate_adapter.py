@@ -58,7 +58,9 @@ def examples(prompts: list[str], completions: list[str]) -> Any:
     )
 
 
-MIXED = examples(["a", "Once upon ", "12 + "], ["bc", "a time in a far", "3 = 15"])
+PROMPTS, COMPLETIONS = ["a", "Once upon ", "12 + "], ["bc", "a time in a far", "3 = 15"]
+MIXED = examples(PROMPTS, COMPLETIONS)
+TEXTS = Dataset.from_dict({"prompt": PROMPTS, "completion": COMPLETIONS})
 
 
 def save_adapter(folder: Path, name: str, config: Any = None, seed: int = 0) -> Path:
@@ -124,8 +126,11 @@ def test_agreement_is_the_mean_divergence_of_the_predictions():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_answers_in_a_batch_are_those_given_one_by_one(architecture):
     model = tiny_model(architecture, vocab_size=len(TOKENIZER))
-    asked = Questions.of(MIXED, TOKENIZER)
+    asked = Questions.of(TEXTS, TOKENIZER)
     assert asked.references == ["bc", "a time in a far", "3 = 15"]
+    # Settings that checkpoints come with, which change what is said.
+    model.generation_config.update(no_repeat_ngram_size=1, suppress_tokens=[ord("e")])
+    own = model.generation_config
     options = {"tokenizer": TOKENIZER, "max_new_tokens": 6}
     together = greedy_answers(model, asked, batch_size=3, **options)
     alone = []
@@ -138,7 +143,9 @@ def test_answers_in_a_batch_are_those_given_one_by_one(architecture):
                 break
         text = TOKENIZER.decode(ids[0, len(prompt) :], skip_special_tokens=True)
         alone.append(text)
-    assert together == alone
+    assert together == alone and model.generation_config is own
+    cut = greedy_answers(model, asked, batch_size=3, stop=[alone[0][2:4], alone[0][1:3]], **options)
+    assert cut[0] == alone[0][:1]
 
 
 KINDS = {
@@ -166,7 +173,7 @@ def test_an_adapter_does_what_peft_makes_of_it_and_leaves_the_base_as_it_was(
     asked = example_losses(base, MIXED, 2)
     with attached(base, adapter) as model:
         found = example_losses(model, MIXED, 2)
-        questions = Questions.of(MIXED, TOKENIZER)
+        questions = Questions.of(TEXTS, TOKENIZER)
         told = [
             greedy_answers(model, questions, TOKENIZER, batch_size=size, max_new_tokens=6)
             for size in (1, 3)
@@ -223,6 +230,16 @@ def test_the_recipe_writes_one_table_of_the_base_and_every_adapter(inputs, tmp_p
         assert row["name"] in line and f"{row['loss']['loss']:.4g}" in line
 
 
+def test_questions_and_answers_are_whole_however_short_the_examples_of_the_loss(inputs, tmp_path):
+    more = ["--metrics", "exact_match", "--max_length", "4", "--output_dir", str(tmp_path)]
+    more += ["--exact_match_template", r"Question:\t{question}\nAnswer:"]
+    evaluate_adapter.main(["--adapters", f"{inputs}/first", *options(inputs, *more)])
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    for shown in record["results"][0]["exact_match"]["shown"]:
+        number = int(shown["reference"]) // 2
+        assert shown["question"] == f"Question:\t{number} plus {number} is \nAnswer:"
+
+
 def test_an_adapter_without_lora_has_a_row(inputs, tmp_path):
     save_adapter(inputs, "scales", KINDS["ia3"])
     arguments = ["--adapters", f"{inputs}/scales", *options(inputs), "--metrics", "loss"]
@@ -277,6 +294,7 @@ def refusal(capsys: Any, arguments: list[str]) -> str:
         ("--exact_match_columns q a", "it needs q and a, .* set --exact_match_columns"),
         ("--exact_match_dataset {inputs}/none.csv", "--exact_match_dataset: there is no file"),
         ("--exact_match_dataset {inputs}/general.txt", "--exact_match_dataset must have questions"),
+        ("--max_new_tokens 9999", r"--max_new_tokens=9999 and .* 4 of 4 questions are too long"),
         ("--exact_match_template Q:", "--exact_match_template must have {question}, got 'Q:'"),
         ("--forgetting_dataset {inputs}/table.csv", "or --forgetting_text_column"),
         ("--dataset_name {inputs}/chats.jsonl", "the tokenizer has no chat template"),
