@@ -92,6 +92,20 @@ def test_losses_and_increases_are_ratios_over_examples(cases):
         assert interval == pytest.approx((ratio - reach, ratio + reach), abs=1e-6)
 
 
+def test_examples_of_no_tokens_do_not_count():
+    before, after, tokens = [1.0, 2.0, 4.0], [2.0, 3.0, 3.0], [1, 2, 3]
+    for name, sums in (
+        ("perplexity", {"nll": after}),
+        ("forgetting", {"before": before, "after": after}),
+    ):
+        more = {key: [0.0, *values, 0.0] for key, values in sums.items()}
+        found = load(name).compute(**more, tokens=[0, *tokens, 0])
+        assert found == load(name).compute(**sums, tokens=tokens)
+        more[next(reversed(more))][-1] = 0.5
+        with pytest.raises(ValueError, match=r"of no tokens must be 0, .* 4 is 0\.5"):
+            load(name).compute(**more, tokens=[0, *tokens, 0])
+
+
 def test_the_interval_holds_the_truth_in_19_of_20_draws():
     generator = random.Random(0)
     held = 0

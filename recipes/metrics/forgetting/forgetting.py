@@ -19,7 +19,7 @@ Args:
 Returns:
     forgetting: nats per token, (sum(after) - sum(before)) / sum(tokens); below 0 the loss fell.
     forgetting_interval: [low, high], 95 % over the examples, see `increase`; None of a single one.
-    examples, tokens: how many there are.
+    examples, tokens: how many there are; an example of no tokens is none.
 """
 
 
@@ -36,8 +36,9 @@ def increase(before: Any, after: Any, tokens: Any) -> tuple[float, tuple[float, 
         before, after: (examples,) summed losses in nats.
         tokens: (examples,) their counts.
     """
-    before, after = np.asarray(before, float), np.asarray(after, float)
-    shares = np.asarray(tokens, float) / np.sum(tokens, dtype=float)
+    counted = np.asarray(tokens) > 0
+    before, after = (np.asarray(losses, float)[counted] for losses in (before, after))
+    shares = np.asarray(tokens, float)[counted] / np.sum(tokens, dtype=float)
     differences = (after - before) / np.sum(tokens, dtype=float)
     figure, pairs = float(differences.sum()), len(differences)
     if pairs == 1:
@@ -69,6 +70,9 @@ class Forgetting(evaluate.Metric):
             wrong = [place for place, loss in enumerate(losses) if not np.isfinite(loss)]
             if wrong:
                 raise ValueError(f"{name} must be finite, example {wrong[0]} is {losses[wrong[0]]}")
+            for place, (loss, count) in enumerate(zip(losses, tokens, strict=True)):
+                if loss and not count:
+                    raise ValueError(f"{name} of no tokens must be 0, example {place} is {loss}")
         if min(tokens) < 0 or max(tokens) == 0:
             raise ValueError(
                 f"tokens must be at least 0 and not all 0, they are {min(tokens)} to {max(tokens)}"
@@ -77,6 +81,6 @@ class Forgetting(evaluate.Metric):
         return {
             "forgetting": figure,
             "forgetting_interval": None if interval is None else list(interval),
-            "examples": len(tokens),
+            "examples": sum(count > 0 for count in tokens),
             "tokens": int(sum(tokens)),
         }

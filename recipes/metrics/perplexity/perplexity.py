@@ -20,7 +20,7 @@ Returns:
     loss: nats per token over all examples, sum(nll) / sum(tokens).
     loss_interval: [low, high], 95 % over the examples, see `mean_loss`; None of a single one.
     perplexity, perplexity_interval: exp of these.
-    examples, tokens: how many there are.
+    examples, tokens: how many there are; an example of no tokens is none.
 """
 
 
@@ -37,6 +37,7 @@ def mean_loss(nll: Any, tokens: Any) -> tuple[float, tuple[float, float] | None]
         tokens: (examples,) their counts.
     """
     nll, tokens = numpy.asarray(nll, float), numpy.asarray(tokens, float)
+    nll, tokens = nll[tokens > 0], tokens[tokens > 0]
     count, total = len(nll), tokens.sum()
     loss = nll.sum() / total
     if count < 2:
@@ -69,13 +70,16 @@ class Perplexity(evaluate.Metric):
             raise ValueError(
                 f"tokens must be at least 0 and not all of them 0, the least is {min(tokens)}"
             )
+        for place, (one, count) in enumerate(zip(nll, tokens, strict=True)):
+            if one and not count:
+                raise ValueError(f"nll of no tokens must be 0, number {place} is {one}")
         loss, interval = mean_loss(nll, tokens)
         return {
             "loss": loss,
             "loss_interval": interval and list(interval),
             "perplexity": _exp(loss),
             "perplexity_interval": interval and [_exp(end) for end in interval],
-            "examples": len(nll),
+            "examples": sum(count > 0 for count in tokens),
             "tokens": int(sum(tokens)),
         }
 
