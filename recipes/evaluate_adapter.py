@@ -21,10 +21,12 @@ import shlex
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 from stages.attached import find_adapters
 from stages.evaluation import (
     Evaluation,
+    Row,
     base_options,
     checked_base,
     device_of,
@@ -74,9 +76,24 @@ def main(argv: list[str] | None = None) -> None:
         base = checked_base(model, adapters, device, check_base=options.check_base)
         if sets.questions is not None:
             sets.questions.check_room(positions(base, adapters), exact_match.max_new_tokens)
-    with teacher_model(options, base, model, device) as teacher:
-        with refusals_in_one_line(given):
-            rows = measured(base, adapters, Evaluation(sets, options, exact_match, teacher))
+    command = ["python", "recipes/evaluate_adapter.py", *(sys.argv[1:] if argv is None else argv)]
+    record = {
+        "model": asdict(model),
+        "data": sets.about,
+        "teacher": options.teacher,
+        "environment": describe_environment(device),
+        "command": shlex.join(command),
+    }
+
+    def write(rows: list[Row]) -> Path:
+        """All that is known so far: a later adapter may fail, or the harness."""
+        seconds = round(time.monotonic() - began, 1)
+        return write_evaluation({**record, "seconds": seconds, "results": rows}, options.output_dir)
+
+    with teacher_model(options, base, model, device) as teacher, refusals_in_one_line(given):
+        Path(options.output_dir).mkdir(parents=True, exist_ok=True)
+        for rows in measured(base, adapters, Evaluation(sets, options, exact_match, teacher)):
+            report = write(rows)
     del base  # The harness loads its own.
     if harness.lm_eval_tasks:
         for row, adapter in zip(rows, [None, *adapters], strict=True):
@@ -87,17 +104,7 @@ def main(argv: list[str] | None = None) -> None:
                 device=str(device),
                 batch_size=options.eval_batch_size,
             )
-    command = ["python", "recipes/evaluate_adapter.py", *(sys.argv[1:] if argv is None else argv)]
-    record = {
-        "model": asdict(model),
-        "data": sets.about,
-        "teacher": options.teacher,
-        "environment": describe_environment(device),
-        "command": shlex.join(command),
-        "seconds": round(time.monotonic() - began, 1),
-        "results": rows,
-    }
-    report = write_evaluation(record, options.output_dir)
+            report = write(rows)
     print(report.read_text(encoding="utf-8"))
     print(f"Table and figures of each example in {options.output_dir}")
 

@@ -85,7 +85,9 @@ def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
         columns["KL from teacher"] = lambda row: _with_interval(row["agreement"], "kl", loss)
         columns["top-1 as teacher"] = lambda row: _with_interval(row["agreement"], "top_1", share)
     for task in rows[0].get("lm_eval", {}):
-        columns[escaped(task)] = lambda row, task=task: _harness_cell(row["lm_eval"][task])
+        columns[escaped(task)] = lambda row, task=task: _harness_cell(
+            row.get("lm_eval", {}).get(task, {})
+        )
     return columns
 
 

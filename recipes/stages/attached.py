@@ -56,6 +56,11 @@ class SavedAdapter:
         return self.config.get("base_model_name_or_path")
 
     @property
+    def base_revision(self) -> str | None:
+        """Of its base model on the Hub, where it says so."""
+        return self.config.get("revision")
+
+    @property
     def moves_base(self) -> bool:
         """Whether PEFT changes the base's weights as it loads the adapter, as PiSSA does."""
         start = self.config.get("init_lora_weights")
@@ -75,7 +80,7 @@ class SavedAdapter:
         return found
 
 
-def find_adapters(specs: Sequence[str], argument: str = _ARGUMENT) -> list[SavedAdapter]:
+def find_adapters(specs: Sequence[str]) -> list[SavedAdapter]:
     """The adapters of `path`, `name=path` and Hub ids, whose last part is the name without one.
 
     Raises:
@@ -85,30 +90,43 @@ def find_adapters(specs: Sequence[str], argument: str = _ARGUMENT) -> list[Saved
     """
     found: dict[str, SavedAdapter] = {}
     for spec in specs:
-        given, _, source = spec.rpartition("=")
+        given, equals, source = spec.partition("=")
+        # The equals sign may be one of a folder's name.
+        if not equals or Path(spec).expanduser().is_dir():
+            given, source = "", spec
         name = given or Path(source).name.partition("@")[0]
         if name in found or name == BASE:
             other = found[name].source if name in found else "the base model's row"
             raise ValueError(
-                f"{argument}: {source} and {other} are both called {name!r}; give another name "
+                f"{_ARGUMENT}: {source} and {other} are both called {name!r}; give another name "
                 f"before it: other={source}"
             )
-        folder = resolve_folder(source, argument=argument)
-        if not (folder / CONFIG_NAME).is_file():
-            raise ValueError(f"{argument}: {source} is no adapter, it has no {CONFIG_NAME}")
-        # Of the Hub, pickles are not fetched, but named.
-        resolve_file(folder if is_local(source) else source, WEIGHTS_NAME, argument=argument)
-        adapter = SavedAdapter(name, source, folder, argument)
-        task = adapter.config.get("task_type")
-        if task not in (None, "CAUSAL_LM"):
-            whole = ", ".join(adapter.config.get("modules_to_save") or []) or "none"
-            raise ValueError(
-                f"{adapter.place} has task_type {task} (modules_to_save: {whole}); only adapters "
-                "of causal language models predict tokens"
-            )
-        adapter.describe()  # What cannot be described is refused before anything is measured.
-        found[name] = adapter
+        found[name] = find_adapter(source, name)
     return list(found.values())
+
+
+def find_adapter(source: str, name: str, argument: str = _ARGUMENT) -> SavedAdapter:
+    """The adapter in a folder or Hub repository.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no adapter of a causal language model, or a pickle.
+    """
+    folder = resolve_folder(source, argument=argument)
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"{argument}: {source} is no adapter, it has no {CONFIG_NAME}")
+    # Of the Hub, pickles are not fetched, but named.
+    resolve_file(folder if is_local(source) else source, WEIGHTS_NAME, argument=argument)
+    adapter = SavedAdapter(name, source, folder, argument)
+    task = adapter.config.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        whole = ", ".join(adapter.config.get("modules_to_save") or []) or "none"
+        raise ValueError(
+            f"{adapter.place} has task_type {task} (modules_to_save: {whole}); only adapters "
+            "of causal language models predict tokens"
+        )
+    adapter.describe()  # What cannot be described is refused before anything is measured.
+    return adapter
 
 
 def check_adapters(

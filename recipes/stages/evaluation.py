@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 
 from peft_svdinit.factors import kind_of
-from peft_svdinit.files import is_local
+from peft_svdinit.files import is_local, split_revision
 from peft_svdinit.training import (
     ModelOptions,
     builtin_of_folder,
@@ -22,7 +22,7 @@ from peft_svdinit.training import (
     resolve_model,
 )
 from stages.answers import greedy_answers
-from stages.attached import BASE, SavedAdapter, attached, check_adapters, find_adapters
+from stages.attached import BASE, SavedAdapter, attached, check_adapters, find_adapter
 from stages.evaluation_options import AdaptedModelOptions, EvaluationOptions, ExactMatchOptions
 from stages.evaluation_sets import EvaluationSets
 from stages.metric_modules import metric
@@ -32,10 +32,11 @@ Row = dict[str, Any]
 
 
 def base_options(given: AdaptedModelOptions, adapters: Sequence[SavedAdapter]) -> ModelOptions:
-    """The base that was given, or else what the first adapter calls its own.
+    """The base that was given, or else what the first adapter calls its own; so its revision.
 
     Raises:
-        ValueError: if it says nothing, or names a folder that is not there.
+        ValueError: if it says nothing, or names a folder that is not there, or if the adapters are
+            of different revisions.
     """
     name, adapter = given.model_name_or_path, adapters[0]
     if name is None:
@@ -48,22 +49,42 @@ def base_options(given: AdaptedModelOptions, adapters: Sequence[SavedAdapter]) -
                 f"{adapter.place} says that its base model is {name!r}, which is not on this "
                 "disk; set model_name_or_path"
             )
-    return ModelOptions(**{**vars(given), "model_name_or_path": name})
+    revision = given.model_revision or _revision(given.model_name_or_path or adapter.base, adapters)
+    own = {"model_name_or_path": name, "model_revision": revision}
+    return ModelOptions(**{**vars(given), **own})
+
+
+def _revision(base: str | None, adapters: Sequence[SavedAdapter]) -> str:
+    """The one that all adapters of the base name."""
+    named = {one.base_revision or "main": one for one in adapters if one.base == base}
+    if len(named) > 1:
+        (first, one), (second, other) = list(named.items())[:2]
+        raise ValueError(
+            f"{other.place} is of revision {second!r} of {base}, and {one.source} of {first!r}: "
+            "evaluate them apart, or set model_revision to put both on one base"
+        )
+    return next(iter(named), "main")
 
 
 def device_of(options: EvaluationOptions) -> torch.device:
     """Where to evaluate.
 
     Raises:
-        ValueError: for a device that torch does not know, or several processes.
+        ValueError: for a device that torch does not know or this machine lacks, or several
+            processes.
     """
     # Of the launcher: without GPUs, PartialState knows one process of several.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("adapters are evaluated in one process: start it without a launcher")
     try:
-        return torch.device(options.device or PartialState().device or "cpu")
+        device = torch.device(options.device or PartialState().device or "cpu")
     except RuntimeError as error:
         raise ValueError(f"device must be one of torch's, got {options.device!r}") from error
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"device must be one of this machine, {device} is not: {error}") from error
+    return device
 
 
 def checked_base(
@@ -113,9 +134,13 @@ def teacher_model(
         if kind == "factors":
             raise ValueError(f"teacher must be an adapter or a model, {source} holds factors")
         if kind == "model":
-            model = _loaded(replace(base_options, model_name_or_path=source), device)
+            name, revision = (source, None) if is_local(source) else split_revision(source)
+            own = {"model_name_or_path": name, "model_revision": revision or "main"}
+            model = _loaded(replace(base_options, **own), device)
         else:
-            adapters = find_adapters([source], "teacher")
+            adapters = [find_adapter(source, "teacher", "teacher")]
+            revision = adapters[0].base_revision or base_options.model_revision
+            base_options = replace(base_options, model_revision=revision)
             model = checked_base(base_options, adapters, device, check_base=options.check_base)
         sizes = [one.config.get_text_config().vocab_size for one in (model, base)]
         if sizes[0] != sizes[1]:
@@ -141,17 +166,7 @@ class Evaluation:
     teacher: Any = None
 
     def row(self, model: Any, name: str) -> Row:
-        """Its figures, with those of each example beside them.
-
-        Raises:
-            ValueError: naming the model, if its logits or the teacher's are NaN or infinite.
-        """
-        try:
-            return self._row(model, name)
-        except ValueError as error:
-            raise ValueError(f"{name} cannot be measured: {error}") from error
-
-    def _row(self, model: Any, name: str) -> Row:
+        """Its figures, with those of each example beside them."""
         sets, size, found = self.sets, self.options.eval_batch_size, Row(name=name)
         if sets.held_out is not None and "loss" in self.options.metrics:
             losses = asdict(example_losses(model, sets.held_out, size, f"{name}: loss"))
@@ -177,7 +192,7 @@ class Evaluation:
             "kl": kl["loss"],
             "kl_interval": kl["loss_interval"],
             "top_1": top["loss"],
-            "top_1_interval": top["loss_interval"],
+            "top_1_interval": _of_share(top["loss"], top["loss_interval"]),
             "per_example": asdict(examples),
         }
 
@@ -212,32 +227,54 @@ class Evaluation:
         }
 
 
-def measured(base: Any, adapters: Sequence[SavedAdapter], evaluation: Evaluation) -> list[Row]:
-    """A row of the base and of each adapter, with their differences."""
-    rows = [{**evaluation.row(base, BASE), "parameters": 0}]
+def _of_share(share: float, interval: list[float] | None) -> list[float] | None:
+    """Clipped; none where all examples agree or none, of which the ratio estimator says nothing."""
+    if interval is None or share in (0, 1):
+        return None
+    return [max(interval[0], 0.0), min(interval[1], 1.0)]
+
+
+def measured(
+    base: Any, adapters: Sequence[SavedAdapter], evaluation: Evaluation
+) -> Iterator[list[Row]]:
+    """A row of the base and of each adapter, with their differences: all so far, after each.
+
+    Raises:
+        ValueError: naming the model, if a figure is NaN or infinite.
+    """
+    with _named(BASE):
+        rows = [{**evaluation.row(base, BASE), "parameters": 0}]
+    yield rows
     for adapter in adapters:
-        with attached(base, adapter) as model:
-            rows.append({**evaluation.row(model, adapter.name), **adapter.describe()})
-    _compare_(rows)
-    return rows
+        with _named(adapter.name):
+            with attached(base, adapter) as model:
+                rows.append({**evaluation.row(model, adapter.name), **adapter.describe()})
+            _compare_(rows[-1], *rows[:2])
+        yield rows
 
 
-def _compare_(rows: list[Row]) -> None:
-    """Add to each row how it differs from the base's, the first, and from the first adapter's.
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be measured: {error}") from error
+
+
+def _compare_(row: Row, base: Row, first: Row) -> None:
+    """Add how it differs from the base's row, and from the first adapter's.
 
     The examples are pairs, and a difference of losses has the interval of an increase.
     """
-    base, first = rows[:2]
-    for row in rows:
-        if "forgetting" in row and row is not base:
-            row["forgetting"] |= _increase(base, row, "forgetting")
-        for title, other in (("against_base", base), ("against_first", first)):
-            if "loss" in row and row is not other and row is not base:
-                found = _increase(other, row, "loss")
-                row["loss"][title] = {
-                    "difference": found["forgetting"],
-                    "difference_interval": found["forgetting_interval"],
-                }
+    if "forgetting" in row:
+        row["forgetting"] |= _increase(base, row, "forgetting")
+    for title, other in (("against_base", base), ("against_first", first)):
+        if "loss" in row and row is not other:
+            found = _increase(other, row, "loss")
+            row["loss"][title] = {
+                "difference": found["forgetting"],
+                "difference_interval": found["forgetting_interval"],
+            }
 
 
 def _increase(before: Row, after: Row, name: str) -> Row:

@@ -67,6 +67,13 @@ class AdaptedModelOptions(ModelOptions):
         default=None,
         metadata={"help": "Hub id, folder or builtin: model; by default the adapters' own base"},
     )
+    model_revision: str | None = field(
+        default=None,
+        metadata={
+            "help": "branch, tag or commit of a model from the Hub; by default the one that the "
+            "adapters name, or else main"
+        },
+    )
 
 
 @dataclass(frozen=True)

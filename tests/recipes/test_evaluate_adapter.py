@@ -221,6 +221,9 @@ def test_the_recipe_writes_one_table_of_the_base_and_every_adapter(inputs, tmp_p
     assert "against_first" not in first["loss"] and "against_base" not in base["loss"]
     assert first["agreement"]["kl"] == pytest.approx(0, abs=1e-9)
     assert first["agreement"]["top_1"] == 1 and other["agreement"]["kl"] > 0
+    assert first["agreement"]["top_1_interval"] is None
+    low, high = other["agreement"]["top_1_interval"]
+    assert 0 <= low <= other["agreement"]["top_1"] <= high <= 1
     assert "forgetting" not in base["forgetting"] and first["forgetting"]["examples"] == 8
     assert first["parameters"] == sum(
         parameter.numel() for name, parameter in
@@ -254,9 +257,39 @@ def test_an_adapter_of_nan_is_named_in_one_line(metrics, inputs, tmp_path, capsy
     more = options(inputs, "--metrics", metrics, "--output_dir", str(tmp_path))
     line = refusal(capsys, ["--adapters", f"{inputs}/first", str(broken), *more])
     assert re.search("broken cannot be measured: the model gives logits that are NaN", line), line
+    kept = json.loads((tmp_path / "evaluation.json").read_text())["results"]
+    assert [row["name"] for row in kept] == ["base", "first"]
     more += ["--teacher", str(broken)]
     line = refusal(capsys, ["--adapters", f"{inputs}/first", *more])
     assert re.search("cannot be measured: the teacher gives logits that are NaN", line), line
+
+
+def test_the_base_and_a_teacher_are_of_the_revisions_that_are_named(inputs, tmp_path, capsys):
+    config = json.loads((inputs / "first/adapter_config.json").read_text())
+    for name, revision in (("old", "v1"), ("older", "v1"), ("new", None)):
+        edited = shutil.copytree(inputs / "first", tmp_path / f"runs={name}")
+        own = {"base_model_name_or_path": "org/model", "revision": revision}
+        (edited / "adapter_config.json").write_text(json.dumps({**config, **own}))
+    adapters = ["--adapters", f"{tmp_path}/runs=old", f"other={tmp_path}/runs=older"]
+    more = [*options(inputs), "--metrics", "loss", "--output_dir", str(tmp_path / "out")]
+    with stand_in_hub() as hub, hub.in_this_process(tmp_path / "cache"):
+        hub.add("org/model", inputs / "stranger")
+        hub.add("org/model", inputs / "model", revision="v1")
+        for teacher, same in (("org/model@v1", True), ("org/model", False)):
+            evaluate_adapter.main([*adapters, *more, "--teacher", teacher])
+            base, one, other = json.loads((tmp_path / "out/evaluation.json").read_text())["results"]
+            assert (base["agreement"]["kl"] == 0) is same
+            assert (one["name"], other["name"]) == ("runs=old", "other")
+        line = refusal(capsys, [*adapters, f"{tmp_path}/runs=new", *more])
+    assert re.search("runs=new is of revision 'main' of org/model, and .* of 'v1'", line), line
+
+
+def test_a_teacher_may_be_called_as_a_row_is(inputs, tmp_path):
+    shutil.copytree(inputs / "second", tmp_path / "base")
+    more = [*options(inputs), "--metrics", "loss", "--output_dir", str(tmp_path / "out")]
+    arguments = ["--adapters", f"{inputs}/first", "--teacher", f"{tmp_path}/base"]
+    evaluate_adapter.main([*arguments, *more])
+    assert "top-1 as teacher" in (tmp_path / "out/evaluation.md").read_text()
 
 
 def save_broken(folder: Path) -> Path:
@@ -301,6 +334,7 @@ def refusal(capsys: Any, arguments: list[str]) -> str:
         ("--prompt_column question", "set --prompt_column and --completion_column"),
         ("--teacher {inputs}/none", "--teacher: .*/none is not a folder"),
         ("--teacher {inputs}/small", "--teacher must have the base's vocabulary of 258 .* 64"),
+        ("--device cuda:99", "--device must be one of this machine, cuda:99 is not: "),
         ("--device abacus", "--device must be one of torch's, got 'abacus'"),
         ("--model_name_or_path {inputs}/stranger", "first says .* weights differ in layer"),
         ("--model_name_or_path {inputs}/small", "is of another base .* 16 x 16, which is 32 x 32"),
