@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     options, model, data, exact_match, forgetting, harness = given
     with refusals_in_one_line(given):
         metric("perplexity")
-        check_harness(harness)
+        check_harness(harness, model)
         device = device_of(options)
         adapters = find_adapters(options.adapters)
         model = base_options(model, adapters)

@@ -129,7 +129,7 @@ def greedy_answers(
 @contextmanager
 def _without_own_settings(model: Any) -> Iterator[None]:
     """`generate` fills what its configuration leaves out from the model's, penalties and all."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     own = inner.generation_config
     inner.generation_config = GenerationConfig(
         eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id, pad_token_id=own.pad_token_id

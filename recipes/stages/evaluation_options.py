@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from peft_svdinit.training import DataOptions, ModelOptions
 
 METRICS = ("loss", "exact_match", "forgetting")
+AS_IT_IS = "{question}"
 _COLUMNS = (("prompt", "completion"), ("question", "answer"))
 
 
@@ -115,7 +116,7 @@ class ExactMatchOptions:
         },
     )
     exact_match_template: str = field(
-        default="{question}",
+        default=AS_IT_IS,
         metadata={"help": r"What is asked, such as 'Question: {question}\nAnswer:'."},
     )
     exact_match_stop: list[str] = field(
@@ -156,6 +157,8 @@ class ExactMatchOptions:
         for option in ("exact_match_samples", "max_new_tokens", "generation_batch_size"):
             if getattr(self, option) < 1:
                 raise ValueError(f"{option} must be at least 1, got {getattr(self, option)}")
+        if self.shown_answers < 0:
+            raise ValueError(f"shown_answers must be at least 0, got {self.shown_answers}")
 
     def data(self, others: DataOptions) -> list[DataOptions]:
         """As options of data, with each pair of columns that may be meant."""
@@ -234,6 +237,11 @@ class HarnessOptions:
     def __post_init__(self) -> None:
         if self.lm_eval_tasks is None and self.lm_eval_include_path is not None:
             raise ValueError("lm_eval_include_path needs lm_eval_tasks, the tasks to run")
+        if self.lm_eval_limit is not None:
+            if self.lm_eval_tasks is None:
+                raise ValueError("lm_eval_limit needs lm_eval_tasks, the tasks to run")
+            if self.lm_eval_limit < 1:
+                raise ValueError(f"lm_eval_limit must be at least 1, got {self.lm_eval_limit}")
 
 
 def _unescaped(text: str) -> str:

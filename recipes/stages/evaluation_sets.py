@@ -17,7 +17,12 @@ from peft_svdinit.training import (
     tokenize_examples,
 )
 from stages.answers import Questions
-from stages.evaluation_options import EvaluationOptions, ExactMatchOptions, ForgettingOptions
+from stages.evaluation_options import (
+    AS_IT_IS,
+    EvaluationOptions,
+    ExactMatchOptions,
+    ForgettingOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,12 @@ def _questions(exact_match: ExactMatchOptions, data: DataOptions) -> tuple[DataO
 
 
 def _in_template(examples: Dataset, template: str) -> Dataset:
-    if "prompt" not in examples.column_names:
+    if template == AS_IT_IS or "prompt" not in examples.column_names:
+        if template != AS_IT_IS and "messages" in examples.column_names:
+            raise ValueError(
+                "exact_match_template belongs to questions in a column, and conversations have the "
+                "tokenizer's chat template; leave it out"
+            )
         return examples
     return examples.map(
         lambda row: {"prompt": template.replace("{question}", row["prompt"] or "")},

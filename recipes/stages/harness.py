@@ -7,18 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from peft_svdinit.training import ModelOptions, resolve_model
-from stages.evaluation_options import HarnessOptions
+from stages.evaluation_options import AdaptedModelOptions, HarnessOptions
 
 
-def check_harness(options: HarnessOptions) -> None:
-    """Raise unless the harness is installed and knows the tasks, if there are any.
+def check_harness(options: HarnessOptions, model: AdaptedModelOptions) -> None:
+    """Raise unless the harness is installed, knows the tasks and loads the model, if there are any.
 
     Raises:
         ModuleNotFoundError: with the command that installs it.
-        ValueError: for unknown tasks, or a folder of tasks that is not there.
+        ValueError: for unknown tasks, a folder of tasks that is not there, or a model in few bits.
     """
     if options.lm_eval_tasks is None:
         return
+    for option in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model, option):
+            raise ValueError(
+                f"{option} and lm_eval_tasks exclude each other: lm-evaluation-harness loads the "
+                "model itself, and transformers 5 takes no such argument of it; leave one out"
+            )
     if importlib.util.find_spec("lm_eval") is None:
         raise ModuleNotFoundError(
             "lm_eval_tasks need lm-evaluation-harness; run: pip install lm_eval"
@@ -73,9 +79,8 @@ def harness_arguments(model: ModelOptions, adapter: Path | None) -> dict[str, An
         "dtype": model.dtype,
         "trust_remote_code": model.trust_remote_code,
     }
-    for option in ("load_in_4bit", "load_in_8bit", "attn_implementation"):
-        if getattr(model, option):
-            arguments[option] = getattr(model, option)
+    if model.attn_implementation:
+        arguments["attn_implementation"] = model.attn_implementation
     return arguments if adapter is None else {**arguments, "peft": str(adapter)}
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import fields
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from stages.answers import Questions, greedy_answers
 from stages.attached import attached, find_adapters
-from stages.evaluation_options import HarnessOptions
+from stages.evaluation_options import AdaptedModelOptions, HarnessOptions
 from stages.harness import check_harness
 from stages.token_losses import agreement, example_losses
 from support.byte_tokenizer import byte_tokenizer
@@ -338,6 +339,13 @@ def refusal(capsys: Any, arguments: list[str]) -> str:
         ("--device abacus", "--device must be one of torch's, got 'abacus'"),
         ("--model_name_or_path {inputs}/stranger", "first says .* weights differ in layer"),
         ("--model_name_or_path {inputs}/small", "is of another base .* 16 x 16, which is 32 x 32"),
+        ("--shown_answers -1", "--shown_answers must be at least 0, got -1"),
+        ("--lm_eval_limit 5", "--lm_eval_limit needs --lm_eval_tasks"),
+        ("--lm_eval_limit 0 --lm_eval_tasks a", "--lm_eval_limit must be at least 1, got 0"),
+        (
+            r"--exact_match_dataset {inputs}/chats.jsonl --exact_match_template {question}\n",
+            "--exact_match_template belongs to questions in a column, and conversations",
+        ),
         ("--lm_eval_include_path x", "--lm_eval_include_path needs --lm_eval_tasks"),
     ],
 )
@@ -434,6 +442,7 @@ def test_the_harness_is_asked_for_the_base_with_the_adapter(inputs, tmp_path, mo
     [
         (False, {"lm_eval_tasks": ["a"]}, "run: pip install lm_eval"),
         (True, {"lm_eval_tasks": ["a"]}, "has no task a; add it by lm_eval_include_path"),
+        (True, {"lm_eval_tasks": ["b"], "load_in_4bit": True}, "load_in_4bit and lm_eval_tasks ex"),
         (True, {"lm_eval_tasks": ["b"], "lm_eval_include_path": "/none"}, "must be a folder, got"),
     ],
 )
@@ -444,4 +453,6 @@ def test_a_harness_without_what_it_needs_is_refused(installed, options, expected
     monkeypatch.setitem(sys.modules, "lm_eval", package)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
     with pytest.raises((ModuleNotFoundError, ValueError), match=expected):
-        check_harness(HarnessOptions(**options))
+        names = [entry.name for entry in fields(HarnessOptions)]
+        harness = {name: options.pop(name) for name in names if name in options}
+        check_harness(HarnessOptions(**harness), AdaptedModelOptions(**options))
