@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
 
     with teacher_model(options, base, model, device) as teacher, refusals_in_one_line(given):
         Path(options.output_dir).mkdir(parents=True, exist_ok=True)
-        for rows in measured(base, adapters, Evaluation(sets, options, exact_match, teacher)):
+        evaluation = Evaluation(sets, options, exact_match, teacher, data)
+        for rows in measured(base, adapters, evaluation):
             report = write(rows)
     del base  # The harness loads its own.
     if harness.lm_eval_tasks:

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from peft_svdinit.factors import kind_of
 from peft_svdinit.files import is_local, split_revision
 from peft_svdinit.training import (
+    DataOptions,
     ModelOptions,
     builtin_of_folder,
     load_model,
@@ -25,6 +26,7 @@ from stages.answers import greedy_answers
 from stages.attached import BASE, SavedAdapter, attached, check_adapters, find_adapter
 from stages.evaluation_options import AdaptedModelOptions, EvaluationOptions, ExactMatchOptions
 from stages.evaluation_sets import EvaluationSets
+from stages.held_out import held_out_note
 from stages.metric_modules import metric
 from stages.token_losses import agreement, example_losses
 
@@ -163,7 +165,8 @@ class Evaluation:
     sets: EvaluationSets
     options: EvaluationOptions
     exact_match: ExactMatchOptions
-    teacher: Any = None
+    teacher: Any
+    data: DataOptions
 
     def row(self, model: Any, name: str) -> Row:
         """Its figures, with those of each example beside them."""
@@ -179,6 +182,13 @@ class Evaluation:
         if sets.questions is not None:
             found["exact_match"] = self._exact_match(model, name)
         return found
+
+    def about(self, adapter: SavedAdapter) -> Row:
+        """What the adapter is, and what is to be said of its figures."""
+        found = adapter.describe()
+        held_out = self.sets.held_out and held_out_note(adapter.folder, self.data)
+        notes = [note for note in (found.get("note"), held_out) if note]
+        return {**found, "note": "; ".join(notes)} if notes else found
 
     def _agreement(self, model: Any, name: str) -> Row:
         examples = agreement(
@@ -248,7 +258,7 @@ def measured(
     for adapter in adapters:
         with _named(adapter.name):
             with attached(base, adapter) as model:
-                rows.append({**evaluation.row(model, adapter.name), **adapter.describe()})
+                rows.append({**evaluation.row(model, adapter.name), **evaluation.about(adapter)})
             _compare_(rows[-1], *rows[:2])
         yield rows
 

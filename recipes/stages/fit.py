@@ -37,15 +37,17 @@ from peft_svdinit.training import (
     read_run,
     read_run_info,
 )
+from stages.held_out import split_of
 from stages.processes import check_same_start
 from trainer_callbacks import ComparisonCallback, RunsAsCallback
 
 
 @dataclass(frozen=True)
 class Materials:
-    """What runs on one data set share; `source` is what the user calls it."""
+    """What runs on one data set share; `source` is what the user calls it, `split` its parts."""
 
     source: str
+    split: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     train: Dataset
     evaluation: Dataset
@@ -58,7 +60,7 @@ class Materials:
         # The longest first: batches of like lengths waste little on padding.
         lengths = [-len(ids) for ids in evaluation["input_ids"]]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        return cls(data.dataset_name, tokenizer, train, evaluation.select(order))
+        return cls(data.dataset_name, split_of(data), tokenizer, train, evaluation.select(order))
 
     def part(self, seed: int, first: int, count: int) -> Materials:
         """`count` training examples from number `first` on in the order that `seed` shuffles.
@@ -109,7 +111,7 @@ def fit(
             arguments expect.
         RuntimeError: if the processes would begin with different numbers.
     """
-    made = {"dataset": materials.source}
+    made = {"dataset": materials.source, **materials.split}
     made |= {"command": arguments.invocation} if arguments.invocation else {}
     # New ones, for a process may train twice, and DeepSpeed's plugin makes one Accelerator.
     arguments = replace(arguments, push_to_hub=False)

@@ -15,6 +15,7 @@ from typing import Any
 import evaluate_adapter
 import pytest
 import torch
+import train_lora
 from datasets import Dataset
 from metrics.forgetting.forgetting import increase
 from peft import (
@@ -249,7 +250,24 @@ def test_an_adapter_without_lora_has_a_row(inputs, tmp_path):
     arguments = ["--adapters", f"{inputs}/scales", *options(inputs), "--metrics", "loss"]
     evaluate_adapter.main([*arguments, "--output_dir", str(tmp_path)])
     row = json.loads((tmp_path / "evaluation.json").read_text())["results"][1]
-    assert row["peft_type"] == "IA3" and row["parameters"] > 0 and "note" not in row
+    assert row["peft_type"] == "IA3" and row["parameters"] > 0
+    assert row["note"].startswith("whether it was trained on the held-out examples is not known")
+
+
+def test_an_adapter_that_may_have_learnt_what_is_held_out_has_a_note(inputs, tmp_path):
+    training = [*("--dataset_name", str(inputs / "data.jsonl"), "--max_steps", "1")]
+    training += ["--model_name_or_path", str(inputs / "model"), "--use_cpu", "true"]
+    train_lora.main([*training, "--output_dir", str(tmp_path / "run"), "--eval_fraction", "0.5"])
+    arguments = ["--adapters", str(tmp_path / "run"), *options(inputs, "--metrics", "loss")]
+    arguments += ["--output_dir", str(tmp_path)]
+    evaluate_adapter.main(arguments)
+    assert "another split" not in (tmp_path / "evaluation.md").read_text()
+    assert "not known" not in (tmp_path / "evaluation.md").read_text()
+    evaluate_adapter.main([*arguments, "--split_seed", "1"])
+    assert re.search(
+        "run: trained on another split .*split_seed 0, here 1",
+        (tmp_path / "evaluation.md").read_text(),
+    )
 
 
 @pytest.mark.parametrize("metrics", ["loss", "exact_match"])
