@@ -238,11 +238,21 @@ def test_the_recipe_writes_one_table_of_the_base_and_every_adapter(inputs, tmp_p
 def test_questions_and_answers_are_whole_however_short_the_examples_of_the_loss(inputs, tmp_path):
     more = ["--metrics", "exact_match", "--max_length", "4", "--output_dir", str(tmp_path)]
     more += ["--exact_match_template", r"Question:\t{question}\nAnswer:"]
-    evaluate_adapter.main(["--adapters", f"{inputs}/first", *options(inputs, *more)])
+    arguments = ["--adapters", f"{inputs}/first", *options(inputs, *more)]
+
+    def shown(*stop: str) -> list[dict[str, Any]]:
+        evaluate_adapter.main([*arguments, "--exact_match_stop", *stop])
+        record = json.loads((tmp_path / "evaluation.json").read_text())
+        return record["results"][0]["exact_match"]["shown"]
+
+    whole = shown(r"never\nsaid")
+    for one in whole:
+        number = int(one["reference"]) // 2
+        assert one["question"] == f"Question:\t{number} plus {number} is \nAnswer:"
     record = json.loads((tmp_path / "evaluation.json").read_text())
-    for shown in record["results"][0]["exact_match"]["shown"]:
-        number = int(shown["reference"]) // 2
-        assert shown["question"] == f"Question:\t{number} plus {number} is \nAnswer:"
+    assert record["data"]["exact_match"]["stop"] == ["never\nsaid"]
+    end = whole[0]["answer"][1]
+    assert [one["answer"] for one in shown(end)] == [one["answer"].split(end)[0] for one in whole]
 
 
 def test_an_adapter_without_lora_has_a_row(inputs, tmp_path):
@@ -429,6 +439,8 @@ def test_the_harness_is_asked_for_the_base_with_the_adapter(inputs, tmp_path, mo
 
     def simple_evaluate(**arguments: Any) -> dict[str, Any]:
         calls.append(arguments)
+        if len(calls) > 3:
+            raise RuntimeError("out of memory")
         figures = {"alias": "sums", "acc,none": 0.5, "acc_stderr,none": 0.25}
         return {"results": {"sums": figures}}
 
@@ -453,6 +465,11 @@ def test_the_harness_is_asked_for_the_base_with_the_adapter(inputs, tmp_path, mo
         assert (call["model"], call["tasks"], call["device"]) == ("hf", ["sums"], "cpu")
         assert call["task_manager"].folder == str(inputs)
     assert (tmp_path / "evaluation.md").read_text().count("acc 0.500 \u00b1 0.25") == 2
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate_adapter.main([*arguments, "--output_dir", str(tmp_path)])
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["results"]
+    assert ["lm_eval" in row for row in rows] == [True, False] and "loss" in rows[1]
+    assert (tmp_path / "evaluation.md").read_text().count("acc 0.500 \u00b1 0.25") == 1
 
 
 @pytest.mark.parametrize(
