@@ -186,8 +186,9 @@ class Evaluation:
     def about(self, adapter: SavedAdapter) -> Row:
         """What the adapter is, and what is to be said of its figures."""
         found = adapter.describe()
-        held_out = self.sets.held_out and held_out_note(adapter.folder, self.data)
-        notes = [note for note in (found.get("note"), held_out) if note]
+        notes = [found["note"]] if "note" in found else []
+        held_out = held_out_note(adapter.folder, self.data) if self.sets.held_out else None
+        notes += [held_out] if held_out else []
         return {**found, "note": "; ".join(notes)} if notes else found
 
     def _agreement(self, model: Any, name: str) -> Row:
