@@ -33,7 +33,9 @@ def held_out_note(folder: Path, data: DataOptions) -> str | None:
     if trained.get("dataset", data.dataset_name) != data.dataset_name:
         return None
     if "dataset" not in trained or "train_split" not in trained:
-        return "whether it was trained on the held-out examples is not known, its folder says not"
+        return (
+            "whether it was trained on the held-out examples is not known: its folder does not say"
+        )
     here = split_of(data)
     differing = [
         f"{name} {trained.get(name)!r}, here {here.get(name)!r}"
