@@ -27,6 +27,8 @@ TESTED = [path.stem for path in sorted(FILES.glob("*.yaml")) if path.stem != "fs
 IN_BFLOAT16 = ("single_gpu", "zero3_offload")
 # The others run the two that train adapters, and all of them with --thorough.
 WITH_EVERY = ("cpu", "ddp", "zero2", "zero3")
+# Of these, the stages and the host's optimizer are those of others.
+THOROUGH = ("zero1", "zero3_offload")
 
 pytestmark = pytest.mark.slow
 
@@ -128,6 +130,8 @@ def ranks_of(folder: Path) -> dict[str, int]:
 )
 def test_recipes_run_as_the_launch_file_says(name, inputs, alone, tmp_path, request):
     every = name in WITH_EVERY or request.config.getoption("--thorough")
+    if name in THOROUGH and not request.config.getoption("--thorough"):
+        pytest.skip("with --thorough")
     recipes = EVERY if every else ["train_lora", "train_lori"]
     outputs, said = tmp_path, run_recipes(name, inputs, tmp_path, recipes)
     # Of several processes the first one finds the ranks and says what all are.
