@@ -153,7 +153,7 @@ class StandInHub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_OFFLINE": "0",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
             **({"HF_TOKEN": token} if token else {}),
         }
 
@@ -248,8 +248,10 @@ def stand_in_hub(folder: Path | None = None) -> Iterator[StandInHub]:
         hub.add(path.relative_to(path.parents[1]).as_posix(), path)
     handler = type("Handler", (_Handler,), {"hub": hub})
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
+    # By another name, for clients that tell hosts apart by it alone.
     hub.shelf.url, hub.shelf.storage = (
-        f"http://127.0.0.1:{server.server_port}" for server in servers
+        f"http://{name}:{server.server_port}"
+        for name, server in zip(("127.0.0.1", "localhost"), servers, strict=True)
     )
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
