@@ -165,7 +165,8 @@ def prepare_repository(
         FileNotFoundError, PermissionError, ConnectionError, ValueError: as `push_to_hub`.
     """
     api = _api(token)
-    if not create_pr:
+    # To a pull request of one's own, nobody needs the right to write to the rest.
+    if not create_pr and not (revision or "").startswith("refs/"):
         repo_id = _asked(
             repo_id, lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         )

@@ -260,6 +260,18 @@ def test_a_branch_is_made_and_a_pull_request_opened(there, tmp_path, capsys):
     assert "discussions/1" in capsys.readouterr().out
 
 
+def test_a_pull_request_is_prepared_without_the_right_to_write_to_the_rest(there, tmp_path):
+    server, base = there
+    server.add("user/shared", {"notes.txt": b""})
+    push_to_hub(save_adapter(tmp_path / "folder", base), "user/shared", create_pr=True)
+    with server.in_this_process(tmp_path / "other", STRANGER):
+        assert push.prepare_repository("user/shared", revision="refs/pr/1") == "user/shared"
+        with pytest.raises(PermissionError, match="does not let your token write to it"):
+            push.prepare_repository("user/shared", revision="next")
+        with pytest.raises(FileNotFoundError, match="'user/shared@refs/pr/9' has no such revision"):
+            push.prepare_repository("user/shared", revision="refs/pr/9")
+
+
 def test_a_lori_adapter_brings_its_compact_form(there, tmp_path):
     server, base = there
     folder = save_lori(tmp_path / "folder", base)
