@@ -17,8 +17,6 @@ stopped, as by lm-evaluation-harness: an answer ends at the first of `--exact_ma
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -63,7 +61,7 @@ CLASSES = (
 
 def main(argv: list[str] | None = None) -> None:
     began = time.monotonic()
-    given = parse_options(CLASSES, argv, description=__doc__ or "")
+    given = parse_options(CLASSES, argv, description=__doc__ or "", script=__file__)
     options, model, data, exact_match, forgetting, harness = given
     with refusals_in_one_line(given):
         metric("perplexity")
@@ -76,13 +74,12 @@ def main(argv: list[str] | None = None) -> None:
         base = checked_base(model, adapters, device, check_base=options.check_base)
         if sets.questions is not None:
             sets.questions.check_room(positions(base, adapters), exact_match.max_new_tokens)
-    command = ["python", "recipes/evaluate_adapter.py", *(sys.argv[1:] if argv is None else argv)]
     record = {
         "model": asdict(model),
         "data": sets.about,
         "teacher": options.teacher,
         "environment": describe_environment(device),
-        "command": shlex.join(command),
+        "command": f"python {options.invocation}",
     }
 
     def write(rows: list[Row]) -> Path:

@@ -12,7 +12,7 @@ AS_IT_IS = "{question}"
 _COLUMNS = (("prompt", "completion"), ("question", "answer"))
 
 
-@dataclass(frozen=True)
+@dataclass
 class EvaluationOptions:
     """The adapters, and what is measured."""
 
@@ -50,6 +50,8 @@ class EvaluationOptions:
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, ...; by default an accelerator if there is one"}
     )
+
+    invocation: str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.adapters:
