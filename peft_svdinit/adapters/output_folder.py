@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..files import file_stamps, replacing
+from ..files import file_stamps, is_workspace, publishing
 from ..models import CONFIG_NAME, WEIGHTS_NAME
 
 RESIZE_REPORT = "resize.json"
@@ -66,22 +65,18 @@ class OutputFolder:
 
     @contextmanager
     def replacing(self) -> Iterator[Path]:
-        """As `atomic.replacing`, for a folder; a README.md of the old one is carried over.
+        """As `publishing` to the folder; a README.md that is there stays.
 
         Raises:
             ValueError: if the folder changed since it was checked; it is left as it is.
         """
-        # Through a link, to the folder it leads to.
-        with replacing(self.path.resolve()) as temporary:
+        with publishing(self.path, replaces=self._replaced) as temporary:
             yield temporary
             if _replaced_files(self.path, self.argument) != self._replaced:
                 raise ValueError(
                     f"{self.argument}: {self.path} was changed while the adapter was made, and is "
                     "not replaced; choose another folder and run this again"
                 )
-            for name in _KEPT:
-                if (self.path / name).is_file():
-                    shutil.copy2(self.path / name, temporary / name, follow_symlinks=False)
 
 
 def _replaced_files(folder: Path, argument: str) -> dict[str, list[int]]:
@@ -92,7 +87,12 @@ def _replaced_files(folder: Path, argument: str) -> dict[str, list[int]]:
         raise ValueError(f"{argument} must be a folder, but {folder} is a file")
     files = file_stamps(folder) or {}
     known = _KEPT | (_REPLACED if files.keys() & _RECORDS else set())
-    others = [path.name for path in folder.iterdir() if path.name not in files.keys() & known]
+    ours = files.keys() & known
+    others = [
+        path.name
+        for path in folder.iterdir()
+        if path.name not in ours and not is_workspace(path.name)
+    ]
     if others:
         raise ValueError(
             f"{argument}: {folder} holds {min(others)}, which this command did not write and would "

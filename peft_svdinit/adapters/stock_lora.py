@@ -59,7 +59,6 @@ def stock_lora(
         folder: a new one, that of `OutputFolder.replacing`.
         whole: dtype and shape of tensors that are stored beside the factors, by key.
     """
-    folder.mkdir()
     write_json(folder / CONFIG_NAME, dict(config))
     layout = dict(whole or {})
     for name, (rank, (rows, columns), dtype) in layers.items():

@@ -13,6 +13,7 @@ from .markdown import escaped as escaped
 from .markdown import markdown_table as markdown_table
 from .masks.overlap import Delta as Delta
 from .masks.overlap import compare_masks as compare_masks
+from .masks.report import MASK_FIGURES as MASK_FIGURES
 from .masks.report import REPORT as REPORT
 from .masks.report import write_mask_comparison as write_mask_comparison
 from .masks.report import write_mask_report as write_mask_report

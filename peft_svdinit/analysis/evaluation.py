@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json, write_text
+from ..files import publishing, write_json, write_text
 from ..training import for_json
 from .markdown import columns_table, document, escaped, facts, section
 from .runs.wording import NOT_KNOWN, count, loss, share, signed, significant
@@ -32,11 +32,10 @@ def write_evaluation(record: Mapping[str, Any], folder: str | os.PathLike) -> Pa
     Returns:
         The path of the table.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / EVALUATION_JSON, for_json({"format_version": 1, **record}))
-    write_text(folder / EVALUATION_REPORT, evaluation_report(record))
-    return folder / EVALUATION_REPORT
+    with publishing(folder) as written:
+        write_json(written / EVALUATION_JSON, for_json({"format_version": 1, **record}))
+        write_text(written / EVALUATION_REPORT, evaluation_report(record))
+    return Path(folder) / EVALUATION_REPORT
 
 
 def evaluation_table(rows: Sequence[Row]) -> str:

@@ -133,10 +133,11 @@ def run(options: MaskOptions) -> None:
     exclude = [masks.load_mask(path, argument="exclude") for path in options.exclude]
     scores, lora_B = _scores(options)
     mask = scores.mask(replace(options.selection, exclude=exclude))
-    statistics = analysis.write_mask_report(mask, output, lora_B=lora_B, plots=options.plots)
-    path = masks.save_mask(output, mask)
+    with files.publishing(output, replaces=analysis.MASK_FIGURES) as folder:
+        statistics = analysis.write_mask_report(mask, folder, lora_B=lora_B, plots=options.plots)
+        path = masks.save_mask(folder, mask)
     print("\n".join(analysis.mask_in_words(mask, statistics)))
-    print(f"Mask: {path}\nReport: {output / f'{analysis.REPORT}.md'}")
+    print(f"Mask: {output / path.name}\nReport: {output / f'{analysis.REPORT}.md'}")
 
 
 def _refuse_mask_in_use(output: Path, exclude: list[str]) -> None:

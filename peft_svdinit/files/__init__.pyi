@@ -16,8 +16,11 @@ from .locate import refuse_pickle as refuse_pickle
 from .locate import resolve_file as resolve_file
 from .locate import resolve_folder as resolve_folder
 from .opening import opened as opened
+from .publication import publishing as publishing
 from .tensor_file import TensorFile as TensorFile
 from .tensor_writer import FLOAT_DTYPES as FLOAT_DTYPES
 from .tensor_writer import TensorWriter as TensorWriter
 from .tensor_writer import write_tensors as write_tensors
+from .workspaces import is_workspace as is_workspace
+from .workspaces import workspace as workspace
 from .wrong_kind import WrongKind as WrongKind

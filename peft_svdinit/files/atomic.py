@@ -1,41 +1,28 @@
-"""Writing files so that a kill at any moment leaves the old content or the new, never a half."""
+"""Writing a file so that a kill at any moment leaves the old content or the new, never a half."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .workspaces import workspace
+
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`: it becomes `path`, or on an error it is removed.
+    """Yield a temporary path on the same disk, to write a file at: in the end it is at `path`.
 
-    The caller writes a file or makes a directory at the yielded path. An existing `path` is
-    replaced: a file atomically; a directory, by a directory only, in two renames. A kill between
-    the two leaves no `path`, but the old and the new directory, both whole, in the hidden folder
-    `.{name}.{random}` beside it. Such folders of killed processes are left to the user: whether
-    another process, perhaps of another machine, still writes one cannot be told.
+    After an error there is what was there before. `publishing` does the same for several files.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    temporary = workspace / target.name
-    aside = workspace / f"{target.name}.old"
-    try:
+    with workspace(target.parent, target.name) as place:
+        temporary = place / target.name
         yield temporary
-        if temporary.is_dir() and target.is_dir() and not target.is_symlink():
-            os.replace(target, aside)
         os.replace(temporary, target)
-    finally:
-        if aside.exists() and not os.path.lexists(target):
-            os.replace(aside, target)  # Should this fail as well, the workspace stays.
-        shutil.rmtree(workspace, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

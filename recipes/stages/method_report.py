@@ -12,7 +12,7 @@ from typing import Any
 from scipy.special import stdtrit
 
 from peft_svdinit.analysis import markdown_table
-from peft_svdinit.files import write_json, write_text
+from peft_svdinit.files import publishing, write_json, write_text
 from stages.method_plan import TOTAL_BUDGET
 from stages.method_runs import OURS
 
@@ -140,9 +140,10 @@ def write_report(results: Sequence[Result], context: Mapping[str, Any], folder: 
     )
     facts = "\n".join(f"- {name}: {value}" for name, value in context.items())
     report = f"# Method comparison\n\n{table}\n\n{bare}\n\n{reading}\n\n{facts}\n"
-    write_text(folder / TABLE, report)
     numbers = {"context": dict(context), "base": base, "rows": [row.summary for row in rows]}
-    write_json(folder / NUMBERS, numbers)
+    with publishing(folder) as written:
+        write_text(written / TABLE, report)
+        write_json(written / NUMBERS, numbers)
     return report
 
 

@@ -158,8 +158,8 @@ def test_files_put_beside_a_job_are_never_deleted(tmp_path, caplog):
 
 
 def test_what_a_killed_write_left_is_cleared(tmp_path):
-    (tmp_path / "job" / ".job.json.abc").mkdir(parents=True)
-    (tmp_path / "job" / ".layer-00001.safetensors.xyz").mkdir()
+    (tmp_path / "job" / ".job.json.a8_b.writing").mkdir(parents=True)
+    (tmp_path / "job" / ".layer-00001.safetensors.xyz.writing").mkdir()
     (tmp_path / "job" / "job.lock").touch()
     with store(tmp_path) as begun:
         assert len(begun) == 0

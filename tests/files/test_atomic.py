@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import stat
-from pathlib import Path
 
 import pytest
 
@@ -64,102 +61,12 @@ def test_the_target_is_untouched_until_the_end(tmp_path):
     assert path.read_text() == "new"
 
 
-def test_a_directory_replaces_a_directory_as_a_whole(tmp_path):
-    path = tmp_path / "run"
-    path.mkdir()
-    (path / "old.txt").write_text("old")
-    with replacing(path) as temporary:
-        temporary.mkdir()
-        (temporary / "new.txt").write_text("new")
-    assert [inside.name for inside in path.iterdir()] == ["new.txt"]
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_an_error_midway_leaves_the_old_directory(tmp_path):
-    path = tmp_path / "run"
-    path.mkdir()
-    (path / "old.txt").write_text("old")
-    with pytest.raises(OSError, match="disk full"), replacing(path) as temporary:
-        temporary.mkdir()
-        raise OSError("disk full")
-    assert [inside.name for inside in path.iterdir()] == ["old.txt"]
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def old_directory(parent: Path) -> Path:
-    path = parent / "run"
-    path.mkdir()
-    for name in ("a.txt", "b.txt"):
-        (path / name).write_text("old")
-    return path
-
-
-def replace_directory(path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.mkdir()
-        (temporary / "new.txt").write_text("new")
-
-
-def test_a_kill_while_the_old_directory_is_removed_leaves_the_new_one_whole(tmp_path, monkeypatch):
-    path = old_directory(tmp_path)
-
-    def killed(folder, **options):
-        next(inside for inside in Path(folder).rglob("a.txt")).unlink()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        replace_directory(path)
-    assert [inside.name for inside in path.iterdir()] == ["new.txt"]
-
-
-def failing_replace(monkeypatch: pytest.MonkeyPatch, target: Path, times: int) -> None:
-    """os.replace that fails the first `times` times that `target` is to be put in place."""
-    plain, left = os.replace, [times]
-
-    def replace(source, destination):
-        if Path(destination) == target and left[0]:
-            left[0] -= 1
-            raise OSError("disk gone")
-        plain(source, destination)
-
-    monkeypatch.setattr(os, "replace", replace)
-
-
-def test_the_old_directory_is_put_back_if_the_new_one_cannot_be_put_in_place(tmp_path, monkeypatch):
-    path = old_directory(tmp_path)
-    failing_replace(monkeypatch, path, times=1)
-    with pytest.raises(OSError, match="disk gone"):
-        replace_directory(path)
-    assert sorted(inside.name for inside in path.iterdir()) == ["a.txt", "b.txt"]
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_old_directory_is_never_removed_while_nothing_is_in_its_place(tmp_path, monkeypatch):
-    path = old_directory(tmp_path)
-    failing_replace(monkeypatch, path, times=2)
-    with pytest.raises(OSError, match="disk gone"):
-        replace_directory(path)
-    (workspace,) = tmp_path.iterdir()
-    assert workspace.name.startswith(".run.")
-    assert sorted(p.name for p in (workspace / "run.old").iterdir()) == ["a.txt", "b.txt"]
-
-
 def test_a_file_never_replaces_a_directory(tmp_path):
     path = tmp_path / "run"
     path.mkdir()
     (path / "old.txt").write_text("old")
     with pytest.raises(IsADirectoryError):
         write_text(path, "new")
-    assert [inside.name for inside in path.iterdir()] == ["old.txt"]
-
-
-def test_a_caller_that_writes_nothing_loses_nothing(tmp_path):
-    path = tmp_path / "run"
-    path.mkdir()
-    (path / "old.txt").write_text("old")
-    with pytest.raises(FileNotFoundError), replacing(path):
-        pass
     assert [inside.name for inside in path.iterdir()] == ["old.txt"]
 
 

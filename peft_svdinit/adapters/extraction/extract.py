@@ -149,7 +149,8 @@ def extract_adapter(
         write_text(written / EXTRACTION_REPORT, extracted.as_text())
         unchanged()
         with output.replacing() as temporary:
-            os.replace(written, temporary)
+            for file in written.iterdir():
+                shutil.move(file, temporary / file.name)
     return extracted
 
 

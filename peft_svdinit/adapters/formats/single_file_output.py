@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...files import TensorWriter, replacing, write_json
+from ...files import TensorWriter, publishing, write_json
 from ..carried import Carried
 from ..rounding import Factors
 from . import diffusers, kohya
@@ -45,14 +45,13 @@ def write_single_file(
             tensors[f"{name}.{ALPHA}"] = lora_A.new_tensor(float(rank))
     layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     metadata = {"format": "pt", **_metadata(adapter, weights, carried)}
-    # Both are there before the first of them is replaced.
-    with replacing(output) as temporary, replacing(report_path(output)) as described:
-        with TensorWriter(temporary, {**layout, **carried.layout}, metadata) as writer:
+    with publishing(output.parent) as folder:
+        with TensorWriter(folder / output.name, {**layout, **carried.layout}, metadata) as writer:
             for key, tensor in tensors.items():
                 writer.write(key, tensor)
             for key in carried.layout:
                 writer.write(key, carried.tensor(key))
-        write_json(described, report)
+        write_json(folder / report_path(output).name, report)
 
 
 def _metadata(

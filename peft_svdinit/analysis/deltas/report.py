@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...factors import RankRecommendation
-from ...files import write_text
+from ...files import publishing, write_text
 from ..markdown import document, facts, picture, section, span
 from .heat_maps import plot_heat_maps
 from .intruders import LayerIntruders, intruders_as_dict
@@ -66,6 +66,12 @@ def write_analysis(
     """
     stem = Path(output_dir) / f"svd_analysis_rank{analysis.rank}"
     paths = {"json": stem.with_suffix(".json"), "report": stem.with_suffix(".md")}
+    figures = {
+        "figure": stem.with_suffix(".png"),
+        "heat_maps": stem.with_name(f"{stem.name}_heat_maps.png"),
+        "spectra": stem.with_name(f"{stem.name}_spectra.png"),
+    }
+    paths |= figures if plots else {}
     content = {
         "format_version": FORMAT_VERSION,
         "title": title,
@@ -77,16 +83,16 @@ def write_analysis(
     }
     # Before anything is written: this is where NaN is refused.
     text = json.dumps(content, indent=2, allow_nan=False)
-    if plots:
-        paths["figure"] = stem.with_suffix(".png")
-        plot_analysis(analysis, paths["figure"], title=title)
-        paths["heat_maps"] = stem.with_name(f"{stem.name}_heat_maps.png")
-        ranks = recommendation.ranks if recommendation else None
-        plot_heat_maps(analysis, paths["heat_maps"], ranks=ranks, title=title)
-        paths["spectra"] = stem.with_name(f"{stem.name}_spectra.png")
-        plot_spectra(analysis, paths["spectra"], title=title)
-    write_text(paths["json"], text + "\n")
-    write_text(paths["report"], _report(analysis, title, source, recommendation, intruders, paths))
+    report = _report(analysis, title, source, recommendation, intruders, paths)
+    with publishing(output_dir, replaces=[path.name for path in figures.values()]) as folder:
+        if plots:
+            plot_analysis(analysis, folder / figures["figure"].name, title=title)
+            ranks = recommendation.ranks if recommendation else None
+            heat_maps = folder / figures["heat_maps"].name
+            plot_heat_maps(analysis, heat_maps, ranks=ranks, title=title)
+            plot_spectra(analysis, folder / figures["spectra"].name, title=title)
+        write_text(folder / paths["json"].name, text + "\n")
+        write_text(folder / paths["report"].name, report)
     return paths
 
 

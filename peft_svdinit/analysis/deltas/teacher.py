@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ...factors import Extraction, HasSpectrum, LowRankFactors, recommend_ranks, save_factors
+from ...files import publishing
 from .intruders import LayerIntruders
 from .report import write_analysis
 from .synthesis_plot import plot_synthesis
 from .totals import Analysis, analyze
 
+_SYNTHESIS = "synthesis.png"
 _TITLES = {
     "adapter": "SVD analysis of an adapter",
     "synthesised": "SVD analysis of a synthesised teacher",
@@ -42,19 +43,19 @@ def write_teacher(
     Returns:
         The analysis.
     """
-    folder = Path(output_dir)
-    save_factors(
-        folder, extraction.factors, extraction.metadata, base_samples=extraction.base_samples
-    )
-    analysis = write_factors_analysis(
-        extraction.factors,
-        folder,
-        rank=rank,
-        source={**asdict(extraction.metadata), **(notes or {})},
-        plots=plots,
-    )
-    if original is not None and plots:
-        plot_synthesis(original, extraction.factors, folder / "synthesis.png")
+    with publishing(output_dir, replaces=[_SYNTHESIS]) as folder:
+        save_factors(
+            folder, extraction.factors, extraction.metadata, base_samples=extraction.base_samples
+        )
+        analysis = write_factors_analysis(
+            extraction.factors,
+            folder,
+            rank=rank,
+            source={**asdict(extraction.metadata), **(notes or {})},
+            plots=plots,
+        )
+        if original is not None and plots:
+            plot_synthesis(original, extraction.factors, folder / _SYNTHESIS)
     return analysis
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from ...files import write_text
+from ...files import publishing, write_text
 from ...masks import LoriMask
 from ..markdown import bullets, document, facts, picture, section
 from .density_plot import plot_mask
@@ -37,6 +36,7 @@ REPORT, FIGURE, ENTRIES_FIGURE, OVERLAP_FIGURE = (
     "mask_entries.png",
     "mask_overlap.png",
 )
+MASK_FIGURES = (FIGURE, ENTRIES_FIGURE, OVERLAP_FIGURE)
 _LIMITS = (
     "Magnitudes say where training moved B, not which entries the task needs: whether a mask "
     "beats a random one is answered by training both. The first steps of Adam move every entry by "
@@ -67,7 +67,7 @@ def write_mask_report(
         ImportError: if `plots` is asked for without matplotlib; nothing is written then.
         ValueError: as `mask_statistics`.
     """
-    folder, masks = Path(output_dir), mask.masks
+    masks = mask.masks
     if lora_B is not None:
         check_fits(masks, lora_B)
     says_something = lora_B is not None and any(
@@ -76,20 +76,14 @@ def write_mask_report(
     statistics = mask_statistics(masks, lora_B if says_something else None)
     content = {"format_version": FORMAT_VERSION, "mask": described(mask), **statistics.as_dict()}
     text = json.dumps(content, indent=2, allow_nan=False)
-    pictures = []
-    if plots:
-        title = f"LoRI mask: {mask.source.get('kind', 'mask')}, scope {mask.scope}"
-        plot_mask(statistics, folder / FIGURE, title=title)
-        plot_mask_entries(masks, folder / ENTRIES_FIGURE, lora_B=lora_B, title=title)
-        pictures = [
-            picture("Density by block, type and layer", FIGURE),
-            picture("Entries of B", ENTRIES_FIGURE),
-        ]
-    write_text(folder / f"{REPORT}.json", text + "\n")
+    pictures = [
+        picture("Density by block, type and layer", FIGURE),
+        picture("Entries of B", ENTRIES_FIGURE),
+    ]
     report = document(
         "# LoRI mask",
         bullets(mask_in_words(mask, statistics)),
-        *pictures,
+        *(pictures if plots else []),
         section("Rows and columns", spread_table(statistics)),
         section("Energy of B", energy_table(statistics)),
         section("By module type", group_table("module type", statistics.types)),
@@ -98,7 +92,13 @@ def write_mask_report(
         section("What it was made with", facts(described(mask))),
         section("What this does not say", _LIMITS),
     )
-    write_text(folder / f"{REPORT}.md", report)
+    with publishing(output_dir, replaces=MASK_FIGURES) as folder:
+        if plots:
+            title = f"LoRI mask: {mask.source.get('kind', 'mask')}, scope {mask.scope}"
+            plot_mask(statistics, folder / FIGURE, title=title)
+            plot_mask_entries(masks, folder / ENTRIES_FIGURE, lora_B=lora_B, title=title)
+        write_text(folder / f"{REPORT}.json", text + "\n")
+        write_text(folder / f"{REPORT}.md", report)
     return statistics
 
 
@@ -114,7 +114,6 @@ def write_mask_comparison(
     Raises:
         ImportError: if `plots` is asked for without matplotlib; nothing is written then.
     """
-    folder = Path(output_dir)
     names = list(next(iter(masks.values())).layers)
     statistics = {
         label: mask_statistics({name: mask.layers[name].mask for name in names})
@@ -129,10 +128,6 @@ def write_mask_comparison(
         **comparison.as_dict(),
     }
     text = json.dumps(content, indent=2, allow_nan=False)
-    if plots:
-        title = f"{len(masks)} LoRI masks: what each pair shares"
-        plot_mask_overlap(comparison, folder / OVERLAP_FIGURE, title=title)
-    write_text(folder / f"{REPORT}.json", text + "\n")
     types = {label: found.types for label, found in statistics.items()}
     blocks = {label: found.blocks for label, found in statistics.items()}
     report = document(
@@ -143,7 +138,12 @@ def write_mask_comparison(
         section("Density by module type [%]", density_table(types)),
         section("Density by block [%]", density_table(blocks)),
     )
-    write_text(folder / f"{REPORT}.md", report)
+    with publishing(output_dir, replaces=MASK_FIGURES) as folder:
+        if plots:
+            title = f"{len(masks)} LoRI masks: what each pair shares"
+            plot_mask_overlap(comparison, folder / OVERLAP_FIGURE, title=title)
+        write_text(folder / f"{REPORT}.json", text + "\n")
+        write_text(folder / f"{REPORT}.md", report)
 
 
 def described(mask: LoriMask) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files import write_json, write_text
+from ...files import publishing, write_json, write_text
 from ..canvas import COLOURS, MARKERS, legend_outside, new_figure, save_figure, tidy
 from .document import Document, Section
 from .figures import FigureFile
@@ -75,13 +75,13 @@ def write_continual(
     Raises:
         ImportError: without matplotlib or scipy.
     """
-    folder = Path(folder)
     schemes = _by_scheme(runs)
     numbers = [{**asdict(run), "forgetting": run.forgetting} for run in runs]
-    write_json(folder / "continual.json", {"context": dict(context), "runs": numbers})
-    save_figure(_figure(schemes), folder / "continual.png")
-    write_text(folder / "continual.md", markdown_report(_document(schemes, context)))
-    return folder / "continual.md"
+    with publishing(folder) as written:
+        write_json(written / "continual.json", {"context": dict(context), "runs": numbers})
+        save_figure(_figure(schemes), written / "continual.png")
+        write_text(written / "continual.md", markdown_report(_document(schemes, context)))
+    return Path(folder) / "continual.md"
 
 
 def forgetting_against_lora(

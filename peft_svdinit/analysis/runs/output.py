@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files import replacing, write_json, write_text
+from ...files import publishing, write_json, write_text
 from ...training import Run, for_json
 from .compare import Comparison, compare_runs
 from .document import comparison_document
@@ -76,12 +76,12 @@ def write_comparison(
         page=folder / "comparison.html",
         figures=tuple(folder / name for name in images),
     )
-    for path, image in zip(paths.figures, images.values(), strict=True):
-        with replacing(path) as temporary:
-            temporary.write_bytes(image)
-    write_json(paths.numbers, numbers)
-    write_text(paths.report, report)
-    write_text(paths.page, page)
+    with publishing(folder) as written:
+        for name, image in images.items():
+            (written / name).write_bytes(image)
+        write_json(written / paths.numbers.name, numbers)
+        write_text(written / paths.report.name, report)
+        write_text(written / paths.page.name, page)
     return paths
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,22 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ...files import LazyMapping, opened, read_json, write_json, write_tensors
+from ...files import (
+    LazyMapping,
+    is_workspace,
+    opened,
+    read_json,
+    workspace,
+    write_json,
+    write_tensors,
+)
 from ..low_rank import LowRankFactors
 
 logger = logging.getLogger(__name__)
 
 _PLAN, _LOCK, _RESULT = "job.json", "job.lock", "adapter"
-# All that is ever there; hidden, with a dot and letters at the end, while it is written.
-_OURS = re.compile(r"job\.lock|(\.)?(job\.json|layer-\d+\.safetensors|adapter)(?(1)\..+)")
+# All that is ever there, beside workspaces.
+_OURS = re.compile(r"job\.lock|job\.json|layer-\d+\.safetensors|adapter")
 _PARTS = ("U", "S", "Vh")
 _ARGUMENT = "output_dir"
 _FORMAT_VERSION = 1
@@ -69,7 +76,6 @@ class LayerStore(LazyMapping[LowRankFactors]):
                 "wait for it, or choose another output_dir"
             ) from None
         try:
-            self._clear_remains()
             self._resume_or_begin()
         except BaseException:
             self._lock.release()
@@ -86,7 +92,7 @@ class LayerStore(LazyMapping[LowRankFactors]):
 
     def _foreign(self) -> set[str]:
         names = {path.name for path in self.folder.glob("*")}
-        foreign = {name for name in names if not _OURS.fullmatch(name)}
+        foreign = {name for name in names if not (_OURS.fullmatch(name) or is_workspace(name))}
         if _inputs_of(self.folder / _PLAN) is None:
             foreign |= {name for name in names if not name.startswith(".") and name != _LOCK}
         return foreign
@@ -98,11 +104,6 @@ class LayerStore(LazyMapping[LowRankFactors]):
                 f"{self.folder} is needed as a working folder and holds something else, "
                 f"{min(foreign)}; move it"
             )
-
-    def _clear_remains(self) -> None:
-        for path in self.folder.glob(".*"):  # Of writes that were killed.
-            if _OURS.fullmatch(path.name):
-                shutil.rmtree(path)
 
     def _resume_or_begin(self) -> None:
         plan = self.folder / _PLAN
@@ -157,10 +158,9 @@ class LayerStore(LazyMapping[LowRankFactors]):
             )
             return
         # Out of the way first: a process that starts now must not work in a folder that vanishes.
-        gone = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
-        os.rename(self.folder, gone)
-        self._lock.release()
-        shutil.rmtree(gone, ignore_errors=True)
+        with workspace(self.folder.parent, self.folder.name) as gone:
+            os.rename(self.folder, gone / self.folder.name)
+            self._lock.release()
 
 
 def _inputs_of(plan: Path) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import logging
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from huggingface_hub.utils import WeakFileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from ...files import replacing
+from ...files import publishing
 from ..cache import cache_root
 
 logger = logging.getLogger(__name__)
@@ -123,10 +122,8 @@ def _convert_once(model: str, source: Path, folder: Path) -> None:
         with WeakFileLock(lock, timeout=_LONGEST_WAIT):
             if _is_complete(folder):  # another process was faster
                 return
-            for remains in folder.parent.glob(f".{folder.name}.*"):  # of killed conversions
-                shutil.rmtree(remains, ignore_errors=True)
             logger.info("converting %s into %s, once", source, folder)
-            with replacing(folder) as temporary:
+            with publishing(folder) as temporary:
                 _convert(source, temporary)
     except TimeoutError as error:
         raise TimeoutError(
