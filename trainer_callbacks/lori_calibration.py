@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peft_svdinit import LoriConfig
 from peft_svdinit.factors import LoraAdapter
+from peft_svdinit.files import publishing
 from peft_svdinit.masks import (
     MASK_FILE_NAME,
     SCORES_FILE_NAME,
@@ -190,11 +191,12 @@ class LoriCalibrationCallback(TrainerCallback):
         return [SCORES_FILE_NAME, *([] if self.selection is None else [MASK_FILE_NAME])]
 
     def _write(self, folder: Path, layers: LayerScores) -> None:
-        save_scores(folder / SCORES_FILE_NAME, layers)
-        if self.selection is None:
-            return
-        with self._spared(f"{MASK_FILE_NAME} in {folder}", "Choose it from the scores."):
-            save_mask(folder / MASK_FILE_NAME, layers.mask(self.selection))
+        with publishing(folder, replaces=self._files) as new:
+            save_scores(new / SCORES_FILE_NAME, layers)
+            if self.selection is None:
+                return
+            with self._spared(f"{MASK_FILE_NAME} in {folder}", "Choose it from the scores."):
+                save_mask(new / MASK_FILE_NAME, layers.mask(self.selection))
 
     def _add_gradients(self, model: torch.nn.Module) -> None:
         factors = dense_factors(model, self.adapter_name)
