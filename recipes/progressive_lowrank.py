@@ -23,6 +23,7 @@ from stages.low_rank_options import LowRankOptions
 from stages.processes import leave_process_group
 from stages.progressive import factor_batches, train_in_two
 from stages.pushing import prepare_push
+from stages.resuming import check_checkpoint
 from train_full_teacher import loaded
 
 from peft_svdinit.low_rank import LowRankPlan, check_rule, low_rank_layers
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         classes, argv, description=__doc__ or "", script=__file__
     )
     with refusals_in_one_line((model, data, low, arguments)):
+        check_checkpoint(arguments)
         materials = Materials.prepare(model, data)
         with whole_weights():
             base: Any = loaded(model)

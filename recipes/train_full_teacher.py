@@ -12,6 +12,7 @@ from stages.dry_run import DryRunOptions, print_estimate
 from stages.fit import Materials, check_complete, fit, outcome
 from stages.processes import leave_process_group
 from stages.pushing import prepare_push
+from stages.resuming import check_checkpoint
 from transformers import PreTrainedModel
 
 from peft_svdinit.training import (
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         if dry.dry_run:
             refuse_quantised(model)
             return print_estimate(dry, model, data, None, arguments)
+        check_checkpoint(arguments)
         push = prepare_push(arguments, model)
         materials, teacher = Materials.prepare(model, data), loaded(model)
     run = fit(teacher, materials, arguments)

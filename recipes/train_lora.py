@@ -34,6 +34,7 @@ from stages.lora_options import LoraOptions
 from stages.processes import leave_process_group
 from stages.pushing import prepare_push
 from stages.rank_budget import BudgetedRanks, ranks_within_budget
+from stages.resuming import check_checkpoint
 from stages.warm_start import moments_of_source, started_from_source
 from torch.utils.data import DataLoader
 from transformers import set_seed
@@ -126,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     with refusals_in_one_line((model, data, lora, arguments, dry)):
         if dry.dry_run:
             return print_estimate(dry, model, data, lora, arguments)
+        check_checkpoint(arguments)
         push = prepare_push(arguments, model)
         materials = Materials.prepare(model, data)
         peft_model, callbacks, noted = started(materials, model, lora, arguments)

@@ -33,6 +33,7 @@ from stages.lori_stages import (
 from stages.lori_tasks import calibration_task, mask_task, run_inputs
 from stages.processes import leave_process_group
 from stages.pushing import prepare_push
+from stages.resuming import check_checkpoint
 
 from peft_svdinit import FactorsFile
 from peft_svdinit.adapters import compact_adapter_folder
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     state = PartialState()
     with refusals_in_one_line((model, data, lori, arguments)):
+        check_checkpoint(arguments)
         with state.main_process_first():
             layers = check_inputs(model, lori, arguments)
             materials = Materials.prepare(model, data)

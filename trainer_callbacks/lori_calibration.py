@@ -183,6 +183,10 @@ class LoriCalibrationCallback(TrainerCallback):
                 self._write(folder, self._layers(model, scores, state.global_step))
         PartialState().wait_for_everyone()
 
+    def needs_of(self, checkpoint: Path) -> list[str]:
+        """The files of a checkpoint that a resumed run reads."""
+        return [] if self.score == "magnitude" else [SCORES_FILE_NAME]
+
     def _folder(self, args: TrainingArguments) -> Path:
         return Path(str(self.output_dir or args.output_dir)).expanduser()
 

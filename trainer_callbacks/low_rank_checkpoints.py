@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from peft_svdinit.low_rank import PLAN_NAME, densify_, is_low_rank, is_small_form, restore_layers_
+from peft_svdinit.low_rank import (
+    FACTORS_NAME,
+    PLAN_NAME,
+    densify_,
+    is_low_rank,
+    is_small_form,
+    restore_layers_,
+)
 from peft_svdinit.optim import Moved
 from trainer_callbacks.owning_trainer import trainer_of
 from trainer_callbacks.plain_optimizer import plain
@@ -96,6 +104,16 @@ class LowRankCheckpointsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         follow_checkpoints_(trainer_of(self), always_low=True)
+
+    def needs_of(self, checkpoint: Path) -> list[str]:
+        """The files of a checkpoint that a resumed run reads."""
+        own = [*checkpoint.glob("pytorch_model_fsdp*"), *checkpoint.glob("global_step*")]
+        return [] if own else files_of_factors(checkpoint)
+
+
+def files_of_factors(checkpoint: Path) -> list[str]:
+    """What stands beside the weights of a checkpoint of low rank."""
+    return [] if is_small_form(checkpoint) else [PLAN_NAME, FACTORS_NAME]
 
 
 def _repair(trainer: Trainer, moved: list[Moved]) -> None:

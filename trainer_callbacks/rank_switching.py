@@ -38,7 +38,7 @@ from trainer_callbacks.layer_switching import (
     rebalance_layers_,
 )
 from trainer_callbacks.learning_rates import dampen_rates_, scale_rates_
-from trainer_callbacks.low_rank_checkpoints import follow_checkpoints_
+from trainer_callbacks.low_rank_checkpoints import files_of_factors, follow_checkpoints_
 from trainer_callbacks.owning_trainer import trainer_of
 from trainer_callbacks.plain_optimizer import plain
 from trainer_callbacks.rank_schedule import (
@@ -52,7 +52,7 @@ from trainer_callbacks.rank_schedule import (
     rewarmup,
 )
 from trainer_callbacks.rank_switch_checks import check_followers, check_model, check_processes
-from trainer_callbacks.rank_switch_memory import Memory
+from trainer_callbacks.rank_switch_memory import Memory, was_switched
 from trainer_callbacks.rank_switch_options import SwitchOptions
 from trainer_callbacks.taking_over import groups_digest
 
@@ -226,6 +226,10 @@ class RankSwitchCallback(TrainerCallback):
         what = "kept its ranks" if self.switches else "stayed dense"
         for why in missed:
             logger.warning("the training ended and the model %s: %s", what, why)
+
+    def needs_of(self, checkpoint: Path) -> list[str]:
+        """The files of a checkpoint that a resumed run reads."""
+        return files_of_factors(checkpoint) if was_switched(checkpoint) else []
 
     def _attach(self) -> Trainer:
         trainer = trainer_of(self)

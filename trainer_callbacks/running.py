@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_svdinit.training import RunsAs
+from peft_svdinit.training import RunsAs, note_in
 from trainer_callbacks.owning_trainer import calling_trainer
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,8 @@ class RunsAsCallback(TrainerCallback):
     """Before the first step, say what the training runs as; refuse what is not as expected.
 
     Launchers start one process where several were asked for (`accelerate launch --cpu`), and the
-    Trainer runs DDP where FSDP was asked for (on a CPU), both in silence.
+    Trainer runs DDP where FSDP was asked for (on a CPU), both in silence. Checkpoints note what a
+    resume is to find in them, see `peft_svdinit.training.fault_of`.
 
     Args:
         expected_processes: number of processes that train together.
@@ -54,5 +55,6 @@ class RunsAsCallback(TrainerCallback):
             raise RuntimeError("RunsAsCallback is for a Trainer; give it in callbacks=[...]")
         runs_as = RunsAs.of(trainer)
         runs_as.check(**self.expected)
+        note_in(state, processes=args.world_size, save_only_model=args.save_only_model)
         if state.is_world_process_zero:
             self.report(f"runs as: {runs_as}")

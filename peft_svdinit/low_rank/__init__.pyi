@@ -3,6 +3,7 @@ from .candidates import low_rank_layers as low_rank_layers
 from .candidates import replace_module_ as replace_module_
 from .factorising import densify_ as densify_
 from .factorising import factorize_ as factorize_
+from .files import FACTORS_NAME as FACTORS_NAME
 from .files import PLAN_NAME as PLAN_NAME
 from .files import is_low_rank as is_low_rank
 from .layer import LowRankLinear as LowRankLinear

@@ -2,6 +2,9 @@ from .arguments import RecipeArguments as RecipeArguments
 from .builtin.model import builtin_of_folder as builtin_of_folder
 from .builtin.model import original_of as original_of
 from .builtin.model import resolve_model as resolve_model
+from .checkpoints import fault_of as fault_of
+from .checkpoints import newest_whole as newest_whole
+from .checkpoints import note_in as note_in
 from .data import DataOptions as DataOptions
 from .data import load_examples as load_examples
 from .data import prepare_examples as prepare_examples

@@ -22,7 +22,6 @@ from transformers import (
     TrainerState,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from peft_svdinit.training import (
     DataOptions,
@@ -36,9 +35,11 @@ from peft_svdinit.training import (
     prepare_examples,
     read_run,
     read_run_info,
+    refusals_in_one_line,
 )
 from stages.held_out import split_of
 from stages.processes import check_same_start
+from stages.resuming import checkpoint_to_resume
 from trainer_callbacks import ComparisonCallback, RunsAsCallback
 
 
@@ -101,14 +102,15 @@ def fit(
 ) -> Run | None:
     """Train, leaving the model and the run's record in `arguments.output_dir`.
 
-    With `resume_from_checkpoint=last` it goes on from the last checkpoint there, if there is one.
+    With `resume_from_checkpoint=last` it goes on from the newest whole checkpoint there, if there
+    is one, and says which later ones it passes over.
 
     Returns:
         The run's record, on the main process.
 
     Raises:
         SystemExit: with one line, where the training would run as something else than the
-            arguments expect.
+            arguments expect, or go on from a checkpoint that is not whole.
         RuntimeError: if the processes would begin with different numbers.
     """
     made = {"dataset": materials.source, **materials.split}
@@ -117,7 +119,8 @@ def fit(
     arguments = replace(arguments, push_to_hub=False)
     check_same_start(model)
     folder = Path(str(arguments.output_dir))
-    resume = checkpoint_to_resume(arguments)
+    with refusals_in_one_line([arguments]):
+        resume = checkpoint_to_resume(arguments, callbacks, report=print)
     record = ComparisonCallback(name=folder.name, extra={**(extra or {}), **made})
     runs_as = RunsAsCallback(
         expected_processes=arguments.expected_processes,
@@ -151,14 +154,6 @@ def fit(
 def _say_once(line: str) -> None:
     """What all runs of a recipe share."""
     print(line)
-
-
-def checkpoint_to_resume(arguments: RecipeArguments) -> str | None:
-    """The checkpoint to go on from; of "last" the last one in the run's folder, if any."""
-    folder, resume = Path(str(arguments.output_dir)), arguments.resume_from_checkpoint
-    if resume == "last":
-        return get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return resume
 
 
 def check_complete(folder: Path, *files: str) -> None:

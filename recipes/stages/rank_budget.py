@@ -30,9 +30,10 @@ from peft_svdinit.files import file_stamps, write_json
 from peft_svdinit.training import RecipeArguments
 from peft_svdinit.tuner import lora_scalings
 from stages.data_start import FOLDER, counted
-from stages.fit import Materials, checkpoint_to_resume
+from stages.fit import Materials
 from stages.lora_options import LoraOptions
 from stages.processes import is_shared
+from stages.resuming import checkpoint_to_resume
 
 RANKS, FIGURE = "ranks.json", "ranks.png"
 # No layer gets more than this many times the rank that the budget pays for everywhere: as many

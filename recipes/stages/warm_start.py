@@ -17,8 +17,8 @@ from peft_svdinit.files import WrongKind, file_stamps, is_local, resolve_folder
 from peft_svdinit.optim import lora_parameters, moments_beside
 from peft_svdinit.training import ModelOptions, RecipeArguments, resolve_model
 from stages.data_start import FOLDER
-from stages.fit import checkpoint_to_resume
 from stages.lora_options import LoraOptions
+from stages.resuming import checkpoint_to_resume
 from trainer_callbacks import CarryMomentsCallback
 from trainer_callbacks.plain_optimizer import plain
 
@@ -43,9 +43,10 @@ def started_from_source(
     source = str(lora.init_from)
     folder = Path(str(arguments.output_dir)) / FOLDER
     _check_apart(source, folder)
+    goes_on = checkpoint_to_resume(arguments) is not None
     with arguments.main_process_first(local=False, desc="factors of init_from"):
         known = FactorsFile(folder).metadata.source if _is_made(folder) else {}
-        resumed = bool(known) and checkpoint_to_resume(arguments) is not None
+        resumed = bool(known) and goes_on
         wanted = {
             "kind": "init_from",
             "files": _stamps_or_known(source, known, arguments) if resumed else _stamps(source),

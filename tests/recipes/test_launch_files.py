@@ -136,6 +136,7 @@ def test_recipes_run_as_the_launch_file_says(name, inputs, alone, tmp_path, requ
     outputs, said = tmp_path, run_recipes(name, inputs, tmp_path, recipes)
     # Of several processes the first one finds the ranks and says what all are.
     assert said.count("rank_budget: ") == 1 and said.count("runs as: ") >= 1
+    assert said.count("goes on from checkpoint-5; checkpoint-10 is passed over: it has no rng") == 1
     options = dict(option.removeprefix("--expected_").split() for option in documented(name))
     for recipe in recipes:
         records = [json.loads(path.read_text()) for path in (outputs / recipe).rglob("run.json")]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import sys
 
 import compare_inits
 import continual
@@ -16,7 +20,6 @@ from support.recipe_inputs import shared_options
 
 from peft_svdinit.cli import main as svdinit
 from peft_svdinit.training import read_run
-from trainer_callbacks.comparison import ComparisonCallback
 
 
 @pytest.fixture(scope="module")
@@ -78,28 +81,41 @@ def test_two_runs_with_one_seed_are_equal_bit_by_bit(teacher, tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint(teacher, tmp_path, monkeypatch):
+def killed_when_it_opens(file: str, options: list[str]) -> None:
+    """A run in a process of its own, ended by a kill when it opens a file to write it."""
+
+    def run() -> None:
+        def hook(event: str, arguments: tuple) -> None:
+            if event == "open" and str(arguments[0]).endswith(file) and arguments[1] == "w":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        train_lora.main(options)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_run_that_is_killed_whenever_it_saves_ends_as_one_that_is_not(teacher, tmp_path):
     folder, options = teacher
-    again = [*options, "--output_dir", str(tmp_path / "run"), "--save_steps", "2"]
+    run = tmp_path / "run"
+    again = [*options, "--output_dir", str(run), "--save_steps", "2"]
     again += ["--resume_from_checkpoint", "last"]
-
-    class Killed(Exception):
-        pass
-
-    begin = ComparisonCallback.on_step_begin
-
-    def die(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise Killed
-        begin(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ComparisonCallback, "on_step_begin", die)
-        with pytest.raises(Killed):
-            train_lora.main(again)
-    assert not read_run(tmp_path / "run").completed
+    killed_when_it_opens("checkpoint-2/trainer_state.json", again)
+    killed_when_it_opens("checkpoint-4/trainer_state.json", again)
+    assert not read_run(run).completed
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+    killed_when_it_opens("run/adapter_config.json", again)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
     train_lora.main(again)
-    assert losses(tmp_path / "run") == losses(folder / "random")
+    assert losses(run) == losses(folder / "random")
+    name = "adapter_model.safetensors"
+    assert (run / name).read_bytes() == (folder / "random" / name).read_bytes()
 
 
 def test_a_full_teacher_is_extracted_and_starts_a_student(teacher, tmp_path):

@@ -92,12 +92,11 @@ def main(inputs: Path, outputs: Path, recipes: list[str], given: list[str]) -> N
         options = [*options_of(recipe, inputs), *given, "--output_dir", str(outputs / recipe)]
         total = "2" if recipe in ("compare_inits", "continual") else "4"
         run(recipe, [*options, "--total_train_batch_size", total])
-    # A run that was killed after the checkpoint of step 5.
+    # A run that was killed before the last process had written its part of the second checkpoint.
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         shutil.copytree(outputs / "train_lora", outputs / "killed")
-        for later in (outputs / "killed").glob("checkpoint-10"):
-            shutil.rmtree(later)
+        max((outputs / "killed" / "checkpoint-10").glob("rng_state*.pth")).unlink()
     PartialState().wait_for_everyone()
     options = [*options_of("train_lora", inputs), *given, "--output_dir", str(outputs / "killed")]
     resume = ["--total_train_batch_size", "4", "--resume_from_checkpoint", "last"]
