@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..files import file_stamps, is_workspace, publishing
+from ..files import clean_once, file_stamps, is_workspace, publishing
 from ..models import CONFIG_NAME, WEIGHTS_NAME
 
 RESIZE_REPORT = "resize.json"
@@ -51,6 +51,8 @@ class OutputFolder:
                 written by the verbs: an adapter that was trained, for one.
         """
         output = Path(path).expanduser()
+        if output.is_dir():
+            clean_once(output)  # A publication that was killed is finished first.
         target, read = output.resolve(), {path.resolve() for path in inputs}
         if target in read:
             raise ValueError(f"{argument} must not be an input, got {output}; choose another name")

@@ -18,12 +18,18 @@ def model_source(name: str, option: str = "base") -> str:
 
 
 def refuse_file(folder: str | Path, option: str) -> None:
-    """Refuse, before any work, an output folder that cannot be made for a file in its place.
+    """Refuse, before any work, an output folder that cannot be made for what is in its place.
 
     Raises:
-        ValueError: if the path or one of its parents is a file.
+        ValueError: if the path or one of its parents is a file, or a link that leads to itself.
     """
     path = Path(folder).expanduser()
+    try:
+        path.resolve()
+    except (RuntimeError, OSError) as error:  # Python's words for it differ among its versions.
+        raise ValueError(
+            f"{option} must be a folder, but {path} cannot be followed: {error}"
+        ) from error
     for place in (path, *path.parents):
         if place.exists():
             if not place.is_dir():

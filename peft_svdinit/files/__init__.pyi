@@ -21,6 +21,7 @@ from .tensor_file import TensorFile as TensorFile
 from .tensor_writer import FLOAT_DTYPES as FLOAT_DTYPES
 from .tensor_writer import TensorWriter as TensorWriter
 from .tensor_writer import write_tensors as write_tensors
+from .workspaces import clean_once as clean_once
 from .workspaces import is_workspace as is_workspace
 from .workspaces import workspace as workspace
 from .wrong_kind import WrongKind as WrongKind

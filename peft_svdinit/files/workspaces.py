@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
@@ -48,20 +48,16 @@ def workspace(parent: Path, name: str) -> Iterator[Path]:
     Raises:
         OSError: if the disk is full, by its name.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    clean_once(parent)
-    path, lock = _locked_folder(parent, name)
     try:
-        yield path
+        parent.mkdir(parents=True, exist_ok=True)
+        clean_once(parent)
+        with _locked_folder(parent, name) as path:
+            yield path
     except (OSError, SafetensorError) as error:
         reason = error.reason if isinstance(error, _DiskFull) else error
         if not _says_full(reason):
             raise
         raise _DiskFull(parent / name, reason) from error
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        if lock is not None:
-            lock.release()
 
 
 class _DiskFull(OSError):
@@ -82,19 +78,24 @@ def _says_full(error: Exception) -> bool:
     return any(f"(os error {number})" in str(error) for number in numbers)
 
 
-def _locked_folder(parent: Path, name: str) -> tuple[Path, BaseFileLock | None]:
+@contextmanager
+def _locked_folder(parent: Path, name: str) -> Iterator[Path]:
     while True:
         path = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=_WRITING, dir=parent))
         lock = FileLock(path / _LOCK)
         try:
-            lock.acquire(timeout=0)
-        except NotImplementedError:  # The file system has no locks.
-            return path, None
-        except Timeout:
-            continue  # Another process takes the folder for a dead one.
-        if os.path.exists(path / _LOCK):
-            return path, lock
-        lock.release()
+            try:
+                lock.acquire(timeout=0)
+            except NotImplementedError:
+                pass  # The file system has no locks.
+            except Timeout:
+                continue  # Another process takes the folder for a dead one.
+            if path.exists():
+                yield path
+                return
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+            lock.release()
 
 
 @cache
