@@ -211,6 +211,8 @@ def test_a_file_in_place_of_an_output_folder_is_refused_before_any_work(
     adapter, tmp_path, capsys, monkeypatch
 ):
     (tmp_path / "file").touch()
+    itself = tmp_path / "itself"
+    itself.symlink_to(itself)
     monkeypatch.setattr(LoraAdapter, "__init__", lambda *_: pytest.fail("work was done"))
     for verb, adapters, option in (
         ("synthesize", adapter, "output_dir"),
@@ -224,6 +226,8 @@ def test_a_file_in_place_of_an_output_folder_is_refused_before_any_work(
             argv = f"{verb} --adapter {adapters} --{option} {output}".split()
             said = refused(argv, capsys)
             assert f"--{option} must be a folder, but {tmp_path / 'file'} is a file" in said
+        argv = f"{verb} --adapter {adapters} --{option} {itself}".split()
+        assert f"--{option} must be a folder, but {itself} leads nowhere" in refused(argv, capsys)
 
 
 NOTHING: Any = None
