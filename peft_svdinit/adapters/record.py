@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ..files import one_line
 from .carried import Carried
 from .formats.beside import some
 from .one_model import Respelled
@@ -164,7 +165,7 @@ class WrittenAdapter(Generic[Layer]):
         for layer in self.worst(_WORST):
             ranks = f"{layer.rank_before} > {layer.rank}"
             lines.append(
-                f"{layer.name[-60:]:<60} {ranks:>10} {layer.relative_error:9.2e} "
+                f"{one_line(layer.name)[-60:]:<60} {ranks:>10} {layer.relative_error:9.2e} "
                 f"{layer.relative(layer.rounding_error):9.2e}"
             )
         return lines

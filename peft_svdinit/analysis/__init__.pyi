@@ -9,7 +9,11 @@ from .deltas.totals import analyze as analyze
 from .evaluation import EVALUATION_JSON as EVALUATION_JSON
 from .evaluation import evaluation_table as evaluation_table
 from .evaluation import write_evaluation as write_evaluation
+from .markdown import Markdown as Markdown
+from .markdown import code as code
 from .markdown import escaped as escaped
+from .markdown import facts as facts
+from .markdown import fenced as fenced
 from .markdown import markdown_table as markdown_table
 from .masks.overlap import Delta as Delta
 from .masks.overlap import compare_masks as compare_masks

@@ -6,11 +6,12 @@ import io
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from ..files import replacing
+from ..files import one_line, printable, replacing
 
 # Okabe and Ito's colours, told apart with any colour vision, but for their yellow, too pale on
 # white, and their black, too heavy in a filled area.
@@ -21,6 +22,8 @@ OTHER_COLOUR = "#B5B5B5"
 INK = "#1C1F24"
 # Legible on white and on a dark page.
 GUIDE = "#757B85"
+# Letters of a name.
+LONGEST_NAME = 44
 # Replaced by `currentColor` in the page's SVG; no other colour may have this value.
 PAGE_INK = "#010203"
 
@@ -47,7 +50,7 @@ def new_figure(width: float, height: float, title: str = "") -> Any:
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     if title:
-        figure.suptitle(title, fontsize=13)
+        figure.suptitle(plain(title), fontsize=13)
     return figure
 
 
@@ -92,8 +95,26 @@ def svg_of(figure: Any, name: str) -> str:
 
 def _saved(figure: Any, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, **options)
+    with warnings.catch_warnings():
+        # A box stands for a letter of a name that the font does not have.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format=kind, **options)
     return buffer.getvalue()
+
+
+def plain(text: str) -> str:
+    """`text` as matplotlib shows it letter by letter: no formulas, and in a legend whatever it is.
+
+    Legends leave out what begins with an underscore.
+    """
+    shown = printable(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def shortened(name: Any, longest: int = LONGEST_NAME) -> str:
+    """A name on one line, of a longer one its end, which tells layers and files apart."""
+    line = one_line(name)
+    return line if len(line) <= longest else f"…{line[1 - longest :]}"
 
 
 def tidy(axes: Any, ink: str = INK, *, grid: str = "both") -> None:

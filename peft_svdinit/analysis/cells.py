@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..models import layer_depth
+from .canvas import plain, shortened
 
 NO_DEPTH = "-"
 EMPTY = "#E9E9E9"
@@ -63,7 +64,7 @@ def draw_cells(
     )
     name_columns(axes, columns)
     step = math.ceil(len(rows) / _MOST_NAMES)
-    axes.set_yticks(range(0, len(rows), step), rows[::step])
+    axes.set_yticks(range(0, len(rows), step), [plain(shortened(row)) for row in rows[::step]])
     # White lines between the cells.
     axes.set_xticks([i - 0.5 for i in range(1, len(columns))], minor=True)
     axes.set_yticks([i - 0.5 for i in range(1, len(rows))], minor=True)
@@ -85,9 +86,10 @@ def draw_cells(
 def name_columns(axes: Any, names: Sequence[str], most: int = _MOST_NAMES) -> None:
     """Names under the columns, slanted unless all are short; beyond `most` at even distances."""
     step = math.ceil(len(names) / most)
+    shown = [plain(shortened(name)) for name in names[::step]]
     slanted = max(map(len, names)) > _LONGEST_UPRIGHT
     turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-    axes.set_xticks(range(0, len(names), step), names[::step], **turned)
+    axes.set_xticks(range(0, len(names), step), shown, **turned)
 
 
 def short_number(value: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..files import publishing, write_json, write_text
 from ..training import for_json
-from .markdown import columns_table, document, escaped, facts, section
+from .markdown import columns_table, document, escaped, facts, fenced, section
 from .runs.wording import NOT_KNOWN, count, loss, share, signed, significant
 
 EVALUATION_JSON, EVALUATION_REPORT = "evaluation.json", "evaluation.md"
@@ -40,7 +40,7 @@ def write_evaluation(record: Mapping[str, Any], folder: str | os.PathLike) -> Pa
 
 def evaluation_table(rows: Sequence[Row]) -> str:
     """Markdown: a row for the base and for each adapter, and how to read it."""
-    notes = [f"{escaped(row['name'])}: {row['note']}." for row in rows if row.get("note")]
+    notes = [escaped(f"{row['name']}: {row['note']}.") for row in rows if row.get("note")]
     return "\n\n".join([columns_table(rows, _columns(rows)), _READING, *notes])
 
 
@@ -48,7 +48,7 @@ def evaluation_report(record: Mapping[str, Any]) -> str:
     """The table and what it is of, as Markdown."""
     rows = record["results"]
     data = {
-        metric.replace("_", " "): f"{escaped(about['dataset_name'])}, {about['examples']} examples "
+        metric.replace("_", " "): f"{about['dataset_name']}, {about['examples']} examples "
         f"(seed {about['split_seed']} of the draw)"
         for metric, about in record["data"].items()
     }
@@ -57,14 +57,14 @@ def evaluation_report(record: Mapping[str, Any]) -> str:
         f"# Adapters of {escaped(record['model']['model_name_or_path'])}",
         evaluation_table(rows),
         section("Data", facts(data)),
-        section("Command", f"```\n{record['command']}\n```"),
+        section("Command", fenced(record["command"])),
         section("Versions", facts({name: versions[name] for name in versions})),
     )
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
     columns: dict[str, Callable[[Row], str]] = {
-        "adapter": lambda row: escaped(row["name"]),
+        "adapter": lambda row: row["name"],
         "parameters": lambda row: count(row["parameters"]),
     }
     metrics = {metric for row in rows for metric in row}
@@ -72,8 +72,9 @@ def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
         columns["loss"] = lambda row: _with_interval(row["loss"], "loss", loss)
         columns["against base"] = lambda row: _difference(row["loss"].get("against_base"))
         if len(rows) > 2:
-            first = escaped(rows[1]["name"])
-            columns[f"against {first}"] = lambda row: _difference(row["loss"].get("against_first"))
+            columns[f"against {rows[1]['name']}"] = lambda row: _difference(
+                row["loss"].get("against_first")
+            )
     if "exact_match" in metrics:
         columns["exact match"] = lambda row: _with_interval(
             row["exact_match"], "exact_match", share
@@ -84,9 +85,7 @@ def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
         columns["KL from teacher"] = lambda row: _with_interval(row["agreement"], "kl", loss)
         columns["top-1 as teacher"] = lambda row: _with_interval(row["agreement"], "top_1", share)
     for task in rows[0].get("lm_eval", {}):
-        columns[escaped(task)] = lambda row, task=task: _harness_cell(
-            row.get("lm_eval", {}).get(task, {})
-        )
+        columns[task] = lambda row, task=task: _harness_cell(row.get("lm_eval", {}).get(task, {}))
     return columns
 
 

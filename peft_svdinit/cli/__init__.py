@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..files import one_line, printable
 from ..training import REFUSALS, as_typed
 from . import (
     analyze,
@@ -52,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     verb, *rest = arguments
     if verb not in VERBS:
         raise SystemExit(_failure(f"unknown verb {verb!r}; the verbs: {', '.join(VERBS)}"))
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     options_class, run = VERBS[verb]
     options = parsed(options_class, rest, prog=f"svdinit {verb}")
     try:
@@ -61,9 +64,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(_failure(as_typed(str(error), [options]), verb)) from error
 
 
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _failure(message: str, verb: str = "") -> int:
     name = f"svdinit {verb}".strip()
-    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{name}: error: {one_line(message)}", file=sys.stderr)
     return 2
 
 

@@ -6,7 +6,9 @@ import json
 from dataclasses import dataclass, field
 
 from .. import analysis, training
+from ..files import one_line
 from .paths import refuse_file
+from .summary import say
 
 
 @dataclass(frozen=True)
@@ -33,5 +35,5 @@ def run(options: CompareOptions) -> None:
         reference=options.reference,
         metric=options.metric,
     )
-    print(json.loads(paths.numbers.read_text(encoding="utf-8"))["headline"])
-    print(f"Page: {paths.page}\nReport: {paths.report}")
+    say(one_line(json.loads(paths.numbers.read_text(encoding="utf-8"))["headline"]))
+    say(f"Page: {paths.page}\nReport: {paths.report}")

@@ -7,6 +7,7 @@ from typing import Literal
 
 from .. import adapters, factors, linalg, masks, models
 from .paths import model_source, refuse_file
+from .summary import say
 
 _DEFAULT_RANK = 16
 
@@ -101,14 +102,14 @@ def _export_adapter(options: ExportOptions, adapter: str) -> None:
         file = adapters.compact_adapter_folder(
             adapter, options.output_dir, dtype=options.dtype or "bfloat16"
         )
-        print(f"Compact adapter of {file.stat().st_size:,} bytes: {file}")
+        say(f"Compact adapter of {file.stat().st_size:,} bytes: {file}")
         return
     compact = masks.load_compact(adapter)
     folder = adapters.write_stock_adapter(
         compact, options.output_dir, dtype=options.dtype or "float32"
     )
     mask = compact.mask
-    print(
+    say(
         f"Stock LoRA of {len(mask.layers)} layers, {mask.kept:,} of {mask.size:,} entries of B "
         f"not zero: {folder}"
     )
@@ -137,7 +138,7 @@ def _export_factors(options: ExportOptions, path: str) -> None:
         dtype=options.dtype or "float32",
         uniform=options.uniform_rank,
     )
-    print(exported.summary())
+    say(exported.summary())
 
 
 def _rank_of(file: factors.FactorsFile, name: str, energy: float) -> int:

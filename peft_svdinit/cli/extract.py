@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from .. import adapters, analysis, factors
 from .paths import model_source, refuse_file
-from .summary import print_analysis
+from .summary import print_analysis, say
 
 _DEFAULT_RANK, _DEFAULT_MAX_RANK = 64, 128
 _OF_ADAPTERS = set(
@@ -200,7 +200,7 @@ def _run(options: ExtractOptions) -> None:
     )
     how: dict[str, Any] = {"device": options.device, "read_ahead": options.read_ahead}
     if options.dry_run:
-        print(adapters.estimate(pair, rule, form, options.output_dir, **how).as_text())
+        say(adapters.estimate(pair, rule, form, options.output_dir, **how).as_text())
     elif options.save_as == "factors":
         _factors(pair, rule, options)
     else:
@@ -214,7 +214,7 @@ def _run(options: ExtractOptions) -> None:
             seed=options.seed,
             **how,
         )
-        print(f"{extracted.as_text()}\nAdapter: {extracted.folder}")
+        say(f"{extracted.as_text()}\nAdapter: {extracted.folder}")
 
 
 def _factors(pair: factors.CheckpointPair, rule: factors.RankRule, options: ExtractOptions) -> None:
@@ -235,7 +235,7 @@ def _factors(pair: factors.CheckpointPair, rule: factors.RankRule, options: Extr
         extraction = factors.Extraction(store, metadata, factors.checkpoint_samples(pair))
         _write_factors(extraction, options, {"uncovered": uncovered})
     if uncovered:
-        print(
+        say(
             f"Not covered: {len(uncovered)} changed tensors outside the linear layers "
             "(embeddings, norms); they are listed in the report."
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .. import analysis, factors, files, masks, models
 from .paths import refuse_file
+from .summary import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,8 +137,8 @@ def run(options: MaskOptions) -> None:
     with files.publishing(output, replaces=analysis.MASK_FIGURES) as folder:
         statistics = analysis.write_mask_report(mask, folder, lora_B=lora_B, plots=options.plots)
         path = masks.save_mask(folder, mask)
-    print("\n".join(analysis.mask_in_words(mask, statistics)))
-    print(f"Mask: {output / path.name}\nReport: {output / f'{analysis.REPORT}.md'}")
+    say("\n".join(analysis.mask_in_words(mask, statistics)))
+    say(f"Mask: {output / path.name}\nReport: {output / f'{analysis.REPORT}.md'}")
 
 
 def _refuse_mask_in_use(output: Path, exclude: list[str]) -> None:
@@ -195,15 +196,15 @@ def _show(paths: list[str], output: Path, plots: bool) -> None:
         (label,) = shown
         lora_B = {name: p.lora_B for name, p in adapters[label].items()} if adapters else None
         statistics = analysis.write_mask_report(shown[label], output, lora_B=lora_B, plots=plots)
-        print("\n".join(analysis.mask_in_words(shown[label], statistics)))
+        say("\n".join(analysis.mask_in_words(shown[label], statistics)))
     else:
         deltas = {
             label: _reader(label, adapter, shown[label]) for label, adapter in adapters.items()
         }
         comparison = analysis.compare_masks(shown, deltas)
         analysis.write_mask_comparison(comparison, shown, output, plots=plots)
-        print("\n".join(analysis.comparison_in_words(comparison)))
-    print(f"Report: {output / f'{analysis.REPORT}.md'}")
+        say("\n".join(analysis.comparison_in_words(comparison)))
+    say(f"Report: {output / f'{analysis.REPORT}.md'}")
 
 
 def _labels(paths: list[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from .. import adapters
 from .paths import refuse_file
+from .summary import say
 
 
 @dataclass(frozen=True)
@@ -66,4 +67,4 @@ def run(options: MergeOptions) -> None:
         dtype=options.dtype,
         progress=True,
     )
-    print(merged.summary())
+    say(merged.summary())

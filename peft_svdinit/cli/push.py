@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .. import hub
+from .summary import say
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ def run(options: PushOptions) -> None:
         commit_message=options.commit_message,
         card=options.card,
     )
-    print(f"{len(pushed.files)} files: {', '.join(pushed.files)}")
+    say(f"{len(pushed.files)} files: {', '.join(pushed.files)}")
     if pushed.deleted:
-        print(f"Deleted, of the last push: {', '.join(pushed.deleted)}")
+        say(f"Deleted, of the last push: {', '.join(pushed.deleted)}")
     _print_left_out(pushed.left_out)
-    print(f"{pushed.repo_id}@{pushed.commit}\n{pushed.url}")
+    say(f"{pushed.repo_id}@{pushed.commit}\n{pushed.url}")
 
 
 def _print_card(options: PushOptions) -> None:
@@ -79,12 +80,12 @@ def _print_card(options: PushOptions) -> None:
     )
     with shared.staged() as files:
         for name, path in files.items():
-            print(f"{path.stat().st_size:>14,} bytes  {name}")
+            say(f"{path.stat().st_size:>14,} bytes  {name}")
         card = shared.card(shared.own_card or hub.Card(), options.repo_id, files, options.revision)
     _print_left_out(shared.artefact.left_out)
-    print(f"\nThe card of a new repository:\n\n{card}")
+    say(f"\nThe card of a new repository:\n\n{card}")
 
 
 def _print_left_out(left_out: dict[str, str]) -> None:
     if left_out:
-        print(f"Stays here: {', '.join(f'{name} ({why})' for name, why in left_out.items())}")
+        say(f"Stays here: {', '.join(f'{name} ({why})' for name, why in left_out.items())}")

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from .. import adapters, factors
 from .paths import refuse_file
+from .summary import say
 
 
 @dataclass(frozen=True)
@@ -71,4 +72,4 @@ def run(options: ResizeOptions) -> None:
         dtype=options.dtype,
         progress=True,
     )
-    print(resized.summary())
+    say(resized.summary())

@@ -17,6 +17,8 @@ from .locate import resolve_file as resolve_file
 from .locate import resolve_folder as resolve_folder
 from .opening import opened as opened
 from .publication import publishing as publishing
+from .shown_text import one_line as one_line
+from .shown_text import printable as printable
 from .tensor_file import TensorFile as TensorFile
 from .tensor_writer import FLOAT_DTYPES as FLOAT_DTYPES
 from .tensor_writer import TensorWriter as TensorWriter

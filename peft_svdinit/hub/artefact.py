@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -132,6 +133,7 @@ def recognise(folder: str | os.PathLike) -> Artefact:
         for name, entry in entries.items()
         if entry.is_file()
         and not leads_out(entry)
+        and re.fullmatch(r"[\w.-]+", name)
         and any(fnmatchcase(name, pattern) for pattern in patterns)
     )
     reasons = {name: _reason(entry) for name, entry in entries.items() if name not in files}

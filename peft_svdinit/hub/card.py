@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from importlib.metadata import version
 from typing import Any
+from urllib.parse import quote
 
+from ..analysis import code, escaped, facts, fenced
 from ..factors import FactorsFile
 from ..files import is_local
 from ..masks import load_mask
@@ -62,18 +64,22 @@ def card_text(
 
 def _summary(artefact: Artefact, base: BaseModel) -> str:
     of = "fine-tuned from" if artefact.kind.name == "model" else "for"
-    what = f"A {artefact.kind.name} {of} [{base.name}](https://huggingface.co/{base.name})"
+    what = f"A {artefact.kind.name} {of} {_linked(base.name)}"
     if base.revision:
-        what += f" at revision `{base.revision}`"
+        what += f" at revision {code(base.revision)}"
     details = [_sizes(artefact), _start(artefact)]
     sentence = "; ".join(filter(None, [what, *details]))
     return f"{sentence}. Made with peft-svdinit {version(TAG)}."
 
 
+def _linked(name: str) -> str:
+    return f"[{escaped(name)}](https://huggingface.co/{quote(name)})"
+
+
 def _sizes(artefact: Artefact) -> str:
     config = artefact.config
     if artefact.kind.name == "LoRA adapter":
-        return f"rank {config.get('r')}, alpha {config.get('lora_alpha')}"
+        return escaped(f"rank {config.get('r')}, alpha {config.get('lora_alpha')}")
     if artefact.kind.name == "set of SVD factors":
         file = FactorsFile(artefact.folder, argument="folder")
         return f"{len(file)} layers, rank up to {max(map(file.rank_of, file))}"
@@ -91,11 +97,11 @@ def _start(artefact: Artefact) -> str:
     options = artefact.options
     if options.get("config_class") == "SvdLoraConfig":
         return (
-            f"started from an SVD (source `{options.get('svd_source')}`, start "
-            f"`{options.get('svd_start')}`)"
+            f"started from an SVD (source {code(options.get('svd_source'))}, start "
+            f"{code(options.get('svd_start'))})"
         )
     if options.get("config_class") == "LoriConfig":
-        return (
+        return escaped(
             f"LoRI: A drawn from seed {options.get('lori_seed')} and frozen, a share of "
             f"{options.get('lori_density')} of B trained"
         )
@@ -105,21 +111,20 @@ def _start(artefact: Artefact) -> str:
 def _made(figures: Figures, command: str, base: BaseModel) -> str:
     parts = []
     if command:
-        parts += ["In a clone of peft-svdinit:", f"```bash\n{command}\n```"]
-    facts = without_paths(figures.facts, base)
-    parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))
+        parts += ["In a clone of peft-svdinit:", fenced(command, "bash")]
+    parts.append(facts(without_paths(figures.facts, base)))
     return "\n\n".join(filter(None, parts))
 
 
 def _limits(base: BaseModel, files: list[str]) -> list[str]:
     found = []
     if files:
-        names = ", ".join(f"`{name}`" for name in files)
+        names = ", ".join(map(code, files))
         found.append(f"The command reads what only its author has: {names}.")
     if base.quantised_from:
         found.append(
-            f"Trained and measured on a base that was quantised from {base.name} and dequantised "
-            "again: on the original itself the figures differ."
+            f"Trained and measured on a base that was quantised from {escaped(base.name)} and "
+            "dequantised again: on the original itself the figures differ."
         )
     if not base.licence:
         found.append("The licence of the base is not stated here: see its own page.")

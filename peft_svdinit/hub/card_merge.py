@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..analysis import escaped
+
 BEGIN = "<!-- peft-svdinit: this part is written again by every push -->"
 END = "<!-- peft-svdinit: end -->"
 _HOLDS = re.compile(r"^<!-- peft-svdinit holds (?P<kind>[^:]+): (?P<files>.*) -->$", re.MULTILINE)
@@ -87,8 +89,10 @@ class Card:
             text: our part.
             title: of a card that nobody wrote yet.
         """
+        # A command may quote our own marks.
+        text = text.replace("<!-- peft-svdinit:", "<! -- peft-svdinit:")
         part = f"{BEGIN}\n\n{text}\n\n{END}"
-        body = f"# {title}\n\n{part}\n" if self.is_unfilled else self._with_part(part)
+        body = f"# {escaped(title)}\n\n{part}\n" if self.is_unfilled else self._with_part(part)
         known = self.metadata
         kept = {key: known[key] for key in _KEPT if known.get(key)}
         if "license" in kept:

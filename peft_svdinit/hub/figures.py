@@ -162,7 +162,7 @@ def _facts(info: dict[str, Any]) -> dict[str, str]:
     found = {
         "dataset": info["extra"].get("dataset") or "",
         "versions": ", ".join(f"{key} {value}" for key, value in versions.items() if value),
-        "revision of the code": f"`{info['git_revision']}`" if info["git_revision"] else "",
+        "revision of the code": info["git_revision"] or "",
         "hardware": f"{hardware['cpu_cores']} CPU cores, {hardware['device']}, "
         f"{hardware['memory_gb']} GiB",
         "processes": str(processes) if processes > 1 else "",

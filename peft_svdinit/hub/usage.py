@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable
+from typing import Any
 
+from ..analysis import fenced
 from ..factors import FactorsFile
 from ..low_rank import PLAN_NAME, is_small_form
 from ..masks import load_mask
@@ -44,7 +47,7 @@ def usage(artefact: Artefact, base: BaseModel, repo_id: str, revision: str | Non
                 "from peft_svdinit import SvdLoraConfig",
                 *_base(_class_of(artefact), base),
                 "config = SvdLoraConfig(",
-                f'    r={rank}, svd_factors="{named}",',
+                f"    r={rank}, svd_factors={_quoted(named)},",
                 f"    target_modules={_targets(file)},",
                 ")",
                 "model = get_peft_model(base, config)",
@@ -55,7 +58,9 @@ def usage(artefact: Artefact, base: BaseModel, repo_id: str, revision: str | Non
     if kind == "compact LoRI adapter":
         return _joined(
             "peft-svdinit turns it into the stock LoRA that it stands for, which PEFT loads:",
-            f"```bash\nsvdinit export --adapter {named} --output_dir my-adapter\n```",
+            fenced(
+                f"svdinit export --adapter {shlex.quote(named)} --output_dir my-adapter", "bash"
+            ),
         )
     mask = load_mask(artefact.folder, argument="folder")
     rank = max(layer.rank for layer in mask.layers.values())
@@ -67,7 +72,7 @@ def usage(artefact: Artefact, base: BaseModel, repo_id: str, revision: str | Non
             *_base(_class_of(artefact), base),
             "config = LoriConfig(",
             f"    r={rank}, lori_density={mask.density}, lori_seed={mask.seed},",
-            f'    lori_mask="{named}", target_modules={_targets(mask.layers)},',
+            f"    lori_mask={_quoted(named)}, target_modules={_targets(mask.layers)},",
             ")",
             "model = get_peft_model(base, config)",
         ),
@@ -75,23 +80,23 @@ def usage(artefact: Artefact, base: BaseModel, repo_id: str, revision: str | Non
 
 
 def _adapter(artefact: Artefact, base: BaseModel, repo_id: str, revision: str | None) -> str:
-    at = f', revision="{revision}"' if revision else ""
-    of_base = f', base_revision="{base.revision}"' if base.revision else ""
+    name, at = _quoted(repo_id), _argument("revision", revision)
+    of_base = _argument("base_revision", base.revision)
     stock = _code(
         "from peft import PeftModel",
         *_base(_class_of(artefact), base),
-        f'model = PeftModel.from_pretrained(base, "{repo_id}"{at})',
+        f"model = PeftModel.from_pretrained(base, {name}{at})",
     )
     parts = ["With stock PEFT:", stock]
     sidecar = artefact.options.get("config_class")
-    if sidecar:
+    if _is_name(sidecar):
         parts += [
             "To train on as it was trained, with peft-svdinit:",
             _code(
                 f"from peft_svdinit import {sidecar}",
-                f'config = {sidecar}.from_pretrained("{repo_id}"{at})',
+                f"config = {sidecar}.from_pretrained({name}{at})",
                 "model = PeftModel.from_pretrained(",
-                f'    base, "{repo_id}", config=config, is_trainable=True{at}',
+                f"    base, {name}, config=config, is_trainable=True{at}",
                 ")",
             ),
         ]
@@ -99,7 +104,7 @@ def _adapter(artefact: Artefact, base: BaseModel, repo_id: str, revision: str | 
         "To start a smaller or larger adapter from it, with peft-svdinit:",
         _code(
             "from peft_svdinit import warm_start",
-            f'start = warm_start("{repo_id}", base="{base.name}", rank=8{at}{of_base})',
+            f"start = warm_start({name}, base={_quoted(base.name)}, rank=8{at}{of_base})",
             'factors = start.save("start")  # svd_factors of a SvdLoraConfig',
         ),
     ]
@@ -107,9 +112,9 @@ def _adapter(artefact: Artefact, base: BaseModel, repo_id: str, revision: str | 
 
 
 def _model(artefact: Artefact, repo_id: str, revision: str | None) -> str:
-    known = _class_of(artefact)
-    at = f', revision="{revision}"' if revision else ""
-    load = f'model = {known}.from_pretrained("{repo_id}"{at})'
+    known, name = _class_of(artefact), _quoted(repo_id)
+    at = _argument("revision", revision)
+    load = f"model = {known}.from_pretrained({name}{at})"
     if is_small_form(artefact.folder):
         register = "from peft_svdinit.low_rank import register_small_form"
         return _joined(
@@ -122,7 +127,7 @@ def _model(artefact: Artefact, repo_id: str, revision: str | None) -> str:
             "With its layers of low rank, which multiply less, by peft-svdinit:",
             _code(
                 "from peft_svdinit.low_rank import load_low_rank",
-                f'model = load_low_rank("{repo_id}"{at})',
+                f"model = load_low_rank({name}{at})",
             ),
         ]
     return _joined(*parts)
@@ -130,7 +135,7 @@ def _model(artefact: Artefact, repo_id: str, revision: str | None) -> str:
 
 def _targets(layers: Iterable[str]) -> str:
     """The last parts of the layers' names, as `target_modules` takes them."""
-    return json.dumps(sorted({name.rpartition(".")[2] for name in layers}))
+    return _quoted(sorted({name.rpartition(".")[2] for name in layers}))
 
 
 def _class_of(artefact: Artefact) -> str:
@@ -145,22 +150,37 @@ def _class_of(artefact: Artefact) -> str:
     is_stock = str(mapping.get("parent_library")).startswith("transformers")
     noted = mapping.get("base_model_class") if is_stock else None
     own = (artefact.config.get("architectures") or [None])[0]
-    return noted or own or _CLASSES["CAUSAL_LM"]
+    return next((str(name) for name in (noted, own) if _is_name(name)), _CLASSES["CAUSAL_LM"])
 
 
 def _base(name: str, base: BaseModel) -> list[str]:
-    revision = f', revision="{base.revision}"' if base.revision else ""
+    revision = _argument("revision", base.revision)
     return [
         f"from transformers import {name}",
         "",
-        f'base = {name}.from_pretrained("{base.name}"{revision})',
+        f"base = {name}.from_pretrained({_quoted(base.name)}{revision})",
     ]
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a value from a file may stand in code as a class's name."""
+    return isinstance(value, str) and value.isidentifier()
+
+
+def _argument(name: str, value: str | None) -> str:
+    """A further argument of a call, nothing of None."""
+    return f", {name}={_quoted(value)}" if value else ""
+
+
+def _quoted(value: Any) -> str:
+    """Text, or a list of texts, as Python writes it."""
+    return json.dumps(value)
 
 
 def _code(*lines: str) -> str:
     imports = [line for line in lines if line.startswith("from ")]
     rest = [line for line in lines if not line.startswith("from ")]
-    return "\n".join(["```python", *sorted(imports), "", *filter(None, rest), "```"])
+    return fenced("\n".join([*sorted(imports), "", *filter(None, rest)]), "python")
 
 
 def _joined(*parts: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Sort key under which `layers.2` comes before `layers.10`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def is_within(name: str, modules: Iterable[str]) -> bool:
@@ -41,5 +41,5 @@ def module_types(names: Iterable[str]) -> dict[str, str]:
 
 def layer_depth(name: str) -> int | None:
     """The block a module sits in, which is the first number in its name; None if it has none."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    found = re.search(r"(?:^|\.)(\d{1,9})(?:\.|$)", name)
     return int(found[1]) if found else None

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from ..files import one_line
+
 _READERS: dict[str, Callable[[str], Any]] = {
     ".json": json.loads,
     ".yaml": yaml.safe_load,
@@ -51,7 +53,7 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         # argparse would print the usage first: a hundred lines with TrainingArguments.
-        self.exit(2, f"{self.prog}: error: {self._source}{' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {self._source}{one_line(message)}\n")
 
     def parsed(self, argv: list[str]) -> argparse.Namespace:
         """The options of a file and of the command line.

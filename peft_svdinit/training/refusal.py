@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from ..files import WrongKind
+from ..files import WrongKind, one_line
 
 # Everything else is a fault of the program, and leaves its traceback.
 REFUSALS = (ValueError, OSError, ImportError, WrongKind)
@@ -28,7 +28,7 @@ def refusals_in_one_line(options: Sequence[Any], says: str = "error") -> Iterato
     try:
         yield
     except REFUSALS as error:
-        message = as_typed(" ".join(str(error).split()), options)
+        message = as_typed(one_line(error), options)
         raise SystemExit(f"{says}: {message}") from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from peft_svdinit.analysis import markdown_table
+from peft_svdinit.analysis import facts, markdown_table
 from peft_svdinit.files import publishing, write_json, write_text
 from stages.method_plan import TOTAL_BUDGET
 from stages.method_runs import OURS
@@ -138,8 +138,7 @@ def write_report(results: Sequence[Result], context: Mapping[str, Any], folder: 
         f"The base without an adapter: accuracy {base['test accuracy']:.1%}, test loss "
         f"{base['test loss']:.4f}."
     )
-    facts = "\n".join(f"- {name}: {value}" for name, value in context.items())
-    report = f"# Method comparison\n\n{table}\n\n{bare}\n\n{reading}\n\n{facts}\n"
+    report = f"# Method comparison\n\n{table}\n\n{bare}\n\n{reading}\n\n{facts(context)}\n"
     numbers = {"context": dict(context), "base": base, "rows": [row.summary for row in rows]}
     with publishing(folder) as written:
         write_text(written / TABLE, report)

@@ -259,3 +259,17 @@ def test_what_is_raised_on_purpose_is_one_line(kind, monkeypatch, capsys):
 
     monkeypatch.setitem(VERBS, "env", (VERBS["env"][0], run))
     assert refused(["env"], capsys) == "svdinit env: error: wrong input\n"
+
+
+def test_a_terminal_obeys_no_name(tmp_path, capsys):
+    layer = "lora_unet_q\x1b[2J\nAdapter: elsewhere\u202e"
+    shapes = {"lora_up": (6, 2), "lora_down": (2, 5)}
+    tensors = {f"{layer}.{part}.weight": torch.ones(shape) for part, shape in shapes.items()}
+    save_file(tensors, tmp_path / "named.safetensors")
+    written = str(tmp_path / "out.safetensors")
+    options = ["--output", written, "--rank", "1", "--adapter"]
+    main(["resize", *options, str(tmp_path / "named.safetensors")])
+    said = capsys.readouterr().out
+    assert r"q\x1b[2J Adapter: elsewhere\u202e" in said and "\x1b" not in said
+    assert said.count("\nAdapter: ") == 1
+    assert r"there\x1b[2J" in refused(["resize", *options, "not/there\x1b[2J"], capsys)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...analysis import markdown_table
+from ...analysis import code, escaped, markdown_table
 from ...factors import Uncovered
 from ..checking.layers import Verification
 from ..checking.text import TextCheck
@@ -89,7 +89,7 @@ class ExtractedAdapter:
         """Markdown."""
         rows = [
             (
-                f"`{layer.name}`",
+                code(layer.name),
                 str(layer.rank),
                 f"{layer.norm:.4g}",
                 f"{layer.relative_error:.2%}",
@@ -99,7 +99,7 @@ class ExtractedAdapter:
         ]
         paragraphs = [
             "# Extraction of an adapter",
-            self.exported.in_words(),
+            escaped(self.exported.in_words()),
             *self._paragraphs(),
             "## Layers that lose the most",
             markdown_table(("layer", "rank", "‖Δ‖", "relative error", "rounding"), rows),
@@ -126,9 +126,9 @@ class ExtractedAdapter:
         if self.text and self.text.never_called:
             named = self.text.never_called
             said.append(
-                f"**{len(named)} adapted layers were never called on the text**, `{named[0]}` the "
-                "first: where the model reads their weights directly, the adapter works only once "
-                "it is merged."
+                f"**{len(named)} adapted layers were never called on the text**, {code(named[0])} "
+                "the first: where the model reads their weights directly, the adapter works only "
+                "once it is merged."
             )
         if zero:
             said.append(f"{len(zero)} layers did not change and are left alone.")
@@ -147,16 +147,16 @@ class ExtractedAdapter:
         if self.short:
             said.append(
                 f"{len(self.short)} layers do **not** reach the bound within the largest rank, "
-                f"`{self.short[0]}` the first."
+                f"{code(self.short[0])} the first."
             )
         if self.whole:
-            named = ", ".join(f"`{name}`" for name in self.whole)
+            named = ", ".join(map(code, self.whole))
             said.append(f"Stored whole, as the tuned model has them: {named}.")
         if self.settings["changed_settings"]:
-            named = ", ".join(f"`{name}`" for name in self.settings["changed_settings"])
+            named = ", ".join(map(code, self.settings["changed_settings"]))
             said.append(f"The configurations differ in what no adapter can carry: {named}.")
         if self.uncovered:
-            named = ", ".join(f"`{tensor.key}`" for tensor in self.uncovered[:5])
+            named = ", ".join(code(tensor.key) for tensor in self.uncovered[:5])
             more = ", …" if len(self.uncovered) > 5 else ""
             said.append(
                 f"**Not covered**: {len(self.uncovered)} tensors outside the linear layers changed "

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ...files import one_line
+
 Kind = Literal["difference", "whole", "magnitude", "unknown", "algorithm"]
 """What a tensor does: is added to one of the base, replaces one, scales the updated weight of DoRA,
 does what is not known here, or is a part of a layer whose update is no product of two factors."""
@@ -74,4 +76,5 @@ def layer_of(name: str) -> str:
 
 def some(names: Sequence[str]) -> str:
     """The first few names, for messages."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(one_line, names[:5])) + more

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...analysis import markdown_table
+from ...analysis import Markdown, code, escaped, markdown_table
 from .pairs import COLUMNS
 from .record import Merged, MergedLayer
 
@@ -16,14 +16,13 @@ def merge_report(merged: Merged) -> str:
         markdown_table(
             ("adapter", "weight", "delta norm"),
             [
-                (f"{index + 1}: `{path}`", f"{weight:g}", f"{norm:.4g}")
+                (Markdown(f"{index + 1}: {code(path)}"), f"{weight:g}", f"{norm:.4g}")
                 for index, (path, weight, norm) in enumerate(
                     zip(merged.adapters, merged.weights, merged.norms, strict=True)
                 )
             ],
         ),
-        merged.in_words(),
-        *merged.remarks(),
+        *map(escaped, (merged.in_words(), *merged.remarks())),
         "## Interference",
         markdown_table(
             ("pair", *COLUMNS, "largest, outputs", "largest, inputs"),
@@ -59,7 +58,7 @@ def merge_report(merged: Merged) -> str:
 def _row(layer: MergedLayer) -> tuple[str, ...]:
     cosines = [pair.cosine for pair in layer.pairs.values() if pair.cosine is not None]
     return (
-        f"`{layer.name}`",
+        code(layer.name),
         " + ".join(str(rank) for rank in layer.ranks.values()),
         str(layer.rank),
         f"{layer.norm:.4g}",

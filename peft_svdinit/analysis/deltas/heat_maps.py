@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..canvas import new_figure, panels, save_figure, say, shown_types
+from ..canvas import new_figure, panels, save_figure, say, shortened, shown_types
 from ..cells import by_depth, colour_bar, draw_cells, short_number
 from .layers import LayerAnalysis
 from .totals import Analysis
@@ -63,7 +63,8 @@ def plot_heat_maps(
     labelled = len(depths) <= MOST_LABELLED_ROWS
     width = max(3.0, (0.62 if labelled else 0.4) * len(kinds) + 1.1)
     row_height = min(0.42, max(0.11, 8.0 / len(depths)))
-    height = max(1.6, row_height * len(depths)) + 1.5 + 0.075 * max(map(len, kinds))
+    longest = max(len(shortened(kind)) for kind in kinds)
+    height = max(1.6, row_height * len(depths)) + 1.5 + 0.075 * longest
     # Side by side as far as a page goes, else below each other.
     columns = next((n for n in (4, 2) if width * min(n, len(maps)) <= WIDEST), 1)
     columns = min(columns, len(maps))

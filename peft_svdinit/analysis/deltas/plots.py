@@ -14,8 +14,10 @@ from ..canvas import (
     legend_outside,
     new_figure,
     panels,
+    plain,
     save_figure,
     say,
+    shortened,
     styles_of,
     tidy,
     whole_ticks,
@@ -149,7 +151,7 @@ def _draw_error_against_energy(axes: Any, groups: Mapping[str, list[LayerAnalysi
             alpha=0.75,
             edgecolor="white",
             linewidth=0.4,
-            label=kind,
+            label=plain(shortened(kind)),
             zorder=2,
         )
     axes.set_title("curve: error = √(1 - energy); area: share of ‖Δ‖²", fontsize=10)

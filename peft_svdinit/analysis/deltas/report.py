@@ -12,7 +12,7 @@ from typing import Any
 
 from ...factors import RankRecommendation
 from ...files import publishing, write_text
-from ..markdown import document, facts, picture, section, span
+from ..markdown import Markdown, code, document, facts, picture, section, span
 from .heat_maps import plot_heat_maps
 from .intruders import LayerIntruders, intruders_as_dict
 from .plots import plot_analysis
@@ -154,7 +154,8 @@ def _headline(analysis: Analysis) -> str:
 def _key_figures(analysis: Analysis) -> dict[str, str]:
     zero = analysis.zero_layers
     if not analysis.changed:
-        return {"changed layers": "**Every delta is zero**: the two models are the same here"}
+        same = Markdown("**Every delta is zero**: the two models are the same here")
+        return {"changed layers": same}
     errors = analysis.error_summary
     held = [layer.held for layer in analysis.layers]
     figures = {
@@ -165,8 +166,8 @@ def _key_figures(analysis: Analysis) -> dict[str, str]:
         "triplets held": span(min(held), max(held)),
     }
     if zero:
-        named = ", ".join(f"`{name}`" for name in zero[:8]) + (", …" if len(zero) > 8 else "")
-        figures["layers with a zero delta, not counted"] = f"{len(zero)}: {named}"
+        named = ", ".join(map(code, zero[:8])) + (", …" if len(zero) > 8 else "")
+        figures["layers with a zero delta, not counted"] = Markdown(f"{len(zero)}: {named}")
     return figures
 
 

@@ -17,8 +17,10 @@ from ..canvas import (
     legend_outside,
     new_figure,
     panels,
+    plain,
     save_figure,
     say,
+    shortened,
     tidy,
     whole_ticks,
 )
@@ -31,6 +33,7 @@ MOST_TYPES = 12
 COLUMNS = 4
 # σ/‖Δ‖ below this is float32 rounding and would stretch the axis.
 FLOOR = 1e-6
+LONGEST = 28  # letters of a name above a panel
 
 
 def plot_spectra(analysis: Analysis, path: str | os.PathLike, *, title: str = "") -> None:
@@ -97,8 +100,9 @@ def _draw(axes: Any, kind: str, layers: Sequence[LayerAnalysis], rank: int) -> N
         )
     energy = statistics.median(layer.energy_ratio for layer in layers)
     expected_energy = statistics.median(layer.random_energy for layer in layers)
+    name = plain(shortened(kind, LONGEST))
     axes.set_title(
-        f"{kind}, {len(layers)} {'layer' if len(layers) == 1 else 'layers'}\n"
+        f"{name}, {len(layers)} {'layer' if len(layers) == 1 else 'layers'}\n"
         f"rank {rank}: {energy:.0%} (random {expected_energy:.0%}); spikes: {spike_count(layers)}",
         fontsize=9,
     )

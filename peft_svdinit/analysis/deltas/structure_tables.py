@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from ..markdown import columns_table
+from ..markdown import code, columns_table
 from .groups import spike_count
 from .intruders import LayerIntruders, intruder_total
 from .layers import LayerAnalysis
@@ -89,7 +89,7 @@ def spiked_layers_table(analysis: Analysis) -> str:
     return columns_table(
         spiked[:MOST_LAYERS],
         {
-            f"layer, of {len(spiked)} with spikes": lambda layer: f"`{layer.name}`",
+            f"layer, of {len(spiked)} with spikes": lambda layer: code(layer.name),
             "spikes": lambda layer: spike_count([layer]),
             "energy in them": lambda layer: f"{layer.spikes.energy:.1%}",
             "their singular values": lambda layer: (
@@ -118,7 +118,7 @@ def intruder_table(layers: Sequence[LayerIntruders]) -> str:
     table = columns_table(
         found[:MOST_LAYERS],
         {
-            "layer": lambda layer: f"`{layer.name}`",
+            "layer": lambda layer: code(layer.name),
             "intruders": lambda layer: len(layer.indices),
             "their places in the tuned spectrum": lambda layer: ", ".join(map(str, layer.indices)),
             "smallest cosine": lambda layer: f"{min(layer.cosines):.3f}",

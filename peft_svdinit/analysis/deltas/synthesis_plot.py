@@ -15,13 +15,17 @@ from ..canvas import (
     GUIDE,
     legend_outside,
     new_figure,
+    plain,
     save_figure,
     say,
+    shortened,
     shown_types,
     styles_of,
     tidy,
     whole_ticks,
 )
+
+_LONGEST = 20  # letters of a name above a panel
 
 
 def plot_synthesis(
@@ -63,7 +67,8 @@ def plot_synthesis(
             first = first or axes
             _draw_kept_and_appended(axes, original[name], synthesised[name])
             depth = layer_depth(name)
-            axes.set_title(kind if depth is None else f"{kind}, block {depth}", fontsize=9)
+            title = plain(shortened(kind, _LONGEST))
+            axes.set_title(title if depth is None else f"{title}, block {depth}", fontsize=9)
             axes.tick_params(
                 which="both", labelsize=8, labelleft=column == 0, labelbottom=row == rows - 1
             )
@@ -156,7 +161,7 @@ def _draw_appended_shares(
             markersize=4,
             linewidth=1.1,
             alpha=0.85,
-            label=kind,
+            label=plain(shortened(kind)),
         )
     axes.set_title("energy of the teacher outside the adapter's triplets", fontsize=10)
     axes.set_xlabel("block")

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from ..markdown import columns_table, markdown_table
+from ..markdown import code, columns_table, markdown_table
 from .layers import ENERGY_SHARES, LayerAnalysis
 from .totals import Analysis
 
@@ -73,7 +73,7 @@ def worst_table(analysis: Analysis) -> str:
     return columns_table(
         worst[:WORST_LAYERS],
         {
-            "layer": lambda layer: f"`{layer.name}`",
+            "layer": lambda layer: code(layer.name),
             "‖Δ‖": lambda layer: f"{layer.norm:.4g}",
             "energy kept": lambda layer: f"{layer.energy_ratio:.2%}",
             "relative error": lambda layer: f"{layer.reconstruction_error:.2%}",

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..canvas import COLOURS, new_figure, panels, save_figure
+from ..canvas import COLOURS, new_figure, panels, plain, save_figure, shortened
 from ..cells import EMPTY, colour_bar
 
 LAYERS = 6
@@ -86,8 +86,7 @@ def _draw(axes: Any, name: str, mask: Tensor, lora_B: Tensor | None) -> Any:
     pixels = torch.where(kept.unsqueeze(2), colour, grey)
     axes.imshow(pixels.numpy(), aspect="auto", interpolation="none")
     density = float(mask.double().mean())
-    label = name if len(name) <= 44 else f"…{name[-43:]}"
-    axes.set_title(f"{label}: {density:.1%} kept", fontsize=9.5)
+    axes.set_title(f"{plain(shortened(name))}: {density:.1%} kept", fontsize=9.5)
     rows = "all rows of B" if count == len(order) else f"{count} of {len(order)} rows of B"
     axes.set_ylabel(f"{rows}, fullest first", fontsize=9)
     hidden = "" if mask.shape[1] <= COLUMNS else f", the first {COLUMNS} of {mask.shape[1]}"

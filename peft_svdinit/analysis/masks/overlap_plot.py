@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..canvas import new_figure, panels, save_figure
+from ..canvas import new_figure, panels, save_figure, shortened
 from ..cells import draw_cells
 from .overlap import Comparison
 
@@ -88,10 +88,7 @@ def _draw(axes: Any, comparison: Comparison, matrix: _Matrix) -> None:
         if found is not None:
             values[i][j] = values[j][i] = found[0]
             texts[i][j] = texts[j][i] = found[1]
-    names = [
-        label if len(label) <= _LONGEST_LABEL else f"…{label[1 - _LONGEST_LABEL :]}"
-        for label in comparison.labels
-    ]
+    names = [shortened(label, _LONGEST_LABEL) for label in comparison.labels]
     scale = Normalize(-1.0 if matrix.signed else 0.0, 1.0)
     draw_cells(axes, values, names, names, "PuOr_r" if matrix.signed else "viridis", scale, texts)
     axes.set_aspect("equal")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...files import publishing, write_text
 from ...masks import LoriMask
+from ..canvas import shortened
 from ..markdown import bullets, document, facts, picture, section
 from .density_plot import plot_mask
 from .entries_plot import plot_mask_entries
@@ -94,7 +95,8 @@ def write_mask_report(
     )
     with publishing(output_dir, replaces=MASK_FIGURES) as folder:
         if plots:
-            title = f"LoRI mask: {mask.source.get('kind', 'mask')}, scope {mask.scope}"
+            kind = shortened(mask.source.get("kind", "mask"))
+            title = f"LoRI mask: {kind}, scope {shortened(mask.scope)}"
             plot_mask(statistics, folder / FIGURE, title=title)
             plot_mask_entries(masks, folder / ENTRIES_FIGURE, lora_B=lora_B, title=title)
         write_text(folder / f"{REPORT}.json", text + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...masks import LoriMask
-from ..markdown import columns_table, markdown_table
+from ..markdown import code, columns_table, markdown_table
 from .overlap import Comparison, MaskOverlap
 from .statistics import Group, MaskStatistics
 from .words import verdict
@@ -82,7 +82,7 @@ def layer_table(statistics: MaskStatistics) -> str:
     return columns_table(
         ordered if few else [*ordered[:_EXTREMES], *ordered[-_EXTREMES:]],
         {
-            "layer": lambda layer: f"`{layer.name}`",
+            "layer": lambda layer: code(layer.name),
             "B": lambda layer: f"{layer.shape[0]} x {layer.shape[1]}",
             "kept": lambda layer: f"{layer.kept:,}",
             "density": lambda layer: f"{layer.density:.2%}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...files import one_line
 from ...masks import LoriMask
 from .overlap import Comparison, MaskOverlap
 from .statistics import MaskStatistics
@@ -20,7 +21,7 @@ _BEYOND_CHANCE = 4.0
 
 def mask_in_words(mask: LoriMask, statistics: MaskStatistics) -> list[str]:
     """What was chosen, what it keeps, and what its numbers do not mean."""
-    kind = str(mask.source.get("kind", "an unnamed source"))
+    kind = one_line(mask.source.get("kind", "an unnamed source"))
     lines = [
         f"{statistics.kept:,} of {statistics.size:,} entries of B in {len(statistics.layers)} "
         f"layers are trained ({statistics.density:.2%}): {_CHOSEN.get(kind, f'chosen by {kind}')}."
@@ -34,8 +35,8 @@ def mask_in_words(mask: LoriMask, statistics: MaskStatistics) -> list[str]:
         )
     if mask.scope != "global":
         lines.append(
-            f"Everything of scope {mask.scope} got the same share: differences among these are "
-            "rounding, not findings."
+            f"Everything of scope {one_line(mask.scope)} got the same share: differences among "
+            "these are rounding, not findings."
         )
     if mask.source.get("same_A") is False:
         lines.append(

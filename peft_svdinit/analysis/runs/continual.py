@@ -13,6 +13,7 @@ from ..canvas import COLOURS, MARKERS, legend_outside, new_figure, save_figure, 
 from .document import Document, Section
 from .figures import FigureFile
 from .markdown_report import markdown_report
+from .panels import short_label
 from .seed_statistics import PairedDifference, paired_difference, spread
 from .setting_tables import settings_table
 from .tables import TextTable, text_table
@@ -192,7 +193,7 @@ def _figure(schemes: Mapping[str, Sequence[Stages]]) -> Any:
                     markersize=5,
                     linewidth=1.3,
                     capsize=2.5,
-                    label=runs[0].label,
+                    label=short_label(runs[0].label),
                 )
             )
         axes.set_xticks(range(len(STAGES)), _STAGE_NAMES)

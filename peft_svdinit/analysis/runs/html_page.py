@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 
+from ...files import printable
 from .compare import Comparison
 from .document import Document
 from .figures import draw_svg
@@ -36,7 +37,11 @@ def html_page(document: Document, comparison: Comparison) -> str:
             "the page needs jinja2; install it with `pip install peft-svdinit[report]`"
         ) from error
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     source = resources.files("peft_svdinit.analysis.runs").joinpath("page.html")
     template = environment.from_string(source.read_text(encoding="utf-8"))

@@ -7,7 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..canvas import COLOURS, new_figure, save_figure, tidy
+from ..canvas import COLOURS, new_figure, plain, save_figure, shortened, tidy
+
+LONGEST_TITLE = 80
 
 
 def smoothed(values: Sequence[float], *, decay: float = 0.9) -> list[float]:
@@ -57,13 +59,13 @@ def plot_loss_curve(
             color=COLOURS[(3, 2, 4, 1)[index % 4]],
             markersize=5,
             linewidth=1,
-            label=name,
+            label=plain(shortened(name)),
         )
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     tidy(axes)
     if title is not None:
-        axes.set_title(title, loc="left")
+        axes.set_title(plain(shortened(title, LONGEST_TITLE)), loc="left")
     if train or evaluations:
         axes.legend(frameon=False)
     save_figure(figure, path)

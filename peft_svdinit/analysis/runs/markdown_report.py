@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..markdown import escaped, markdown_table
+from ..markdown import bullets, escaped, markdown_table
 from .document import Document, Section
 from .figures import FigureFile
 from .tables import TextTable
@@ -23,7 +23,7 @@ def markdown_report(document: Document) -> str:
 
 def _section(section: Section) -> Iterator[str]:
     yield f"## {section.title}"
-    yield "\n".join(f"- {escaped(warning)}" for warning in section.warnings)
+    yield bullets(section.warnings)
     yield escaped(section.paragraph)
     if section.table:
         yield from _table(section.table)
@@ -32,8 +32,7 @@ def _section(section: Section) -> Iterator[str]:
 
 
 def _table(table: TextTable) -> Iterator[str]:
-    header, *rows = ([escaped(cell) for cell in line] for line in (table.header, *table.rows))
-    yield markdown_table(header, rows, last_is_text=table.last_is_text)
+    yield markdown_table(table.header, table.rows, last_is_text=table.last_is_text)
     yield escaped(table.note)
 
 

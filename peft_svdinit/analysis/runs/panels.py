@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..canvas import COLOURS, MARKERS
+from ...files import one_line
+from ..canvas import COLOURS, MARKERS, plain
 from .compare import Comparison
 
 DASHES = ("-", "--", "-.", ":")
@@ -67,10 +68,9 @@ def method_labels(comparison: Comparison) -> dict[str, str]:
 
 
 def short_label(label: str, width: int = LONGEST_LABEL, lines: int = 1) -> str:
-    """A label for matplotlib: no mathtext, no leading underscore, cut to `lines` of `width`."""
-    wrapped = textwrap.wrap(label, width, max_lines=lines, placeholder="\u2026")
-    text = "\n".join(wrapped).replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
+    """A label for matplotlib, cut to `lines` of `width`."""
+    wrapped = textwrap.wrap(one_line(label), width, max_lines=lines, placeholder="\u2026")
+    return plain("\n".join(wrapped))
 
 
 def compact(value: float, _position: int | None = None) -> str:
