@@ -10,7 +10,6 @@ skipped, so that the same command goes on after an interruption.
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from stages.quiet_arguments import QuietArguments
 
 from peft_svdinit.analysis import write_comparison
 from peft_svdinit.factors import CheckpointPair, LoraAdapter
+from peft_svdinit.files import read_json
 from peft_svdinit.models import Checkpoint, linear_modules, model_skeleton
 from peft_svdinit.training import (
     DataOptions,
@@ -196,7 +196,7 @@ def write_report(setting: Setting, plan: Plan) -> None:
     output = Path(str(setting.arguments.output_dir))
     costs = start_costs(runs)
     paths = write_comparison(runs, {**_context(setting, plan), **costs}, output)
-    headline = json.loads(paths.numbers.read_text(encoding="utf-8"))["headline"]
+    headline = read_json(paths.numbers, "output_dir")["headline"]
     print(f"\n{headline}\n")
     print(paths.report.read_text(encoding="utf-8"))
     print(f"Page to look at:  {paths.page}")
@@ -230,7 +230,7 @@ def _context(setting: Setting, plan: Plan) -> dict[str, Any]:
     options = setting.comparison
     rank = setting.lora.lora_r
     analyses = [
-        json.loads((task.folder / f"svd_analysis_rank{rank}.json").read_text())
+        read_json(task.folder / f"svd_analysis_rank{rank}.json", "the analysis")
         for task in plan.factors
     ]
     kept = [layer["energy_ratio"] for found in analyses for layer in found["layers"]]

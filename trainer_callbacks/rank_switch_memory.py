@@ -8,10 +8,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from peft_svdinit.files import Count, read_json, validated
+
 _KEY = "rank_switch"
+
+
+class _Attributes(msgspec.Struct):
+    options: dict[str, Any]
+    done: list[dict[str, Any]]
+    epoch: Count = 0
+    stable_ranks: list[dict[str, float]] = []
+    groups: str = ""
+
+
+class _Kept(msgspec.Struct):
+    attributes: _Attributes
+
+
+class _Callbacks(msgspec.Struct):
+    rank_switch: _Kept | None = None
+
+
+class _State(msgspec.Struct):
+    stateful_callbacks: _Callbacks = msgspec.field(default_factory=_Callbacks)
 
 
 @dataclass
@@ -43,11 +66,13 @@ class Memory:
         """Take what the checkpoint has, if training goes on from one.
 
         Raises:
-            ValueError: if that was made with other options.
+            ValueError: if that was made with other options, or is damaged.
         """
         kept: Any = state.stateful_callbacks
         found = {}
         if state.global_step and _KEY in kept:
+            place = f"{TRAINER_STATE_NAME} of the checkpoint: stateful_callbacks.{_KEY}."
+            validated(kept[_KEY], _Kept, place)
             found = kept[_KEY]["attributes"]
             mine = json.loads(json.dumps(self.options))
             other = [name for name in mine if mine[name] != found["options"].get(name)]
@@ -64,9 +89,17 @@ class Memory:
 
 
 def was_switched(checkpoint: str | os.PathLike) -> bool:
-    """Whether a checkpoint was saved after a switch."""
+    """Whether a checkpoint was saved after a switch.
+
+    Raises:
+        ValueError: if its state is damaged.
+    """
     path = Path(checkpoint, TRAINER_STATE_NAME)
     if not path.is_file():
         return False
-    kept = json.loads(path.read_text(encoding="utf-8")).get("stateful_callbacks", {}).get(_KEY)
-    return bool(kept and any("reason" not in each for each in kept["attributes"]["done"]))
+    # Losses that are not finite are in it as Python writes them.
+    state = validated(
+        read_json(path, "checkpoint", constants=True), _State, f"checkpoint: {path}: "
+    )
+    kept = state.stateful_callbacks.rank_switch
+    return kept is not None and any("reason" not in each for each in kept.attributes.done)

@@ -8,6 +8,7 @@ from .deltas.totals import Analysis as Analysis
 from .deltas.totals import analyze as analyze
 from .evaluation import EVALUATION_JSON as EVALUATION_JSON
 from .evaluation import evaluation_table as evaluation_table
+from .evaluation import read_evaluation as read_evaluation
 from .evaluation import write_evaluation as write_evaluation
 from .markdown import Markdown as Markdown
 from .markdown import code as code

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..files import publishing, write_json, write_text
+import msgspec
+
+from ..files import Count, publishing, read_json, write_json, write_text
 from ..training import for_json
 from .markdown import columns_table, document, escaped, facts, fenced, section
 from .runs.wording import NOT_KNOWN, count, loss, share, signed, significant
@@ -19,6 +21,70 @@ _READING = (
     "differences are paired over examples, and exact match has Wilson's."
 )
 Row = Mapping[str, Any]
+Interval = tuple[float, float] | None
+
+
+class _Difference(msgspec.Struct):
+    difference: float
+    difference_interval: Interval
+
+
+class _Loss(msgspec.Struct):
+    loss: float
+    loss_interval: Interval
+    against_base: _Difference | None = None
+    against_first: _Difference | None = None
+
+
+class _ExactMatch(msgspec.Struct):
+    exact_match: float
+    exact_match_interval: Interval
+
+
+class _Forgetting(msgspec.Struct):
+    forgetting: float | None = None
+    forgetting_interval: Interval = None
+
+
+class _Agreement(msgspec.Struct):
+    kl: float
+    kl_interval: Interval
+    top_1: float
+    top_1_interval: Interval
+
+
+class _Row(msgspec.Struct):
+    name: str
+    parameters: Count
+    note: str | None = None
+    loss: _Loss | None = None
+    exact_match: _ExactMatch | None = None
+    forgetting: _Forgetting | None = None
+    agreement: _Agreement | None = None
+    lm_eval: dict[str, dict[str, float | None]] = {}
+
+
+class _Data(msgspec.Struct):
+    dataset_name: str
+    examples: Count
+
+
+class _Evaluation(msgspec.Struct):
+    results: Annotated[list[_Row], msgspec.Meta(min_length=1)]
+    data: dict[str, _Data]
+
+
+def read_evaluation(path: Path, argument: str) -> dict[str, Any]:
+    """The record in an `evaluation.json`, as `write_evaluation` takes it.
+
+    Args:
+        path: the file.
+        argument: by which the user gave it; the messages of errors begin with it.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    return read_json(path, argument, _Evaluation)
 
 
 def write_evaluation(record: Mapping[str, Any], folder: str | os.PathLike) -> Path:
@@ -69,35 +135,40 @@ def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
     }
     metrics = {metric for row in rows for metric in row}
     if "loss" in metrics:
-        columns["loss"] = lambda row: _with_interval(row["loss"], "loss", loss)
-        columns["against base"] = lambda row: _difference(row["loss"].get("against_base"))
+        columns["loss"] = lambda row: _with_interval(row.get("loss"), "loss", loss)
+        columns["against base"] = lambda row: _difference(row.get("loss"), "against_base")
         if len(rows) > 2:
-            columns[f"against {rows[1]['name']}"] = lambda row: _difference(
-                row["loss"].get("against_first")
-            )
+            first = rows[1]["name"]
+            columns[f"against {first}"] = lambda row: _difference(row.get("loss"), "against_first")
     if "exact_match" in metrics:
         columns["exact match"] = lambda row: _with_interval(
-            row["exact_match"], "exact_match", share
+            row.get("exact_match"), "exact_match", share
         )
     if "forgetting" in metrics:
-        columns["forgetting"] = lambda row: _difference(row["forgetting"], "forgetting")
+        columns["forgetting"] = lambda row: _with_interval(
+            row.get("forgetting"), "forgetting", signed
+        )
     if "agreement" in metrics:
-        columns["KL from teacher"] = lambda row: _with_interval(row["agreement"], "kl", loss)
-        columns["top-1 as teacher"] = lambda row: _with_interval(row["agreement"], "top_1", share)
+        columns["KL from teacher"] = lambda row: _with_interval(row.get("agreement"), "kl", loss)
+        columns["top-1 as teacher"] = lambda row: _with_interval(
+            row.get("agreement"), "top_1", share
+        )
     for task in rows[0].get("lm_eval", {}):
         columns[task] = lambda row, task=task: _harness_cell(row.get("lm_eval", {}).get(task, {}))
     return columns
 
 
-def _with_interval(figures: Row, name: str, words: Callable[[float], str]) -> str:
-    bounds = figures[f"{name}_interval"]
+def _with_interval(figures: Row | None, name: str, words: Callable[[float], str]) -> str:
+    """Empty where it was not measured, as a difference of the model that it is from."""
+    if not figures or figures.get(name) is None:
+        return ""
+    bounds = figures.get(f"{name}_interval")
     text = words(figures[name])
     return text if bounds is None else f"{text} ({words(bounds[0])} to {words(bounds[1])})"
 
 
-def _difference(figures: Row | None, name: str = "difference") -> str:
-    """Empty for the model that the difference is from."""
-    return _with_interval(figures, name, signed) if figures and name in figures else ""
+def _difference(figures: Row | None, other: str) -> str:
+    return _with_interval((figures or {}).get(other), "difference", signed)
 
 
 def _harness_cell(figures: Row) -> str:

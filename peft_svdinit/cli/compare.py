@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 
-from .. import analysis, training
-from ..files import one_line
+from .. import analysis, files, training
 from .paths import refuse_file
 from .summary import say
 
@@ -35,5 +33,5 @@ def run(options: CompareOptions) -> None:
         reference=options.reference,
         metric=options.metric,
     )
-    say(one_line(json.loads(paths.numbers.read_text(encoding="utf-8"))["headline"]))
+    say(files.one_line(files.read_json(paths.numbers, "output_dir")["headline"]))
     say(f"Page: {paths.page}\nReport: {paths.report}")

@@ -1,9 +1,6 @@
 from .deltas.checkpoint_pair import CheckpointPair as CheckpointPair
-from .deltas.lora_adapter import IN_MEMORY as IN_MEMORY
 from .deltas.lora_adapter import INITS_MOVING_BASE as INITS_MOVING_BASE
-from .deltas.lora_adapter import LORI_CONFIG as LORI_CONFIG
 from .deltas.lora_adapter import MERGED_CHECKPOINT as MERGED_CHECKPOINT
-from .deltas.lora_adapter import SIDECAR_NAME as SIDECAR_NAME
 from .deltas.lora_adapter import LoraAdapter as LoraAdapter
 from .deltas.lora_adapter import LoraProduct as LoraProduct
 from .deltas.lora_adapter import options_beyond_the_product as options_beyond_the_product
@@ -35,6 +32,10 @@ from .ranks.budget import RankRecommendation as RankRecommendation
 from .ranks.budget import recommend_ranks as recommend_ranks
 from .ranks.relative import relative_spectra as relative_spectra
 from .ranks.rule import RankRule as RankRule
+from .sidecar import IN_MEMORY as IN_MEMORY
+from .sidecar import LORI_CONFIG as LORI_CONFIG
+from .sidecar import SIDECAR_NAME as SIDECAR_NAME
+from .sidecar import read_sidecar as read_sidecar
 from .sources.activation import WEIGHTINGS as WEIGHTINGS
 from .sources.activation import activation_factors as activation_factors
 from .sources.batches import held_batches as held_batches

@@ -13,14 +13,15 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
-from ..files import HeadedFile, LazyMapping, checked_fields, opened, resolve_file
+from ..files import Amount, HeadedFile, LazyMapping, opened, refuse_non_floats, resolve_file
 from ..linalg import frobenius_norm
 from ..models import BaseSample, natural_order, sampled_positions
 from .low_rank import LowRankFactors
@@ -44,6 +45,15 @@ class FactorsMetadata:
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     source: dict[str, Any] = field(default_factory=dict)
+    method: str = "exact"
+    seed: int | None = None
+
+
+class _Header(msgspec.Struct, forbid_unknown_fields=True):
+    norms: dict[str, Amount]
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    source: dict[str, Any] = {}
     method: str = "exact"
     seed: int | None = None
 
@@ -117,6 +127,7 @@ class FactorsFile(LazyMapping[LowRankFactors]):
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is a pickle, truncated, not a factors file, or of another format version.
+        TypeError: if a tensor holds no floating-point numbers.
     """
 
     def __init__(
@@ -130,12 +141,13 @@ class FactorsFile(LazyMapping[LowRankFactors]):
             path_or_id, FACTORS_FILE_NAME, revision=revision, argument=argument
         )
         self._argument, self._has_warned = argument, False
-        with _FILE.opened(self.path, argument) as (file, header):
-            norms = header.pop("norms")
-            norms = checked_fields(norms, dict.fromkeys(norms, (int, float)))
-            self._norms = {name: float(norms[name]) for name in sorted(norms, key=natural_order)}
+        with _FILE.opened(self.path, argument, _Header) as (file, header):
+            norms = header.norms
+            self._norms = {name: norms[name] for name in sorted(norms, key=natural_order)}
             self.names = self._norms
-            self.metadata = FactorsMetadata(**header)
+            self.metadata = FactorsMetadata(
+                **{entry.name: getattr(header, entry.name) for entry in fields(FactorsMetadata)}
+            )
             stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
             unlisted = {key.rpartition(".")[0] for key in stored} - self._norms.keys()
             if unlisted:
@@ -143,6 +155,7 @@ class FactorsFile(LazyMapping[LowRankFactors]):
                     f"the header has no norm for layer {min(unlisted)}, of which the file holds "
                     "tensors; write the file again"
                 )
+            refuse_non_floats(file, {key: key for key in stored})
             self._ranks: dict[str, int] = {}
             self._shapes: dict[str, tuple[int, int]] = {}
             for name in self._norms:

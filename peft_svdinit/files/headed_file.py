@@ -8,16 +8,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .json_text import parsed_json
 from .locate import resolve_file
 from .opening import opened
+from .schema import shortened, validated
 from .tensor_writer import Layout, TensorWriter, replacing_tensors, write_tensors
 
 FORMAT_VERSION = 1
+_DAMAGED = "damaged header: "
+Header = TypeVar("Header")
 
 
 @dataclass(frozen=True)
@@ -79,18 +84,24 @@ class HeadedFile:
 
     @contextmanager
     def opened(
-        self, path_or_id: str | os.PathLike, argument: str, revision: str | None = None
-    ) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """The open file and its header; what either lacks within the context is an error, too.
+        self,
+        path_or_id: str | os.PathLike,
+        argument: str,
+        schema: type[Header],
+        revision: str | None = None,
+    ) -> Iterator[tuple[Any, Header]]:
+        """The open file and its header; what the file lacks within the context is an error, too.
 
         Args:
             path_or_id: a file, or a folder or Hub repository with one.
             argument: by which the user gave it; the messages of errors begin with it.
+            schema: what the header must be, see `validated`.
             revision: branch, tag or commit of the Hub repository.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is a pickle, truncated, of another kind or of another format version.
+            ValueError: if it is a pickle, truncated, of another kind or of another format version,
+                or its header is not of the schema.
         """
         path = resolve_file(path_or_id, self.name, argument=argument, revision=revision)
         with opened(path, argument) as file:
@@ -98,29 +109,18 @@ class HeadedFile:
             if text is None:
                 raise ValueError(f"it is a safetensors file, but holds no {self.what}")
             try:
-                header = json.loads(text)
-                version = header.pop("format_version", None)
-                if version != FORMAT_VERSION:
-                    raise ValueError(
-                        f"it has format version {version}, this peft-svdinit reads "
-                        f"{FORMAT_VERSION}: upgrade peft-svdinit or write the file again"
-                    )
-                yield file, header
-            except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-                raise ValueError(f"damaged header ({error!r}); write the file again") from error
+                header = parsed_json(text)
+            except ValueError as error:
+                raise ValueError(f"damaged header ({error}); write the file again") from error
+            version = validated(header, _Versioned, _DAMAGED).format_version
+            if version != FORMAT_VERSION:
+                raise ValueError(
+                    f"it has format version {shortened(version)}, this peft-svdinit reads "
+                    f"{FORMAT_VERSION}: upgrade peft-svdinit or write the file again"
+                )
+            del header["format_version"]
+            yield file, validated(header, schema, _DAMAGED)
 
 
-def checked_fields(
-    header: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]
-) -> dict[str, Any]:
-    """The entries named by `kinds`.
-
-    Raises:
-        KeyError: if the header lacks one.
-        ValueError: if one is of another type.
-    """
-    fields = {key: header[key] for key in kinds}
-    for key, value in fields.items():
-        if not isinstance(value, kinds[key]) or isinstance(value, bool):
-            raise ValueError(f"damaged header: {key} is {value!r}; write the file again")
-    return fields
+class _Versioned(msgspec.Struct):
+    format_version: Any = None

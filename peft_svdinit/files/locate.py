@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path, PurePosixPath
@@ -180,24 +179,6 @@ def _refuse_local_revision(
             f"{argument}: a revision belongs to a repository of the Hub, got {revision!r} for the "
             f"path {os.fspath(path_or_id)}; leave the revision out"
         )
-
-
-def read_json(path: Path, argument: str) -> dict[str, Any]:
-    """The object in a JSON file of `argument`.
-
-    Raises:
-        ValueError: if it is not JSON, or no object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{argument}: {path} is not readable JSON ({error}): truncated while copying? Fetch it "
-            "again"
-        ) from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{argument}: {path} must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 def inside(folder: Path, name: str, argument: str) -> Path:

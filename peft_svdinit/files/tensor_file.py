@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .locate import refuse_pickle
-from .opening import opened
-from .tensor_writer import DTYPES, FLOAT_DTYPES
+from .opening import opened, refuse_non_float
+from .tensor_writer import DTYPES
 from .wrong_kind import WrongKind
 
 # Pages of the mapped file that were read count as resident until it is closed.
@@ -61,12 +61,7 @@ class TensorFile:
     def require_floats(self, keys: Iterable[str]) -> None:
         """Raise TypeError if a tensor is quantised, or no floating-point number."""
         for key in keys:
-            if self._spelled[key] not in FLOAT_DTYPES:
-                raise WrongKind(
-                    f"{self.argument}: {key} in {self.path} is stored as {self._spelled[key]}; the "
-                    f"factors of an adapter must be in {', '.join(FLOAT_DTYPES)}: dequantise them "
-                    "first"
-                )
+            refuse_non_float(f"{self.argument}: {key} in {self.path}", self._spelled[key])
 
     def as_stored(self, key: str) -> Tensor:
         """A tensor in its own dtype, unchecked."""

@@ -11,11 +11,18 @@ from typing import Any
 
 from ..adapters import EXPORT_REPORT, EXTRACTION_JSON, MERGE_JSON, RESIZE_REPORT
 from ..analysis import COMPARISON_NUMBERS
-from ..factors import FACTORS_FILE_NAME, SIDECAR_NAME
-from ..files import WrongKind, read_json, refuse_pickle
+from ..factors import FACTORS_FILE_NAME, SIDECAR_NAME, read_sidecar
+from ..files import WrongKind, refuse_pickle
 from ..low_rank import PLAN_NAME
 from ..masks import COMPACT_FILE_NAME, MASK_FILE_NAME
-from ..models import CONFIG_NAME, WEIGHTS_NAME
+from ..models import (
+    CONFIG_NAME,
+    MODEL_CONFIG,
+    WEIGHTS_NAME,
+    read_adapter_config,
+    read_model_config,
+    shard_index,
+)
 from ..training import RUN_INFO, TRAINING_LOG
 
 _INDEX = "model.safetensors.index.json"
@@ -30,7 +37,7 @@ PLOT = "peft_svdinit_results.png"
 SHOWN = (COMPARISON_NUMBERS, PLOT)
 _ADAPTER = (CONFIG_NAME, WEIGHTS_NAME, SIDECAR_NAME, MASK_FILE_NAME, COMPACT_FILE_NAME)
 _MODEL = (
-    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
+    *(MODEL_CONFIG, "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
     *(_INDEX, PLAN_NAME, "low_rank.safetensors"),
 )
 
@@ -59,7 +66,7 @@ class Kind:
 # A folder is of the first kind whose marker it has.
 KINDS = (
     Kind("LoRA adapter", CONFIG_NAME, "peft", "adapter", ("lora",), (*_ADAPTER, *_TOKENIZER)),
-    Kind("model", "config.json", "transformers", "finetune", (), (*_MODEL, *_TOKENIZER)),
+    Kind("model", MODEL_CONFIG, "transformers", "finetune", (), (*_MODEL, *_TOKENIZER)),
     Kind(
         *("set of SVD factors", FACTORS_FILE_NAME, "peft-svdinit", "adapter"),
         *(("lora", "svd-factors"), (FACTORS_FILE_NAME, "svd_analysis_rank*.json")),
@@ -138,24 +145,24 @@ def recognise(folder: str | os.PathLike) -> Artefact:
     )
     reasons = {name: _reason(entry) for name, entry in entries.items() if name not in files}
     left_out = {name: reason for name, reason in reasons.items() if reason}
-    has_config = kind.marker in (CONFIG_NAME, "config.json")
-    config = read_json(path / kind.marker, "folder") if has_config else {}
-    options = read_json(path / SIDECAR_NAME, "folder") if SIDECAR_NAME in files else {}
+    readers = {CONFIG_NAME: read_adapter_config, MODEL_CONFIG: read_model_config}
+    read = readers.get(kind.marker)
+    config = read(path / kind.marker, "folder") if read else {}
+    options = read_sidecar(path / SIDECAR_NAME, "folder") if SIDECAR_NAME in files else {}
     if kind.marker == CONFIG_NAME and config.get("peft_type") != "LORA":
         raise ValueError(
             f"folder: {path} holds an adapter of type {config.get('peft_type')}, only LORA is "
             "shared by this package; PEFT's own push_to_hub takes it"
         )
     if _INDEX in files:
-        shards = set(read_json(path / _INDEX, "folder").get("weight_map", {}).values())
-        missing = sorted(map(str, shards - set(files)))
+        missing = sorted(set(shard_index(path, "folder").values()) - set(files))
         if missing:
             raise ValueError(f"folder: {path} lacks {', '.join(missing)}, of which {_INDEX} tells")
     return Artefact(path, kind, files, left_out, config, options)
 
 
 def _refuse_pickled_weights(kind: Kind, entries: dict[str, Path]) -> None:
-    weights = {CONFIG_NAME: WEIGHTS_NAME, "config.json": "model*.safetensors"}.get(kind.marker)
+    weights = {CONFIG_NAME: WEIGHTS_NAME, MODEL_CONFIG: "model*.safetensors"}.get(kind.marker)
     if weights is None or any(fnmatchcase(name, weights) for name in entries):
         return
     stem = "adapter_model" if kind.marker == CONFIG_NAME else "pytorch_model"

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ..analysis import (
     COMPARISON_NUMBERS,
     COMPARISON_REPORT,
@@ -15,8 +17,9 @@ from ..analysis import (
     escaped,
     evaluation_table,
     markdown_table,
+    read_evaluation,
 )
-from ..files import read_json
+from ..files import read_json, validated
 from ..training import LOSS_CURVE, RUN_INFO, Run, launched, read_run
 
 # Of a comparison's report; what it was made with stands in the card once, elsewhere.
@@ -25,6 +28,23 @@ _SHOWN = (
     *("Equal total budget", "A teacher that exists already", "Learning-rate sweep", "Cost"),
 )
 _COMPARISON_PLOT = "loss_curves.png"
+
+
+class _Extra(msgspec.Struct):
+    command: str | None = None
+    dataset: str | None = None
+
+
+class _Context(msgspec.Struct):
+    command: str | None = None
+    model: str | None = None
+    dataset: str | None = None
+    machine: str | None = None
+
+
+class _Comparison(msgspec.Struct):
+    headline: str | None = None
+    context: _Context | None = None
 
 
 @dataclass(frozen=True)
@@ -59,15 +79,15 @@ def figures_of_run(folder: Path) -> Figures:
     if not (folder / RUN_INFO).is_file():
         return Figures(limits=("Nothing was measured that this card could show.",))
     run = read_run(folder, "folder")
-    plot = folder / LOSS_CURVE
-    command = run.info["extra"].get("command")
+    extra = validated(run.info["extra"], _Extra, f"folder: {folder / RUN_INFO}: extra: ")
+    plot, command = folder / LOSS_CURVE, extra.command
     unfinished = [] if run.completed else ["The training did not end: these are its last figures."]
     return Figures(
         text=markdown_table(["", "value"], _run_rows(run)),
         plot=plot if plot.is_file() else None,
         command=launched(command, run.info.get("runs_as") or {}) if command else None,
         runs_as=run.info.get("runs_as") or {},
-        facts=_facts(run.info),
+        facts=_facts(run.info, extra),
         limits=(
             *unfinished,
             "One run of one seed: a loss without an interval says little about another seed.",
@@ -89,19 +109,19 @@ def figures_of_comparison(folder: Path, run: Figures) -> Figures:
                 f"comparison: {folder} has no {path.name}; `svdinit compare` and "
                 "recipes/compare_inits.py write it"
             )
-    found = read_json(numbers, "comparison")
-    context, headline = found.get("context") or {}, escaped(found.get("headline") or "")
+    found = validated(read_json(numbers, "comparison"), _Comparison, f"comparison: {numbers}: ")
+    context, headline = found.context or _Context(), escaped(found.headline or "")
     sections = _sections(report.read_text(encoding="utf-8"))
     shown = [f"### {name}\n\n{sections[name]}" for name in _SHOWN if name in sections]
     plot = folder / _COMPARISON_PLOT
-    command = context.get("command")
-    facts = {key: context[key] for key in ("model", "dataset", "machine") if context.get(key)}
+    command = context.command
+    facts = {"model": context.model, "dataset": context.dataset, "machine": context.machine}
     return Figures(
         text="\n\n".join([*([f"**{headline}**"] if headline else []), *shown]),
         plot=plot if plot.is_file() else None,
         files=(numbers,),
         command=launched(command, run.runs_as) if command else None,
-        facts={**run.facts, **{key: str(value) for key, value in facts.items()}},
+        facts={**run.facts, **{key: value for key, value in facts.items() if value}},
         limits=(sections["Limits"],) if "Limits" in sections else (),
     )
 
@@ -118,15 +138,12 @@ def with_evaluation(figures: Figures, folder: Path) -> Figures:
         raise FileNotFoundError(
             f"evaluation: {folder} has no {path.name}; recipes/evaluate_adapter.py writes it"
         )
-    record = read_json(path, "evaluation")
-    try:
-        table = evaluation_table(record["results"])
-        sets = ", ".join(
-            f"{about['dataset_name']} ({metric.replace('_', ' ')}, {about['examples']} examples)"
-            for metric, about in record["data"].items()
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"evaluation: {path} is damaged ({error!r}); write it again") from error
+    record = read_evaluation(path, "evaluation")
+    table = evaluation_table(record["results"])
+    sets = ", ".join(
+        f"{about['dataset_name']} ({metric.replace('_', ' ')}, {about['examples']} examples)"
+        for metric, about in record["data"].items()
+    )
     text = "\n\n".join(filter(None, [figures.text, f"### Evaluation\n\n{table}"]))
     return replace(figures, text=text, facts={**figures.facts, "evaluated on": sets})
 
@@ -148,23 +165,28 @@ def _run_rows(run: Run) -> Iterator[tuple[str, str]]:
     teacher = (run.comparison or {}).get("teacher") or {}
     if teacher:
         spent = ", ".join(
-            f"{teacher[key]:,.0f} {key}" for key in ("steps", "tokens", "seconds") if teacher[key]
+            f"{teacher[key]:,.0f} {key}"
+            for key in ("steps", "tokens", "seconds")
+            if teacher.get(key)
         )
         yield "the teacher, on top of that", spent or "cost not known"
-    yield "trained parameters", f"{info['trainable_parameters']:,} of {info['total_parameters']:,}"
+    counts = [info[f"{which}_parameters"] for which in ("trainable", "total")]
+    if None not in counts:
+        yield "trained parameters", f"{counts[0]:,} of {counts[1]:,}"
     yield "seed", str(run.seed)
 
 
-def _facts(info: dict[str, Any]) -> dict[str, str]:
+def _facts(info: dict[str, Any], extra: _Extra) -> dict[str, str]:
     hardware, processes = info["hardware"], info["world_size"]
+    machine = {"{} CPU cores": "cpu_cores", "{}": "device", "{} GiB": "memory_gb"}
+    known = [words.format(hardware[k]) for words, k in machine.items() if hardware.get(k)]
     versions = {"Python": info["versions"].get("python")}
     versions |= {key: value for key, value in info["versions"].items() if key != "python"}
     found = {
-        "dataset": info["extra"].get("dataset") or "",
+        "dataset": extra.dataset or "",
         "versions": ", ".join(f"{key} {value}" for key, value in versions.items() if value),
         "revision of the code": info["git_revision"] or "",
-        "hardware": f"{hardware['cpu_cores']} CPU cores, {hardware['device']}, "
-        f"{hardware['memory_gb']} GiB",
+        "hardware": ", ".join(known),
         "processes": str(processes) if processes > 1 else "",
     }
     return {key: value for key, value in found.items() if value}

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..analysis import COMPARISON_NUMBERS
 from ..factors import IN_MEMORY, SIDECAR_NAME
-from ..files import is_local, opened, read_json, write_json
-from ..models import CONFIG_NAME
+from ..files import is_local, opened, parsed_json, read_json, write_json, write_text
+from ..models import CONFIG_NAME, MODEL_CONFIG
 from ..training import COMMENT
 from .artefact import RECORDS
 from .base_model import BaseModel
@@ -23,7 +23,7 @@ from .base_model import BaseModel
 # Others are published as they are: a tokenizer's vocabulary has what looks like paths.
 _CHANGED = (CONFIG_NAME, SIDECAR_NAME, COMPARISON_NUMBERS, "svd_analysis_rank*.json", *RECORDS)
 # Of these, the values that transformers has for where something was loaded from.
-_CONFIGS = ("config.json", "tokenizer_config.json")
+_CONFIGS = (MODEL_CONFIG, "tokenizer_config.json")
 _ORIGINS = ("_name_or_path", "name_or_path", "tokenizer_file")
 # Absolute, of a home, or out of the working directory; neither a Hub id nor an address.
 _PATH = re.compile(
@@ -114,11 +114,12 @@ def publish_file(source: Path, target: Path, base: BaseModel) -> None:
             write_json(target, changed)
             return
     elif source.name in _CONFIGS:
-        value = read_json(source, "folder")
+        value = read_json(source, "folder", constants=True)
         origins = {key: value[key] for key in _ORIGINS if value.get(key)}
         changed = without_paths(origins, base)
         if changed != origins:
-            write_json(target, {**value, **changed})
+            # Infinities stay, which transformers writes and JSON has not.
+            write_text(target, json.dumps({**value, **changed}, indent=2) + "\n")
             return
     elif source.suffix == ".safetensors":
         with opened(source, "folder") as file:
@@ -132,7 +133,7 @@ def publish_file(source: Path, target: Path, base: BaseModel) -> None:
 
 def _changed(text: str, base: BaseModel) -> str:
     try:
-        value = json.loads(text)
+        value = parsed_json(text)
     except ValueError:
         return without_paths(text, base)
     changed = without_paths(value, base)
@@ -143,7 +144,7 @@ def _copy_with_metadata(source: Path, target: Path, metadata: dict[str, str]) ->
     """The same tensors, byte by byte, under another header."""
     with open(source, "rb") as file, open(target, "wb") as copy:
         (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
-        header = {**json.loads(file.read(length)), "__metadata__": metadata}
+        header = {**parsed_json(file.read(length)), "__metadata__": metadata}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
         copy.write(_LENGTH.pack(len(text)))

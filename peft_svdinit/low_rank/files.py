@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from torch import Tensor
 
-from ..files import HeadedFile, read_json, write_json
+from ..files import HeadedFile, read_json, refuse_non_floats, write_json
 from ..models import recognition_sample
 from .plan import LowRankPlan
 
@@ -19,6 +20,10 @@ PLAN_NAME = "low_rank.json"
 FACTORS_NAME = "low_rank.safetensors"
 PARTS = ("U", "Vh", "row_norm", "sv_norm")
 _FILE = HeadedFile("low_rank", FACTORS_NAME, "factors of low-rank layers")
+
+
+class _Layers(msgspec.Struct):
+    layers: dict[str, Any]
 
 
 def write_files(
@@ -81,6 +86,8 @@ class StoredLayers:
             ValueError: if their shapes are not those of the plan.
         """
         stored = set(self._file.keys())
+        tensors = (f"{name}.{part}" for part in (*PARTS, "sample"))
+        refuse_non_floats(self._file, {key: key for key in tensors if key in stored})
         found = {
             part: self._file.get_tensor(f"{name}.{part}")
             for part in PARTS
@@ -116,8 +123,8 @@ def stored_layers(folder: Path, argument: str) -> Iterator[StoredLayers]:
         raise FileNotFoundError(
             f"{argument}: {folder} has no {PLAN_NAME}, so that its low-rank layers are unknown"
         )
-    record = read_json(folder / PLAN_NAME, argument)
-    with _FILE.opened(folder, argument) as (file, header):
-        if record.get("layers") != header["layers"]:
+    record = read_json(folder / PLAN_NAME, argument, _Layers)
+    with _FILE.opened(folder, argument, _Layers) as (file, header):
+        if record["layers"] != header.layers:
             raise ValueError(f"{PLAN_NAME} beside it is of other layers: write the folder again")
-        yield StoredLayers(LowRankPlan.from_dict(header["layers"]), file)
+        yield StoredLayers(LowRankPlan.from_dict(header.layers), file)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..files import WrongKind, read_json
+from ..files import WrongKind
+from ..models import MODEL_CONFIG, read_model_config
 from .candidates import low_rank_layers
 from .files import remove_files
 from .own_save import save_by_
@@ -67,10 +68,10 @@ def save_small_form(
 
 def is_small_form(folder: str | os.PathLike) -> bool:
     """Whether a folder holds a model in the small form."""
-    config = Path(folder, "config.json")
+    config = Path(folder, MODEL_CONFIG)
     if not config.is_file():
         return False
-    found = read_json(config, "checkpoint").get("quantization_config")
+    found = read_model_config(config, "checkpoint").get("quantization_config")
     return isinstance(found, dict) and found.get("quant_method") == METHOD
 
 

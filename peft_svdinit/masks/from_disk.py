@@ -6,8 +6,7 @@ import logging
 import os
 from pathlib import Path
 
-from ..factors import LORI_CONFIG, SIDECAR_NAME, FactorsFile, LoraAdapter
-from ..files import read_json
+from ..factors import LORI_CONFIG, SIDECAR_NAME, FactorsFile, LoraAdapter, read_sidecar
 from .layer_scores import LayerScores
 from .projection import is_same_projection, random_projection
 from .scores import magnitude_scores, teacher_scores
@@ -22,7 +21,7 @@ def recorded_seed(adapter: LoraAdapter) -> int | None:
         ValueError: if the sidecar is damaged.
     """
     sidecar = adapter.folder / SIDECAR_NAME
-    options = read_json(sidecar, adapter.argument) if sidecar.is_file() else {}
+    options = read_sidecar(sidecar, adapter.argument) if sidecar.is_file() else {}
     if options.get("config_class") != LORI_CONFIG:
         return None
     seed = options.get("lori_seed")

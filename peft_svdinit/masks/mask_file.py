@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from ..files import HeadedFile, checked_fields
-from ..models import natural_order
+from ..files import HeadedFile, Positive, refuse_non_floats
+from ..models import check_adapter_config, natural_order
 from .mask import LoriMask, MaskedLayer
 from .selection import Selection
 
@@ -31,15 +32,19 @@ COMPACT_FILE_NAME = "lori_adapter.safetensors"
 _KEY, _WHAT = "peft_svdinit.lori", "LoRI mask; make one with `svdinit mask`"
 _MASK = HeadedFile(_KEY, MASK_FILE_NAME, _WHAT)
 _COMPACT = HeadedFile(_KEY, COMPACT_FILE_NAME, _WHAT)
-# Of JSON values; a number such as 1 may be written without a point.
-_KINDS: dict[str, tuple[type, ...]] = {
-    "density": (int, float),
-    "seed": (int,),
-    "scope": (str,),
-    "floor": (int, float),
-    "source": (dict,),
-    "base_model_name_or_path": (str, type(None)),
-}
+_RECORDED = ("density", "seed", "scope", "floor", "source", "base_model_name_or_path")
+
+
+class _Header(msgspec.Struct):
+    layers: dict[str, tuple[Positive, Positive, Positive, str]]
+    checksum: str
+    density: float
+    seed: int
+    scope: str
+    floor: float
+    source: dict[str, Any]
+    base_model_name_or_path: str | None
+    config: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,8 @@ def save_mask(path: str | os.PathLike, mask: LoriMask) -> Path:
     """
     target = _MASK.target(path)
     if target.is_file():
-        with _MASK.opened(target, "path") as (_, header):
-            if "config" in header:
+        with _MASK.opened(target, "path", _Header) as (_, header):
+            if header.config is not None:
                 raise ValueError("it is a compact adapter and would be lost; choose another path")
     return _write(target, mask, {}, None)
 
@@ -110,7 +115,7 @@ def load_mask(
         ValueError: if it is a pickle, truncated, no mask, of another format version, keeps nothing
             in a layer, or contradicts itself.
     """
-    with _MASK.opened(path_or_id, argument, revision) as (file, header):
+    with _MASK.opened(path_or_id, argument, _Header, revision) as (file, header):
         return _read(file, header)
 
 
@@ -125,10 +130,14 @@ def load_compact(
     Raises:
         FileNotFoundError, ValueError: as `load_mask`, and if the file is a mask without values.
     """
-    with _COMPACT.opened(path_or_id, argument, revision) as (file, header):
-        if not isinstance(header.get("config"), dict):
+    with _COMPACT.opened(path_or_id, argument, _Header, revision) as (file, header):
+        if header.config is None:
             raise ValueError("it is a mask without trained values")
+        # Of the type, whoever writes the LoRA judges.
+        config = {**header.config, "peft_type": "LORA"}
+        check_adapter_config(config, "the adapter_config.json in its header: ")
         mask = _read(file, header)
+        refuse_non_floats(file, {f"the values of layer {n}": f"{n}.values" for n in mask.layers})
         values = {name: file.get_tensor(f"{name}.values") for name in mask.layers}
         for name, layer in mask.layers.items():
             if values[name].shape != (layer.kept,) or not torch.isfinite(values[name]).all():
@@ -136,7 +145,7 @@ def load_compact(
                     f"layer {name} needs {layer.kept} finite values for its mask; write the file "
                     "again"
                 )
-        return CompactAdapter(mask, values, header["config"])
+        return CompactAdapter(mask, values, header.config)
 
 
 def pack(mask: Bool[Tensor, "out rank"]) -> UInt8[Tensor, " bytes"]:
@@ -158,7 +167,7 @@ def _write(
         name: [*layer.mask.shape, layer.in_features, layer.hash_A]
         for name, layer in mask.layers.items()
     }
-    header: dict[str, Any] = {"layers": layers, **{key: getattr(mask, key) for key in _KINDS}}
+    header: dict[str, Any] = {"layers": layers, **{k: getattr(mask, k) for k in _RECORDED}}
     header["source"] = dict(mask.source)
     if config is not None:
         header["config"] = dict(config)
@@ -170,11 +179,11 @@ def _write(
     return target
 
 
-def _read(file: Any, header: Mapping[str, Any]) -> LoriMask:
+def _read(file: Any, header: _Header) -> LoriMask:
     layers: dict[str, MaskedLayer] = {}
     packed: dict[str, Tensor] = {}
-    for name in sorted(header["layers"], key=natural_order):
-        rows, rank, in_features, hash_A = _layer_entry(name, header["layers"][name])
+    for name in sorted(header.layers, key=natural_order):
+        rows, rank, in_features, hash_A = header.layers[name]
         bits = file.get_tensor(f"{name}.mask")
         if bits.dtype != torch.uint8 or bits.shape != (-(-rows * rank // 8),):
             raise ValueError(
@@ -183,24 +192,14 @@ def _read(file: Any, header: Mapping[str, Any]) -> LoriMask:
             )
         packed[name] = bits
         layers[name] = MaskedLayer(unpack(bits, (rows, rank)), in_features, hash_A)
-    if header["checksum"] != _checksum(packed):
+    if header.checksum != _checksum(packed):
         raise ValueError(
             "the masks are not those of the header's checksum: damaged while copying? Fetch or "
             "write it again"
         )
     _refuse_empty(layers)
-    fields = checked_fields(header, _KINDS)
-    Selection(fields["density"], fields["scope"], fields["floor"])
-    return LoriMask(layers, **fields)
-
-
-def _layer_entry(name: str, entry: Any) -> tuple[int, int, int, str]:
-    """(out, rank, in, hash of A) of a layer, as the header has it."""
-    if isinstance(entry, list) and len(entry) == 4:
-        *sizes, hash_A = entry
-        if isinstance(hash_A, str) and all(type(size) is int and size > 0 for size in sizes):
-            return sizes[0], sizes[1], sizes[2], hash_A
-    raise ValueError(f"damaged header: layer {name} is {entry!r}; write the file again")
+    Selection(header.density, header.scope, header.floor)
+    return LoriMask(layers, **{key: getattr(header, key) for key in _RECORDED})
 
 
 def _checksum(packed: Mapping[str, UInt8[Tensor, " bytes"]]) -> str:

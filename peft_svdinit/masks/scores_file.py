@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 
-from ..files import HeadedFile, checked_fields
+from ..files import HeadedFile, Positive, refuse_non_floats
 from .layer_scores import LayerScores
 
 SCORES_FILE_NAME = "lori_scores.safetensors"
 _FILE = HeadedFile("peft_svdinit.lori_scores", SCORES_FILE_NAME, "scores of a LoRI B")
 _SUFFIX = ".scores"
-_KINDS: dict[str, tuple[type, ...]] = {
-    "in_features": (dict,),
-    "seed": (int,),
-    "source": (dict,),
-    "base_model_name_or_path": (str, type(None)),
-}
+
+
+class _Header(msgspec.Struct):
+    in_features: dict[str, Positive]
+    seed: int
+    source: dict[str, Any]
+    base_model_name_or_path: str | None
 
 
 def save_scores(path: str | os.PathLike, layers: LayerScores) -> Path:
@@ -63,14 +66,21 @@ def load_scores(path_or_id: str | os.PathLike, *, argument: str = "scores") -> L
         FileNotFoundError: if there is no such file.
         ValueError: if it is truncated, holds no scores, or is of another format version.
     """
-    with _FILE.opened(path_or_id, argument) as (file, header):
-        fields = checked_fields(header, _KINDS)
-        scores = {}
-        for name, columns in fields["in_features"].items():
-            scores[name] = file.get_tensor(f"{name}{_SUFFIX}")
-            if type(columns) is not int or columns < 1 or scores[name].dim() != 2:
+    with _FILE.opened(path_or_id, argument, _Header) as (file, header):
+        refuse_non_floats(
+            file, {f"the scores of layer {n}": n + _SUFFIX for n in header.in_features}
+        )
+        scores = {name: file.get_tensor(f"{name}{_SUFFIX}") for name in header.in_features}
+        for name, each in scores.items():
+            if each.dim() != 2:
                 raise ValueError(
-                    f"layer {name} has scores of shape {tuple(scores[name].shape)} for {columns!r} "
-                    "inputs, which are none of a B; write the file again"
+                    f"layer {name} has scores of shape {tuple(each.shape)}, which are none of a B; "
+                    "write the file again"
                 )
-        return LayerScores(scores, **fields)
+        return LayerScores(
+            scores,
+            header.in_features,
+            header.seed,
+            header.source,
+            header.base_model_name_or_path,
+        )

@@ -13,9 +13,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .model_config import MODEL_CONFIG, read_model_config
 from .sharding import is_split, whole_copy, whole_shape
 from .weights import is_plain
 
@@ -50,7 +51,7 @@ def model_skeleton(
     Raises:
         ValueError: if it has no configuration, or that names no architecture of transformers.
     """
-    config = _configuration(path_or_id, argument)
+    config: Any = model_configuration(path_or_id, argument)
     if architecture is not None:
         config.architectures = [architecture]
     kind = _architecture(config)
@@ -60,27 +61,41 @@ def model_skeleton(
             f"transformers {transformers.__version__} knows (architectures: "
             f"{list(config.architectures or ())})"
         )
-    if tuned is not None and (Path(tuned) / "config.json").is_file():
-        after = _configuration(tuned, "tuned")
+    if tuned is not None and (Path(tuned) / MODEL_CONFIG).is_file():
+        after: Any = model_configuration(tuned, "tuned")
         if type(after) is type(config):
             kind = _architecture(after) or kind
             if after.num_labels != config.num_labels:
                 config.num_labels = after.num_labels
-    with torch.device("meta"):
-        return kind(config)
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except Exception as error:  # Of any kind: it is made of a stranger's sizes.
+        raise ValueError(
+            f"{argument}: {os.fspath(path_or_id)}: config.json describes no {kind.__name__} that "
+            f"transformers {transformers.__version__} can make ({type(error).__name__}: {error})"
+        ) from error
 
 
-def _configuration(path_or_id: str | os.PathLike, argument: str) -> Any:
+def model_configuration(path_or_id: str | os.PathLike, argument: str) -> PreTrainedConfig:
+    """The configuration of a model folder or Hub repository, as transformers reads it.
+
+    Raises:
+        ValueError: if it cannot be read, is damaged, or of no architecture of transformers.
+    """
     place = f"{argument}: {os.fspath(path_or_id)}"
+    path = Path(path_or_id) / MODEL_CONFIG
+    if path.is_file():
+        read_model_config(path, argument)
     try:
         return transformers.AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"{place} has no config.json that can be read: {error}") from error
-    except ValueError as error:
+    except Exception as error:  # Of any kind: it is made of a stranger's values.
         raise ValueError(
             f"{place}: config.json is of no architecture that transformers "
             f"{transformers.__version__} has itself, and code of a checkpoint is never run "
-            f"({error})"
+            f"({type(error).__name__}: {error})"
         ) from error
 
 
@@ -168,7 +183,7 @@ def is_chosen(name: str, choice: str | Sequence[str], argument: str = "target_mo
     if isinstance(choice, str):
         try:
             return re.fullmatch(choice, name) is not None
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{argument}: {choice!r} is no regular expression ({error}); correct it, or give a "
                 "list of names or name endings"

@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..files import FLOAT_DTYPES, hub_pickles, inside, opened, read_json, resolve_folder
+from ..files import (
+    FLOAT_DTYPES,
+    hub_pickles,
+    inside,
+    opened,
+    parsed_json,
+    read_json,
+    resolve_folder,
+)
 from .recognition import Position
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK_ENTRIES = 1 << 19
 _BLOCKS_MAPPED = 16
 _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def shard_index(folder: Path, argument: str) -> dict[str, str]:
+    """The files of a sharded checkpoint's tensors, all of them in the folder.
+
+    Raises:
+        ValueError: if the index is damaged, or leads out of the folder.
+    """
+    index = read_json(folder / _INDEX, argument, _Index)["weight_map"]
+    for name in sorted(set(index.values())):
+        inside(folder, name, argument)
+    return index
 
 
 class Checkpoint:
@@ -57,16 +81,8 @@ class Checkpoint:
         if (self.folder / _SINGLE).is_file():  # As in transformers, before an index.
             paths = [self.folder / _SINGLE]
         elif (self.folder / _INDEX).is_file():
-            index = read_json(self.folder / _INDEX, self.argument)
-            map_ = index.get("weight_map")
-            if not isinstance(map_, dict) or not all(isinstance(v, str) for v in map_.values()):
-                raise ValueError(
-                    f"{self.argument}: {self.folder / _INDEX} must map tensors to file names in "
-                    '"weight_map": truncated while copying? Fetch it again'
-                )
-            paths = [
-                inside(self.folder, name, self.argument) for name in sorted(set(map_.values()))
-            ]
+            files = set(shard_index(self.folder, self.argument).values())
+            paths = [self.folder / name for name in sorted(files)]
         else:
             if any(self.folder.glob("pytorch_model*.bin")):
                 self._refuse_pickle(self.folder, self.folder)
@@ -145,7 +161,7 @@ class Checkpoint:
         if path not in self._offsets:
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
+                header = parsed_json(file.read(length))
             header.pop("__metadata__", None)
             self._offsets[path] = {k: 8 + length + e["data_offsets"][0] for k, e in header.items()}
         return self._offsets[path][key]

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..factors import LoraProduct
-from ..files import WrongKind, opened, replacing
+from ..files import WrongKind, opened, refuse_non_floats, replacing
 from ..models import lora_key
 
 MOMENTS_FILE_NAME = "adam_moments.safetensors"
@@ -173,8 +173,10 @@ def load_moments(path: str | os.PathLike) -> dict[str, AdamMoments]:
 
     Raises:
         ValueError: if the file is no safetensors file, truncated, or lacks one of the moments.
+        TypeError: if one is no floating-point number.
     """
     with opened(Path(path), "moments") as file:
+        refuse_non_floats(file, {key: key for key in file.keys()})
         keys = [key.removesuffix(".step") for key in file.keys() if key.endswith(".step")]
         return {
             key: AdamMoments(

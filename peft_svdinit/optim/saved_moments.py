@@ -71,7 +71,11 @@ def _in_order(path: Path, keys: Sequence[str]) -> dict[str, AdamMoments]:
     found = {}
     for key, number in zip(keys, trained[0], strict=True):
         state: Mapping[str, Any] = saved["state"].get(number, {})
-        if all(isinstance(state.get(part), torch.Tensor) for part in _PARTS):
+        if all(_is_float(state.get(part)) for part in _PARTS):
             exp_avg, exp_avg_sq, step = (state[part] for part in _PARTS)
             found[key] = AdamMoments(exp_avg.float(), exp_avg_sq.float(), float(step))
     return found
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

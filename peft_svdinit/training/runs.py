@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_json
+import msgspec
+
+from ..files import Amount, Count, Positive, read_json, shortened, validated, write_json
 from .log import TRAINING_LOG, Row, read_training_log
 
 FORMAT_VERSION = 1
@@ -24,6 +26,63 @@ INFO_KEYS = (
     *("steps", "max_steps", "tokens", "seconds", "peak_memory_mb", "metrics", "world_size"),
     *("trainable_parameters", "total_parameters", "versions", "git_revision", "hardware", "extra"),
 )
+
+
+class _Teacher(msgspec.Struct):
+    kind: str | None = None
+    steps: Count | None = None
+    tokens: Count | None = None
+    seconds: Amount | None = None
+    sunk: bool | None = None
+
+
+class _Comparison(msgspec.Struct):
+    method: str | None = None
+    label: str | None = None
+    budget: str | None = None
+    learning_rate: Amount | None = None
+    sweep: bool | None = None
+    teacher: _Teacher | None = None
+
+
+class _Extra(msgspec.Struct):
+    comparison: _Comparison | None = None
+
+
+class _Hardware(msgspec.Struct):
+    cpu_cores: Count | None = None
+    device: str | None = None
+    memory_gb: Amount | None = None
+
+
+class _RunsAs(msgspec.Struct):
+    processes: Positive | None = None
+    wrapper: str | None = None
+    stage: int | None = None
+    offloaded: list[str] | None = None
+
+
+class _Info(msgspec.Struct):
+    status: str
+    name: str
+    seed: int
+    data_seed: int | None
+    started: str | None
+    finished: str | None
+    steps: Count
+    max_steps: Count
+    tokens: Count | None
+    seconds: Amount | None
+    peak_memory_mb: Amount | None
+    metrics: dict[str, float | None]
+    world_size: Positive
+    trainable_parameters: Count | None
+    total_parameters: Count | None
+    versions: dict[str, str | None]
+    git_revision: str | None
+    hardware: _Hardware
+    extra: _Extra
+    runs_as: _RunsAs | None = None
 
 
 @dataclass(frozen=True)
@@ -89,16 +148,14 @@ def read_run_info(directory: str | os.PathLike, argument: str = "run") -> dict[s
     if info.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{place} must have format_version {FORMAT_VERSION}, got "
-            f"{info.get('format_version')!r}; read it with the peft-svdinit that wrote it"
+            f"{shortened(info.get('format_version'))}; read it with the peft-svdinit that wrote it"
         )
     missing = [key for key in INFO_KEYS if key not in info]
     if missing:
         raise ValueError(f"{place} lacks {', '.join(missing)}")
+    validated(info, _Info, f"{place}: ")
     if info["status"] not in ("running", "completed"):
         raise ValueError(f"{place}: status must be running or completed, got {info['status']!r}")
-    for key in ("metrics", "extra"):
-        if not isinstance(info[key], dict):
-            raise ValueError(f"{place}: {key} must be an object, got {info[key]!r}")
     return info
 
 

@@ -15,8 +15,14 @@ from peft import PeftModel
 
 from peft_svdinit.adapters import load_stock_adapter
 from peft_svdinit.factors import INITS_MOVING_BASE, base_samples, check_base_of_adapter
-from peft_svdinit.files import TensorFile, is_local, read_json, resolve_file, resolve_folder
-from peft_svdinit.models import CONFIG_NAME, WEIGHTS_NAME, linear_modules, lora_key
+from peft_svdinit.files import TensorFile, is_local, resolve_file, resolve_folder
+from peft_svdinit.models import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    linear_modules,
+    lora_key,
+    read_adapter_config,
+)
 
 BASE = "base"
 _ARGUMENT = "adapters"
@@ -40,7 +46,7 @@ class SavedAdapter:
     @cached_property
     def config(self) -> dict[str, Any]:
         """`adapter_config.json`."""
-        return read_json(self.folder / CONFIG_NAME, self.argument)
+        return read_adapter_config(self.folder / CONFIG_NAME, self.argument)
 
     @cached_property
     def shapes(self) -> dict[str, list[int]]:

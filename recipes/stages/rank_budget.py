@@ -26,7 +26,7 @@ from peft_svdinit import (
 )
 from peft_svdinit.analysis import analyze, plot_heat_maps
 from peft_svdinit.factors import HasSpectrum, RankRecommendation, Spectrum, target_layers
-from peft_svdinit.files import file_stamps, write_json
+from peft_svdinit.files import file_stamps, read_json, write_json
 from peft_svdinit.training import RecipeArguments
 from peft_svdinit.tuner import lora_scalings
 from stages.data_start import FOLDER, counted
@@ -179,7 +179,7 @@ def _stored(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, "the ranks")
     except ValueError:  # Of another program, or damaged: it is written anew.
         return None
     # As JSON has them.

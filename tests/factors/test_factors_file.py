@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -279,10 +280,10 @@ def test_bad_values_are_refused_when_their_layer_is_read(file, key, edit, defect
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf, -1.0])
-def test_a_norm_that_is_none_is_refused_when_its_layer_is_read(file, norm):
+def test_a_norm_that_is_none_is_refused(file, norm):
     rewrite(file, header=lambda header: header["norms"].update({LAYER: norm}))
-    with pytest.raises(ValueError, match=f"layer {LAYER} has a delta norm of"):
-        FactorsFile(file)[LAYER]
+    with pytest.raises(ValueError, match=f"damaged header.*({LAYER}.* of at least 0|no number)"):
+        FactorsFile(file)
 
 
 def test_a_layer_without_its_norm_is_refused(file):
@@ -295,7 +296,8 @@ def test_a_layer_without_its_norm_is_refused(file):
 def test_another_format_version_is_refused_with_both_named(file, version):
     rewrite(file, header=lambda header: header.update(format_version=version, extra=1))
     with pytest.raises(
-        ValueError, match=f"format version {version}, this peft-svdinit reads {FORMAT_VERSION}"
+        ValueError,
+        match=f"format version {json.dumps(version)}, this peft-svdinit reads {FORMAT_VERSION}",
     ):
         FactorsFile(file)
 

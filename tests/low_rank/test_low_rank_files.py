@@ -80,7 +80,7 @@ def rewrite_plan(folder: Path, layers: Any) -> None:
     (folder / PLAN_NAME).write_text(json.dumps({**record, "layers": layers}))
 
 
-@pytest.mark.parametrize("layers", [None, [], {}, {LAYER: {"rank": 2, "shape": [24, 16]}}])
+@pytest.mark.parametrize("layers", [{}, {LAYER: {"rank": 2, "shape": [24, 16]}}])
 def test_a_plan_that_is_not_that_of_the_factors_is_refused(folder, layers):
     rewrite_plan(folder, layers)
     refused(folder, ValueError, f"{PLAN_NAME} beside it is of other layers: write the folder again")
@@ -89,6 +89,8 @@ def test_a_plan_that_is_not_that_of_the_factors_is_refused(folder, layers):
 def test_a_plan_that_is_no_mapping_is_refused(folder):
     (folder / PLAN_NAME).write_text("[1, 2]")
     refused(folder, ValueError, PLAN_NAME)
+    (folder / PLAN_NAME).write_text('{"layers": [1, 2]}')
+    refused(folder, ValueError, rf"{PLAN_NAME}: layers must be an object, got \[1, 2\]")
 
 
 @pytest.mark.parametrize("part", ["U", "Vh", "sample"])

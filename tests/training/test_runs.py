@@ -36,6 +36,7 @@ ROWS = [
 def info(**changes):
     values = {key: None for key in runs.INFO_KEYS if key != "format_version"}
     values |= {"status": "completed", "name": "student", "seed": 3, "metrics": {}, "extra": {}}
+    values |= {"steps": 2, "max_steps": 2, "world_size": 1, "versions": {}, "hardware": {}}
     return values | changes
 
 
@@ -183,11 +184,11 @@ def test_non_finite_numbers_are_null_in_run_json(tmp_path):
         ),
         (lambda d: (d / RUN_INFO).write_bytes(b"\xff\x00"), "not readable JSON"),
         (lambda d: (d / RUN_INFO).write_text("[]"), "must hold a JSON object, got list"),
-        (lambda d: (d / RUN_INFO).write_text("{}"), "format_version 1, got None"),
+        (lambda d: (d / RUN_INFO).write_text("{}"), "format_version 1, got null"),
         (lambda d: (d / RUN_INFO).write_text('{"format_version": 2}'), "format_version 1, got 2"),
         (lambda d: (d / RUN_INFO).write_text('{"format_version": 1}'), "lacks status, name"),
         (lambda d: write_run_info(d, info(status="done")), "status must be .* got 'done'"),
-        (lambda d: write_run_info(d, info(extra=None)), "extra must be an object, got None"),
+        (lambda d: write_run_info(d, info(extra=None)), "extra must be an object, got null"),
         (lambda d: (d / TRAINING_LOG).write_bytes(b"step,ep"), "torn"),
     ],
 )

@@ -16,7 +16,13 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 
 from ...files import TensorFile
-from ...models import CONFIG_NAME, WEIGHTS_NAME, model_skeleton
+from ...models import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    model_skeleton,
+    read_adapter_config,
+    refuse_endless_patterns,
+)
 
 # A task type of another class of models is an AttributeError, a missing head a KeyError.
 _REFUSALS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError)
@@ -94,6 +100,9 @@ def load_stock_adapter(
     path = Path(folder)
     if not (path / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"adapter: the folder {path} has no {CONFIG_NAME}")
+    names = [name for name, _ in model.named_modules()]
+    config = read_adapter_config(path / CONFIG_NAME, "adapter")
+    refuse_endless_patterns(config, names, f"adapter: {path / CONFIG_NAME}: ")
     file = TensorFile(path / WEIGHTS_NAME)
     stored = set(file.shapes)
     dtypes = [file.dtype(key) for key in file.shapes if ".lora_" in key]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...factors import SIDECAR_NAME, LoraAdapter, LoraInit, product_alone
-from ...files import write_json
+from ...files import WrongKind, write_json
 from ...masks import (
     MASK_FILE_NAME,
     CompactAdapter,
@@ -113,7 +113,7 @@ def _refuse_unless_product(folder: Path) -> None:
     """Raise ValueError if the configuration, read from a file, is not that of these weights."""
     try:
         LoraAdapter(folder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, WrongKind) as error:
         raise ValueError(
             f"adapter: the adapter_config.json in the compact file does not fit its entries "
             f"({error}); write the file again"

@@ -9,14 +9,14 @@ read and written in that spelling.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...models import pattern_value
+from ...files import parsed_json, validated
+from ...models import check_adapter_config, pattern_value, refuse_endless_patterns
 from .key_styles import KeyStyle
 
 
@@ -48,8 +48,43 @@ def styles_of(keys: Iterable[str]) -> list[KeyStyle]:
 _CONFIGS = "lora_adapter_metadata"
 
 
+# A component may be without layers, and say nothing of them.
+_UNSAID = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+Configurations = Mapping[str, Mapping[str, Any]]
+
+
+def configurations(
+    metadata: Mapping[str, str], names: Iterable[str], path: Path
+) -> dict[str, dict[str, Any]]:
+    """The PEFT configuration of each component by its name, as far as the header has them.
+
+    Args:
+        metadata: of the header.
+        names: of the layers, with what wrappers add and without.
+        path: of the file.
+
+    Raises:
+        ValueError: if one cannot be read, or as `check_adapter_config`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    place = f"adapter: {path}: the {_CONFIGS} in its header: "
+    try:
+        entries = validated(parsed_json(metadata.get(_CONFIGS, "{}")), dict[str, Any])
+    except ValueError as error:
+        raise ValueError(f"{place}{error}") from error
+    for key, value in entries.items():
+        component, _, option = key.partition(".")
+        found.setdefault(component, {})[option] = value
+    names = list(names)
+    for component, config in found.items():
+        check_adapter_config({**_UNSAID, **config}, f"{place}{component}: ")
+        own = {name.partition(f"{component}.")[2] for name in names if f"{component}." in name}
+        refuse_endless_patterns(config, own, f"{place}{component}: ")
+    return found
+
+
 def scaling_of(
-    layer: str, spelled: str, dim: int, metadata: Mapping[str, str], path: Path, *, dora: bool
+    layer: str, spelled: str, dim: int, configs: Configurations, path: Path, *, dora: bool
 ) -> float:
     """Scaling of a layer without an alpha of its own: its component's configuration says, or 1.
 
@@ -57,28 +92,16 @@ def scaling_of(
         layer: its name.
         spelled: the same with what wrappers add.
         dim: its rank.
-        metadata: of the header.
+        configs: as `configurations` gives them.
         path: of the file.
         dora: whether the file stores magnitudes.
 
     Raises:
-        ValueError: if the configuration cannot be read, is of another rank, or uses DoRA whose
-            magnitudes are missing.
+        ValueError: if the configuration is of another rank, or uses DoRA whose magnitudes are
+            missing.
     """
-    if _CONFIGS not in metadata:
-        return 1.0
-    try:
-        configs: dict[str, Any] = dict(json.loads(metadata[_CONFIGS]))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"adapter: the {_CONFIGS} in the header of {path} is no JSON object ({error})"
-        ) from error
     component, _, name = layer.partition(".")
-    config = {
-        key.removeprefix(f"{component}."): value
-        for key, value in configs.items()
-        if key.startswith(f"{component}.")
-    }
+    config = configs.get(component)
     if not config:
         return 1.0
     if config.get("use_dora") and not dora:
@@ -90,9 +113,10 @@ def scaling_of(
         pattern_value(config.get(pattern), name, config.get(key), spelled=module)
         for key, pattern in _RANK_AND_ALPHA
     )
-    if rank != dim:
+    if rank != dim or alpha is None:
         raise ValueError(
-            f"adapter: layer {layer} in {path} has rank {dim}, but its header says {rank}"
+            f"adapter: layer {layer} in {path} has rank {dim}, but its header says {rank}, and "
+            f"alpha {alpha}"
         )
     return alpha / math.sqrt(dim) if config.get("use_rslora") else alpha / dim
 

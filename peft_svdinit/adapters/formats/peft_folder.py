@@ -8,12 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from ...factors import LoraAdapter
-from ...files import TensorFile, read_json, resolve_file
+from ...files import TensorFile, resolve_file
 from ...models import (
     CONFIG_NAME,
     PREFIX,
     WEIGHTS_NAME,
     pattern_value,
+    read_adapter_config,
+    refuse_endless_patterns,
     spelled_in_peft,
     unwrapped_config,
     unwrapped_keys,
@@ -43,7 +45,7 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
         ValueError: if it is of another type, stores a pickle, is truncated, or has a layer that
             is no linear one with a factored delta.
     """
-    config = read_json(folder / CONFIG_NAME, "adapter")
+    config = read_adapter_config(folder / CONFIG_NAME, "adapter")
     if config.get("peft_type") in ("LOHA", "LOKR"):
         return _lycoris(folder, config)
     lora = LoraAdapter(folder, with_beside=True)  # Which refuses other layers.
@@ -66,6 +68,8 @@ def _lycoris(folder: Path, config: Mapping[str, Any]) -> StoredAdapter:
     path = resolve_file(folder, WEIGHTS_NAME, argument="adapter")
     file = TensorFile(path)
     stored = unwrapped_keys(file.shapes, f"adapter: {path}")
+    names = {spelled_in_peft(key).rpartition(".")[0] for pair in stored.items() for key in pair}
+    refuse_endless_patterns(config, names, f"adapter: {folder / CONFIG_NAME}: ")
     scalings, ranks, beside = {}, {}, {}
     for key, at in stored.items():
         name, _, part = key.removeprefix(PREFIX).rpartition(".")

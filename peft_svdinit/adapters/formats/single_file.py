@@ -51,12 +51,15 @@ def read_single_file(path: Path) -> StoredAdapter:
         if layer is not None and one.kind in ("unknown", "algorithm"):
             beside[key] = replace(one, kind="algorithm", layer=layer)
     layers = {}
+    names = [split[0] for pair in stored.items() for key in pair if (split := style.split(key))]
+    of_header = {} if style is kohya.STYLE else file.metadata
+    configs = diffusers.configurations(of_header, names, path)
     dora = any(one.kind == "magnitude" for one in beside.values())
     with file.opened() as read:
         for name, keys in groups.items():
             if name in factored - other:
                 at = {part: stored[key] for part, key in keys.items()}
-                layers[name] = _layer(name, at, file, style, read, dora)
+                layers[name] = _layer(name, at, file, style, read, configs, dora)
             kind = _kind_outside(name, other, beside)
             for part, key in keys.items():
                 if name in layers and part == BIAS:
@@ -134,6 +137,7 @@ def _layer(
     file: TensorFile,
     style: KeyStyle,
     read: Callable[[str], Tensor],
+    configs: diffusers.Configurations,
     dora: bool,
 ) -> StoredLayer:
     factors = {part: key for part, key in keys.items() if part not in (ALPHA, BIAS)}
@@ -147,7 +151,7 @@ def _layer(
         scaling = 1.0
     else:
         at, _ = style.split(next(iter(factors.values()))) or (name, "")
-        scaling = diffusers.scaling_of(name, at, header.dim, file.metadata, file.path, dora=dora)
+        scaling = diffusers.scaling_of(name, at, header.dim, configs, file.path, dora=dora)
     return StoredLayer(algorithm, header, factors, scaling)
 
 

@@ -75,7 +75,7 @@ class CheckpointPair(LazyMapping[Tensor]):
         base_checkpoint = Checkpoint(base, argument=arguments[0], revision=base_revision)
         tuned_checkpoint = Checkpoint(tuned, argument=arguments[1], revision=tuned_revision)
         self.changed_settings: dict[str, tuple[Any, Any]] = changed_settings(
-            base_checkpoint.folder, tuned_checkpoint.folder, arguments[1]
+            base_checkpoint.folder, tuned_checkpoint.folder, arguments
         )
         self._folders = base_checkpoint.folder, tuned_checkpoint.folder
         skeleton = self.skeleton()

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from ...models import model_configuration
 
 # A change of these makes another model of the same tensors.
 _ARCHITECTURE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -18,23 +18,25 @@ _IGNORED = re.compile(
 )
 
 
-def changed_settings(base: Path, tuned: Path, argument: str) -> dict[str, tuple[Any, Any]]:
+def changed_settings(
+    base: Path, tuned: Path, arguments: tuple[str, str]
+) -> dict[str, tuple[Any, Any]]:
     """Settings of two model folders that differ, dotted name to (base, tuned).
 
     None if `tuned` has no configuration, as an export of weights alone does not.
 
     Args:
         base, tuned: the folders.
-        argument: by which the user gave `tuned`.
+        arguments: by which the user gave them.
 
     Raises:
-        ValueError: if they are of different architectures.
+        ValueError: if they are of different architectures, or one is damaged.
     """
     if not (tuned / "config.json").is_file() or not (base / "config.json").is_file():
         return {}
     before, after = (
-        _flat(AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict())
-        for folder in (base, tuned)
+        _flat(model_configuration(folder, name).to_dict())
+        for folder, name in zip((base, tuned), arguments, strict=True)
     )
     changed = {
         name: (before.get(name), after.get(name))
@@ -45,8 +47,8 @@ def changed_settings(base: Path, tuned: Path, argument: str) -> dict[str, tuple[
         for name, (old, new) in changed.items():
             if name.rpartition(".")[2] == setting:
                 raise ValueError(
-                    f"{argument}: {name} is {new!r} in its config.json, of the base it is {old!r}: "
-                    "another architecture, whose weights cannot be compared"
+                    f"{arguments[1]}: {name} is {new!r} in its config.json, of the base it is "
+                    f"{old!r}: another architecture, whose weights cannot be compared"
                 )
     return changed
 

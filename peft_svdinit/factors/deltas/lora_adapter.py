@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...files import LazyMapping, opened, read_json, resolve_file, resolve_folder
+from ...files import LazyMapping, opened, refuse_non_floats, resolve_file, resolve_folder
 from ...models import (
     CONFIG_NAME,
     PREFIX,
@@ -21,6 +22,8 @@ from ...models import (
     lora_key,
     natural_order,
     pattern_value,
+    read_adapter_config,
+    refuse_endless_patterns,
     spelled_in_peft,
     unwrapped_config,
     unwrapped_keys,
@@ -57,6 +60,7 @@ _BEYOND_THE_PRODUCT = (
 )
 # Options whose tensors lie beside the factors, and say nothing of scaling * B @ A.
 _BESIDE = ("modules_to_save", "trainable_token_indices", "lora_bias")
+_PARTS: tuple[Literal["A"], Literal["B"]] = ("A", "B")
 _MAGNITUDE, _BIAS = ".lora_magnitude_vector", ".lora_B.bias"
 # Initialisations that moved the base weight: B @ A is then no delta of the original base.
 INITS_MOVING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -121,7 +125,9 @@ class LoraAdapter(LazyMapping[LoraProduct]):
         FileNotFoundError: if a file is missing.
         ValueError: if the adapter is no LoRA, stores a pickle, is truncated, or has layers whose
             update B @ A does not express (DoRA, embeddings, convolutions, initialisations that
-            mutate the base), or two that are one but for wrappers.
+            mutate the base), or two that are one but for wrappers; if an entry of its configuration
+            is not what it must be, or an expression there takes too long.
+        TypeError: if a factor is quantised, or holds no floating-point numbers.
     """
 
     def __init__(
@@ -138,8 +144,15 @@ class LoraAdapter(LazyMapping[LoraProduct]):
         self._path = resolve_file(self.folder, WEIGHTS_NAME, argument=argument)
         with opened(self._path, argument) as file:
             self._stored = unwrapped_keys(file.keys())
+            names = {_module_of(key) for pair in self._stored.items() for key in pair}
+            refuse_endless_patterns(self.config, names, f"{CONFIG_NAME} beside it: ")
             shapes = {key: file.get_slice(at).get_shape() for key, at in self._stored.items()}
             self.names = self._checked_names(shapes)
+            for part in _PARTS:
+                refuse_non_floats(
+                    file,
+                    {f"lora_{part} of layer {n}": self.stored_key(n, part) for n in self.names},
+                )
         if any(key != at for key, at in self._stored.items()):
             self.config = self._config_without_wrappers()
         if self.beside and not with_beside:
@@ -153,21 +166,13 @@ class LoraAdapter(LazyMapping[LoraProduct]):
 
     def _read_config(self) -> dict[str, Any]:
         path = resolve_file(self.folder, CONFIG_NAME, argument=self.argument)
-        config = read_json(path, self.argument)
+        config = read_adapter_config(path, self.argument)
         place = f"{self.argument}: {self.folder}"
         if config.get("peft_type") != "LORA":
             raise ValueError(
                 f"{place} is of type {config.get('peft_type')}, only LORA is supported; "
                 "peft.convert_to_lora turns many other types into it"
             )
-        for key in ("r", "lora_alpha"):
-            if not isinstance(config.get(key), int | float):
-                raise ValueError(
-                    f"{self.argument}: {path} has {key} {config.get(key)!r}, no number"
-                )
-        for key in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(config.get(key) or {}, dict):
-                raise ValueError(f"{self.argument}: {path} has {key} {config[key]!r}, no mapping")
         taken = ("use_dora",) if self._with_beside else ()
         beyond = [one for one in _BEYOND_THE_PRODUCT if config.get(one) and one not in taken]
         if beyond:
@@ -253,15 +258,13 @@ class LoraAdapter(LazyMapping[LoraProduct]):
         if name not in self:
             raise KeyError(name)
         with opened(self._path, self.argument) as file:
-            lora_A, lora_B = (file.get_tensor(self.stored_key(name, part)) for part in ("A", "B"))
+            lora_A, lora_B = (file.get_tensor(self.stored_key(name, part)) for part in _PARTS)
             for part, weight in (("lora_A", lora_A), ("lora_B", lora_B)):
                 if not torch.isfinite(weight).all():
                     raise ValueError(f"{part} of layer {name} has NaN or infinite entries")
         return LoraProduct(lora_A, lora_B, self.scaling_of(name))
 
 
-IN_MEMORY = "<factors in memory>"
-"""svd_factors in an adapter's sidecar where there is no file to name."""
-SIDECAR_NAME = "svdinit_config.json"
-# What a sidecar's `config_class` says of a LoRI adapter.
-LORI_CONFIG = "LoriConfig"
+def _module_of(key: str) -> str:
+    """The module of a key, without PEFT's prefix."""
+    return re.split(r"\.lora_", spelled_in_peft(key))[0]

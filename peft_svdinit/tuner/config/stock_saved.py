@@ -15,8 +15,8 @@ from typing import Any, ClassVar, TypeVar
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig
 
-from ...factors import SIDECAR_NAME
-from ...files import fetched_file, is_local, read_json, write_json
+from ...factors import SIDECAR_NAME, read_sidecar
+from ...files import fetched_file, is_local, write_json
 
 _KIND = "config_class"
 _Config = TypeVar("_Config", bound="StockSavedConfig")
@@ -97,15 +97,15 @@ class StockSavedConfig(LoraConfig):
                 folder on this disk is read without them.
 
         Raises:
-            ValueError: if there is no sidecar of this class; LoraConfig.from_pretrained reads any
-                adapter.
+            ValueError: if there is no sidecar of this class, LoraConfig.from_pretrained reads any
+                adapter; or if its options are none that make such a config.
             TypeError: if an argument is none of these.
         """
         cls._check_arguments(kwargs)
         source = os.path.join(pretrained_model_name_or_path, subfolder or "")
         try:
             path = adapter_file(pretrained_model_name_or_path, SIDECAR_NAME, subfolder, kwargs)
-            options = read_json(path, SIDECAR_NAME)
+            options = read_sidecar(path, SIDECAR_NAME)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(
                 f"{source} has no {SIDECAR_NAME}: it was not saved by a {cls.__name__}, or cannot "
@@ -123,7 +123,12 @@ class StockSavedConfig(LoraConfig):
                 f"({options.get('peft_version')}) or peft_svdinit; upgrade before you go on",
                 stacklevel=2,
             )
-        return cls(**{key: value for key, value in options.items() if key in known})
+        try:
+            return cls(**{key: value for key, value in options.items() if key in known})
+        except Exception as error:  # Of any kind: PEFT makes of a file's values what it can.
+            raise ValueError(
+                f"{SIDECAR_NAME}: {path} has options that make no {cls.__name__}: {error}"
+            ) from error
 
     @classmethod
     def _check_arguments(cls, given: Mapping[str, Any]) -> None:
