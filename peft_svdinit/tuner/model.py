@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..models import refuse_misread_config
 from .adapter_layers import adapter_dtypes, weight_keys
-from .config.alias import config_of_alias
+from .config.alias import config_for
 from .config.lori import LoriConfig
 from .config.stock_saved import StockSavedConfig
 from .config.svd import SvdLoraConfig
@@ -32,7 +32,10 @@ _BARE_BASE = (
 
 
 class SvdLoraModel(LoraModel):
-    """LoraModel that knows our configurations and their aliases; any other passes through."""
+    """LoraModel that knows our configurations and their aliases; for any other it is a LoraModel.
+
+    See `settle` for when an object is of which class.
+    """
 
     _just_started: tuple[str, SvdStart | LoriStart] | None = None
     """The adapter whose weights nobody has touched since they were initialised, and by what."""
@@ -47,12 +50,26 @@ class SvdLoraModel(LoraModel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        config = config_of_alias(cast(LoraConfig, self.peft_config[adapter_name]))
-        self.peft_config[adapter_name] = config
         options = (autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        if not isinstance(config, StockSavedConfig):
-            super().inject_adapter(model, adapter_name, *options)
-            return
+        given = cast(LoraConfig, self.peft_config[adapter_name])
+        if state_dict is not None and given.inference_mode is None:
+            given.inference_mode = False  # As those do who load saved weights, see SvdLoraConfig.
+        loading = state_dict is not None or bool(given.inference_mode)
+        try:
+            config = config_for(given, loading=loading)
+            self.peft_config[adapter_name] = config
+            if isinstance(config, StockSavedConfig):
+                self._start(config, model, adapter_name, *options)
+            else:
+                super().inject_adapter(model, adapter_name, *options)
+        except Exception:
+            settle(self, leaving=adapter_name)
+            raise
+        settle(self)
+
+    def _start(
+        self, config: StockSavedConfig, model: nn.Module, adapter_name: str, *options: Any
+    ) -> None:
         refuse_misread_config(model, config)
         start = _start_of(config)
         active = self.active_adapter
@@ -113,6 +130,7 @@ class SvdLoraModel(LoraModel):
             super().add_weighted_adapter(adapters, *args, **kwargs)
         finally:
             self.peft_config[adapters[0]] = config
+            settle(self)
 
     @classmethod
     def _convert_state_dict_for_initial_model(
@@ -169,6 +187,22 @@ class SvdLoraModel(LoraModel):
         if isinstance(config, LoriConfig):
             sparsify(tensors, model, adapter_name, config.lori_seed)
         return tensors
+
+
+def settle(tuner: nn.Module, *, leaving: str | None = None) -> None:
+    """Make a LoRA tuner a `SvdLoraModel` while it has an adapter of ours, else PEFT's `LoraModel`.
+
+    A model whose adapters are all stock says so to whoever asks for its class, and is pickled
+    without a name of ours.
+
+    Args:
+        tuner: any module; only these two classes are changed.
+        leaving: an adapter that does not count.
+    """
+    if type(tuner) in (LoraModel, SvdLoraModel):
+        configs = cast(LoraModel, tuner).peft_config
+        ours = (isinstance(configs[name], StockSavedConfig) for name in configs if name != leaving)
+        tuner.__class__ = SvdLoraModel if any(ours) else LoraModel
 
 
 def _start_of(config: StockSavedConfig) -> SvdStart | LoriStart:

@@ -14,6 +14,7 @@ from ..files import WrongKind
 from .config.lori import LoriConfig
 from .config.stock_saved import lora_options
 from .config.svd import Coverage, SvdLoraConfig
+from .model import settle
 from .svd_start import initialize_layers
 
 
@@ -82,3 +83,5 @@ def initialize_lora_from_factors(
         check_base=check_base,
     )
     configs[adapter_name] = new_config
+    for module in (model, getattr(model, "base_model", None)):
+        settle(module)

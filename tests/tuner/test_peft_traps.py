@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +13,9 @@ import pytest
 import torch
 from peft import (
     LoraConfig,
+    PeftModel,
     PeftType,
+    get_model_status,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -39,7 +43,7 @@ from support.tiny_models import truncate, weight_of
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import peft_svdinit
-from peft_svdinit import LowRankFactors, SvdLoraConfig, initialize_lora_from_factors
+from peft_svdinit import LoriConfig, LowRankFactors, SvdLoraConfig, initialize_lora_from_factors
 from peft_svdinit.factors import FactorsFile
 from peft_svdinit.tuner.model import SvdLoraModel
 
@@ -433,6 +437,7 @@ def tuner_mapping() -> Iterator[dict]:
     present = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA]
     yield PEFT_TYPE_TO_TUNER_MAPPING
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = present
+    peft_svdinit.register()
 
 
 def test_importing_registers_and_registering_again_is_harmless(tuner_mapping):
@@ -477,6 +482,56 @@ def test_stock_configs_are_untouched_by_the_registration(scene, tuner_mapping):
     found, expected = models
     assert equal_bits(get_peft_model_state_dict(found), get_peft_model_state_dict(expected))
     assert torch.equal(logits(found), logits(expected))
+    assert type(found.base_model) is type(expected.base_model) is LoraModel
+    assert vars(found.base_model).keys() == vars(expected.base_model).keys()
+    assert get_model_status(found) == get_model_status(expected)
+    assert repr(found) == repr(expected)
+    # Whoever unpickles it need not have this package.
+    assert b"peft_svdinit" not in pickle.dumps(found)
+
+
+@pytest.mark.parametrize("ours", ["config", "alias", "lori", "post hoc"])
+def test_a_stock_model_takes_an_adapter_of_ours_later(scene, tmp_path, ours):
+    options: dict[str, Any] = {"r": HELD_RANK, "target_modules": scene.targets}
+    config = {
+        "config": scene.config(svd_start="reference"),
+        "alias": aliased(str(scene.file), **options),
+        "lori": LoriConfig(**options),
+        "post hoc": LoraConfig(**options),
+    }[ours]
+    alone = get_peft_model(scene.model(), copy.deepcopy(config))
+    model = get_peft_model(scene.model(), LoraConfig(**options, init_lora_weights=False))
+    first = logits(model)
+    with pytest.raises(FileNotFoundError):
+        model.add_adapter("failing", scene.config(svd_factors="nobody/nothing"))
+    assert type(model.base_model) is LoraModel
+    model = copy.deepcopy(model)
+    model.add_adapter("second", config)
+    if ours == "post hoc":
+        assert type(model.base_model) is LoraModel
+        initialize_lora_from_factors(model, scene.file, adapter_name="second")
+        initialize_lora_from_factors(alone, scene.file)
+    assert type(model.base_model) is type(alone.base_model) is SvdLoraModel
+    model.set_adapter("second")
+    train(model)
+    assert torch.equal(logits(model), (train(alone), logits(alone))[1])
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(scene.base))
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(scene.model(), str(tmp_path / "second"))
+    assert type(loaded.base_model) is LoraModel
+    assert (logits(loaded) - logits(model)).abs().max() < 1e-5
+    if ours in ("alias", "post hoc"):
+        # For which the first adapter is a stock one for a while.
+        model.add_weighted_adapter(["second", "default"], [1.0, 1.0], "both")
+        assert type(model.base_model) is SvdLoraModel
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.delete_adapter("second")
+    model.add_adapter("third", LoraConfig(**options))
+    assert type(model.base_model) is LoraModel
+    merged = model.merge_and_unload(adapter_names=["default"])
+    assert (logits(merged) - first).abs().max() < 1e-5
 
 
 def test_the_factors_file_is_read_and_never_written(scene):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import warnings
 from typing import Any
 
 from peft import LoraConfig
 
 from ...masks import load_mask
+from .from_file import FromFile
 from .lori import LoriConfig
-from .stock_saved import lora_options
+from .stock_saved import StockSavedConfig, lora_options
 from .svd import SvdLoraConfig
 
 # Each before ":" and the path or Hub id of factors.
@@ -22,6 +25,58 @@ _OF_WEIGHT = "svd_weight"
 _LORI_PREFIX = f"{LoriConfig.init_marker}:"
 
 
+def is_alias(init_lora_weights: object) -> bool:
+    """Whether a string means a configuration of ours."""
+    return isinstance(init_lora_weights, str) and (
+        init_lora_weights in (_OF_WEIGHT, LoriConfig.init_marker)
+        or init_lora_weights.startswith((*_SVD_PREFIXES, _LORI_PREFIX))
+    )
+
+
+def is_ours(config: LoraConfig) -> bool:
+    """Whether a configuration is one of ours, or says by an alias that it means one."""
+    return isinstance(config, StockSavedConfig) or is_alias(config.init_lora_weights)
+
+
+def marked(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of an adapter's file, with an alias among them known as one from a file."""
+    alias = options.get("init_lora_weights")
+    return {**options, "init_lora_weights": FromFile(alias)} if is_alias(alias) else options
+
+
+def config_for(config: LoraConfig, *, loading: bool) -> LoraConfig:
+    """The configuration that an adapter is made or loaded with.
+
+    An alias is followed where an adapter is made. It is not where one is loaded, nor ever if it
+    comes from a file: it would have this machine read files, or ask for repositories, that whoever
+    wrote the adapter chose. The adapter is then that of stock LoRA, and a warning names the alias;
+    the weights in its file are all there is to it.
+
+    Args:
+        config: any.
+        loading: whether saved weights are known to follow: PEFT has a `state_dict` for it, or the
+            configuration is one for inference.
+
+    Raises:
+        FileNotFoundError, ValueError: as `config_of_alias`.
+    """
+    alias = config.init_lora_weights
+    if isinstance(config, StockSavedConfig) or not is_alias(alias):
+        return config
+    if not loading and not isinstance(alias, FromFile):
+        return config_of_alias(config)
+    warnings.warn(
+        f"init_lora_weights={alias!r} is not followed, because the adapter is being loaded or its "
+        "configuration comes from a file: nothing beside the adapter is read, and what its saved "
+        "weights lack starts as in stock LoRA. To make a new adapter that starts there, give this "
+        "string to a LoraConfig of your own",
+        stacklevel=3,
+    )
+    stock = copy.copy(config)
+    stock.init_lora_weights = True
+    return stock
+
+
 def config_of_alias(config: LoraConfig) -> LoraConfig:
     """`config`, or what its `init_lora_weights` means.
 
@@ -31,7 +86,7 @@ def config_of_alias(config: LoraConfig) -> LoraConfig:
     its defaults, and "lori:<path-or-hub-id>" one of this mask, its density and its seed.
     """
     alias = config.init_lora_weights
-    if not isinstance(alias, str) or isinstance(config, (SvdLoraConfig, LoriConfig)):
+    if isinstance(config, StockSavedConfig) or not isinstance(alias, str):
         return config
     options = {**lora_options(config), "init_lora_weights": True}
     for prefix, start in _SVD_PREFIXES.items():

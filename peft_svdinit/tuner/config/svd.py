@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig
 
 from ...factors import IN_MEMORY, PARTS, Part, SvdGuided
+from .from_file import FromFile
 from .stock_saved import StockSavedConfig, path_text
 
 Coverage = Literal["strict", "partial"]
@@ -100,20 +101,44 @@ class SvdLoraConfig(StockSavedConfig):
             )
         self.mark()
         self.initializer()
-        if self.svd_factors == IN_MEMORY:
+        if self._is_of_the_past():
             # Whoever loads saved weights sets it, get_peft_model leaves it as it is.
             self.inference_mode = None  # pyright: ignore[reportAttributeAccessIssue]
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SvdLoraConfig:
+        """The config that an adapter was saved with, from its sidecar.
+
+        To load the adapter by, it is whole in itself: its `svd_factors` are then not opened, for
+        they are where whoever wrote the file says. `get_peft_model` makes a new adapter from them.
+        What tells the two apart is `inference_mode`, which is None here, and which only loading
+        sets: leave it so.
+
+        Args:
+            pretrained_model_name_or_path, subfolder, kwargs: as of every configuration of ours.
+
+        Raises:
+            ValueError, TypeError: as of every configuration of ours.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        return replace(config, svd_factors=FromFile(config.svd_factors))
+
+    def _is_of_the_past(self) -> bool:
+        """Whether the factors were in memory and are gone, or where they are is hearsay."""
+        return self.svd_factors == IN_MEMORY or isinstance(self.svd_factors, FromFile)
+
     def awaits_saved_weights(self) -> bool:
-        """Whether the factors were in memory and are gone, and what came of them is being loaded.
+        """Whether what came of the factors is being loaded, and they are gone or not to be opened.
 
         Raises:
             ValueError: if they are gone and nothing is being loaded.
         """
+        if self._is_of_the_past() and self.inference_mode is not None:
+            return True
         if self.svd_factors != IN_MEMORY:
             return False
-        if self.inference_mode is not None:
-            return True
         raise ValueError(
             f"svd_factors={IN_MEMORY!r}: the adapter of this configuration was started from "
             "factors that were never in a file; give svd_factors, a factors file, folder or Hub "
