@@ -39,6 +39,11 @@ VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "push": (push.PushOptions, push.run),
     "env": (environment.EnvironmentOptions, environment.run),
 }
+_CLOSING = (
+    "svdinit VERB --help lists the options of a verb.",
+    "Equal inputs give equal files, bit by bit, on one machine with one number of threads",
+    "(OMP_NUM_THREADS); with another number the last digits of factors and of figures may differ.",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,4 +84,4 @@ def _usage() -> str:
     lines = ["usage: svdinit VERB [--option value …] [--config FILE]", ""]
     for verb, (options_class, _) in VERBS.items():
         lines.append(f"  {verb:<11} {(options_class.__doc__ or '').strip().splitlines()[0]}")
-    return "\n".join([*lines, "", "svdinit VERB --help lists the options of a verb."])
+    return "\n".join([*lines, "", *_CLOSING])

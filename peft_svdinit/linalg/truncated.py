@@ -34,7 +34,9 @@ def truncated_svd(
 
     Works in float32 or wider and returns that dtype; half precision is widened. Each column of `U`
     has its largest-magnitude entry positive, so equal inputs give equal factors, unless singular
-    values are tied. The result's `norm` certifies its error whatever the method.
+    values are tied: bit by bit on one machine with one number of threads. With another, products
+    and factorisations add up in another order, and the last digits may differ. The result's `norm`
+    certifies its error whatever the method.
 
     Args:
         matrix: any finite matrix; not modified.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import struct
 import warnings
 from collections.abc import Callable
@@ -177,7 +178,8 @@ def of_an_extraction(name: str, folder: Path) -> str:
 
 
 def of_a_card(name: str, folder: Path) -> str:
-    config = {"r": name, "lora_alpha": name, "task_type": "CAUSAL_LM"}
+    noted = {"parent_library": "transformers", "base_model_class": name}
+    config = {"r": name, "lora_alpha": name, "auto_mapping": noted}
     options = {"config_class": "SvdLoraConfig", "svd_source": name, "svd_start": name}
     artefact = Artefact(folder, KINDS[0], (), {}, config, options)
     base = BaseModel("user/base", name, licence={"license_name": name})
@@ -228,6 +230,16 @@ def test_a_name_changes_nothing_of_a_report_but_its_own_letters(writer, name, tm
     assert shape(found) == shape(plain)
     text = text_of(found)
     assert one_line(name) in text and printable(text) == text
+
+
+def test_code_in_a_card_holds_names_as_quoted_words_alone(tmp_path):
+    def kinds(name: str) -> list[list[type]]:
+        tokens = PARSER.parse(of_a_card(name, tmp_path))
+        blocks = [ast.parse(token.content) for token in tokens if token.info == "python"]
+        return [[type(node) for node in ast.walk(block)] for block in blocks]
+
+    found = kinds('"); import os; os.abort() #\n```\n')
+    assert found and found == kinds("name")
 
 
 def test_figures_draw_a_name_letter_by_letter_and_of_a_long_one_its_end(tmp_path):

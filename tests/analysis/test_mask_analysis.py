@@ -25,6 +25,7 @@ from peft_svdinit.analysis import (
     write_mask_report,
 )
 from peft_svdinit.analysis.masks.chance import Spread, energy_of_noise, random_deviation
+from peft_svdinit.analysis.masks.energy import Energy
 from peft_svdinit.analysis.masks.statistics import mask_statistics
 from peft_svdinit.masks import LayerScores, LoriMask, Selection, random_scores
 
@@ -363,6 +364,18 @@ def test_reports_of_a_mask_are_written_for_programs_and_for_people(tmp_path):
     # A second time over the first, without figures.
     write_mask_report(random_mask(1), tmp_path, plots=False)
     assert "mask.png" not in (tmp_path / "mask_report.md").read_text()
+
+
+def test_energies_do_not_depend_on_the_number_of_threads():
+    lora_B = torch.randn(8, 2048, 32, generator=torch.Generator().manual_seed(0))
+    found, threads = [], torch.get_num_threads()
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found.append([Energy.of(B > 1, B) for B in lora_B])
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1]
 
 
 def test_a_b_that_is_zero_off_the_mask_measures_nothing(tmp_path):

@@ -27,6 +27,7 @@ from peft_svdinit.cli import main as svdinit
 from peft_svdinit.factors import FactorsFile, LoraAdapter
 from peft_svdinit.files import hub, resolve_folder
 from peft_svdinit.hub import push
+from peft_svdinit.hub.artefact import recognise
 from peft_svdinit.hub.base_model import BaseModel
 from peft_svdinit.hub.publishable import command_without_paths, without_paths
 from peft_svdinit.masks import load_compact, load_mask
@@ -281,6 +282,14 @@ def test_a_lori_adapter_brings_its_compact_form(there, tmp_path):
         "user/shared"
     ).keys()
     assert not (folder / "lori_adapter.safetensors").exists()
+
+
+def test_only_files_with_names_that_a_card_can_list_are_shared(tmp_path):
+    for name in ("factors.safetensors", "svd_analysis_rank2.json", "svd_analysis_rank -->.json"):
+        (tmp_path / name).touch()
+    found = recognise(tmp_path)
+    assert found.files == ("factors.safetensors", "svd_analysis_rank2.json")
+    assert found.left_out == {"svd_analysis_rank -->.json": "no part of it"}
 
 
 def test_pickles_stay_here(there, tmp_path, capsys):

@@ -37,7 +37,9 @@ class Energy:
         """Of one layer; None if B is zero."""
         squares = lora_B.detach().cpu().double().square()
         kept = mask.cpu().double()
-        total = float(squares.sum())
+        # Row by row, and rows in their order: one sum over all would depend on the threads.
+        rows = squares.sum(1)
+        total = math.fsum(rows.tolist())
         if not total:
             return None
         density = float(kept.mean())
@@ -46,8 +48,8 @@ class Energy:
             random=density,
             noise=energy_of_noise(density),
             by_layer=density,
-            by_row=float(squares.sum(1) @ kept.mean(1)) / total,
-            kept=float((squares * kept).sum()) / total,
+            by_row=math.fsum((rows * kept.mean(1)).tolist()) / total,
+            kept=math.fsum((squares * kept).sum(1).tolist()) / total,
         )
 
     @classmethod
