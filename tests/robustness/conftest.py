@@ -15,4 +15,4 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def thorough(request: pytest.FixtureRequest) -> bool:
-    return request.config.getoption("--thorough")
+    return bool(request.config.getoption("--thorough"))

@@ -28,7 +28,7 @@ SAMPLED = "a sample"
 # What a user did not make, and nothing is wrong without.
 OPTIONAL = ("generation_config.json", "svdinit_config.json")
 # Seconds for a verb that takes less than one.
-SECONDS = 40
+SECONDS = 120
 Case = TypeVar("Case")
 
 
@@ -75,7 +75,9 @@ def faults_of(argv: Sequence[str], work: Path, must_fail: bool) -> list[str]:
         start
     ):
         return [f"is not one line: {ended.said}"]
-    return [] if snapshot(work) == before else ["something is left in the output's folder"]
+    # A long job keeps what it has done, to go on from there.
+    left = {name for name in snapshot(work).items() - before.items() if ".partial/" not in name[0]}
+    return [f"{min(left)[0]} is left"] if left else []
 
 
 def report(faults: dict[str, list[str]], cases: Sequence[Any]) -> str:
@@ -85,12 +87,7 @@ def report(faults: dict[str, list[str]], cases: Sequence[Any]) -> str:
 
 def damages(verb: str, inputs: Path) -> Iterator[tuple[str, Path, str]]:
     """(verb, file, kind) of all that can be wrong with what a command reads."""
-    read = [
-        Path(word.format(i=inputs, out=""))
-        for word in COMMANDS[verb].words.split()
-        if "{i}" in word
-    ]
-    for path in dict.fromkeys(read):
+    for path in COMMANDS[verb].inputs(inputs):
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             if file.suffix in (".safetensors", ".json", ".csv") and "analysis" not in file.name:
                 yield from ((verb, file, kind) for kind in kinds_of(file))
@@ -105,8 +102,8 @@ def test_a_damaged_file_is_refused_in_one_line(verb, own_inputs, tmp_path):
         must_fail &= (kind, file.suffix) != ("without its last byte", ".json")
         must_fail &= (name, file.name) != ("mask show", "adapter_config.json")
         argv = COMMANDS[name].argv(own_inputs, tmp_path / "work" / COMMANDS[name].output)
-        with damaged(file, kinds_of(file)[kind]):
-            found = faults_of(argv, tmp_path / "work", must_fail)
+        with damaged(file, kinds_of(file)[kind]) as changed:
+            found = faults_of(argv, tmp_path / "work", must_fail and changed)
         if found:
             faults[f"{name}, {file.relative_to(own_inputs)}, {kind}"] = found
     assert not faults, report(faults, cases)
@@ -114,7 +111,7 @@ def test_a_damaged_file_is_refused_in_one_line(verb, own_inputs, tmp_path):
 
 def misuses(verb: str) -> Iterator[tuple[str, list[str]]]:
     """(verb, arguments) with one wrong option each."""
-    options_class, _ = VERBS[COMMANDS[verb].words.split()[0]]
+    options_class, _ = VERBS[COMMANDS[verb].verb]
     yield from ((verb, arguments) for arguments in wrong_options(options_class))
 
 
@@ -123,7 +120,7 @@ def test_a_wrong_option_is_refused_in_one_line(verb, inputs, tmp_path):
     faults = {}
     for name, arguments in cases:
         argv = COMMANDS[name].argv(inputs, tmp_path / "work" / COMMANDS[name].output)
-        options_class, _ = VERBS[argv[0]]
+        options_class, _ = VERBS[COMMANDS[name].verb]
         must_fail = is_no_number(arguments, options_class)
         found = faults_of([*argv, *arguments], tmp_path / "work", must_fail)
         if found:

@@ -11,7 +11,7 @@ import pytest
 from support.killing import Child, Ended, Fate
 from support.scenes import Scene, spread
 from support.snapshots import Snapshot, difference, snapshot
-from support.verbs import COMMANDS, undrawn
+from support.verbs import COMMANDS, Command, undrawn
 
 from peft_svdinit.cli import main
 
@@ -24,8 +24,8 @@ PATIENCE = 1.0
 
 
 @pytest.fixture(scope="module")
-def pictures(thorough: bool) -> Iterator[None]:
-    with undrawn(not thorough):
+def pictures() -> Iterator[None]:
+    with undrawn():
         yield
 
 
@@ -73,44 +73,32 @@ def test_of_two_writers_of_one_folder_one_has_it(verb, inputs, tmp_path, picture
     assert not faults, "\n".join([f"{len(faults)} faults in {len(chosen)} races", *faults])
 
 
-@dataclass(frozen=True)
-class Reader:
-    """A command that reads an input which another process replaces.
-
-    Attributes:
-        words: the command, with `{input}`, `{i}` for the other inputs and `{out}`.
-        one, two: the input, and what takes its place.
-    """
-
-    words: str
-    one: str
-    two: str
-
-
+# Commands by an input, and what takes its place while it is read.
 READERS = {
-    "analyze": Reader("analyze --adapter {input} --lora_r 2 --plots false --output_dir {out}", "one", "two"),
-    "synthesize": Reader("synthesize --adapter {input} --rank 6 --lora_r 2 --plots false --output_dir {out}", "one", "two"),
-    "resize": Reader("resize --adapter {input} --rank 2 --output {out}", "one", "two"),
-    "merge": Reader("merge --adapter {input} {i}/three --output {out}", "one", "two"),
-    "mask": Reader("mask --source random --adapter {input} --plots false --output {out}", "one", "two"),
-    "mask show": Reader("mask --show {input} --plots false --output {out}", "lori", "other"),
-    "export": Reader("export --factors {input} --lora_r 2 --output_dir {out}", "factors", "factors-two"),
-    "export compact": Reader("export --compact --adapter {input} --output_dir {out}", "lori", "other"),
-    "export stock": Reader("export --adapter {input} --output_dir {out}", "compact", "compact-other"),
-    "extract": Reader(
-        "extract --base {i}/base --tuned {input} --rank 2 --verify layers --target_modules q_proj --output_dir {out}", "tuned", "tuned-two"
-    ),
-    "compare": Reader("compare --runs {i}/runs/a {input} --output_dir {out}", "runs/b", "runs/c"),
-}  # fmt: skip
+    "synthesize": ("one", "two"),
+    "extract an adapter's factors": ("one", "two"),
+    "extract an adapter": ("tuned", "tuned-two"),
+    "analyze": ("one", "two"),
+    "compare": ("runs/b", "runs/c"),
+    "mask": ("one", "two"),
+    "mask show": ("lori", "other"),
+    "merge cat": ("one", "three"),
+    "resize": ("one", "two"),
+    "export": ("factors", "factors-two"),
+    "export compact": ("lori", "other"),
+    "export stock": ("compact", "compact-other"),
+}
 READERS_IN_CI = ["resize", "mask show"]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A reader at work in a folder."""
+    """A command at work in a folder on an input that is replaced there."""
 
-    reader: Reader
+    command: Command
     inputs: Path
+    one: str
+    two: str
     work: Path
 
     def begin(self, first: str, second: str) -> None:
@@ -119,8 +107,9 @@ class Reading:
         shutil.copytree(self.inputs / second, self.work / "next")
 
     def child(self, event: int | None) -> Child:
-        places = {"input": self.work / "input", "i": self.inputs, "out": self.work / "result"}
-        argv = [word.format(**places) for word in self.reader.words.split()]
+        own = {str(self.inputs / self.one): str(self.work / "input")}
+        argv = self.command.argv(self.inputs, self.work / "result")
+        argv = [own.get(word, word) for word in argv]
         return Child(lambda: main(argv), self.work / "input", Fate("stop", event, of="reads"))
 
     def undisturbed(self, first: str) -> tuple[Ended, Snapshot]:
@@ -131,7 +120,7 @@ class Reading:
 
     def faults(self, event: int, wholes: list[Snapshot]) -> list[str]:
         """What is wrong if the input is another one from some event on."""
-        self.begin(self.reader.one, self.reader.two)
+        self.begin(self.one, self.two)
         child = self.child(event)
         if child.stops():
             (self.work / "input").rename(self.work / "gone")
@@ -148,10 +137,9 @@ class Reading:
 def test_an_input_replaced_while_it_is_read_gives_one_or_the_other_result_or_is_refused(
     reader, inputs, tmp_path, pictures, thorough
 ):
-    reading = Reading(READERS[reader], inputs, tmp_path / "work")
-    (ended, first), (_, second) = map(
-        reading.undisturbed, (READERS[reader].one, READERS[reader].two)
-    )
+    reading = Reading(COMMANDS[reader], inputs, *READERS[reader], tmp_path / "work")
+    ended, first = reading.undisturbed(reading.one)
+    _, second = reading.undisturbed(reading.two)
     assert first != second
     events = range(len(ended.events))
     chosen = spread(events, MOST) if thorough else [len(events) // 2]

@@ -38,7 +38,7 @@ _CHANGES = {
 _SAFE_OPEN = "safetensors.safe_open"
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _NEED_SPACE = ("open", "os.mkdir")
-_SECONDS = 120
+_SECONDS = 900
 _LOG_BYTES = 1 << 20
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 from unittest.mock import patch
+
+from matplotlib.figure import Figure
 
 from peft_svdinit.cli import main
 from peft_svdinit.training import TRAINING_LOG, TrainingLog, write_run_info
@@ -19,79 +22,111 @@ from support.tiny_models import rewrite_tensors, save_pair, trained_adapter
 
 @dataclass(frozen=True)
 class Command:
-    """One command of the tool.
+    """A command of the tool with options for one result, and for another in the same place.
 
     Attributes:
-        words: the command, with `{i}` for the folder of the inputs and `{out}` for the output.
-        another: options in place of those after `|`, for another result in the same place.
-        output: what it is called.
+        words: what both share, with IN for the folder of the inputs and OUT for the output.
+        options: for the one result.
+        others: for the other.
+        output: what the output is called.
     """
 
     words: str
-    another: str
+    options: str
+    others: str
     output: str = "result"
 
+    @property
+    def verb(self) -> str:
+        return self.words.split()[0]
+
     def argv(self, inputs: Path, out: Path, *, another: bool = False) -> list[str]:
-        fixed, _, own = self.words.partition(" | ")
-        words = f"{fixed} {self.another if another else own}"
-        return [word.format(i=inputs, out=out) for word in words.split()]
+        words = f"{self.words} {self.others if another else self.options}".split()
+        return [word.replace("IN/", f"{inputs}/").replace("OUT", str(out)) for word in words]
+
+    def inputs(self, folder: Path) -> list[Path]:
+        """What it reads for the one result."""
+        words = f"{self.words} {self.options}".split()
+        return [folder / word[3:] for word in dict.fromkeys(words) if word.startswith("IN/")]
 
 
-PAIR = "--base {i}/base --tuned {i}/tuned --target_modules q_proj down_proj"
-QUIET = "--plots false"
 COMMANDS = {
     "synthesize": Command(
-        f"synthesize --adapter {{i}}/one --rank 6 --lora_r 2 {QUIET} --output_dir {{out}} | --seed 1",
+        "synthesize --adapter IN/one --rank 6 --lora_r 2 --plots false --output_dir OUT",
+        "--seed 1",
         "--seed 2",
     ),
     "extract factors": Command(
-        f"extract {PAIR} --save_as factors --lora_r 2 {QUIET} --output_dir {{out}} | --rank 4",
+        "extract --base IN/base --tuned IN/tuned --target_modules q_proj down_proj --plots false "
+        "--save_as factors --lora_r 2 --output_dir OUT",
+        "--rank 4",
         "--rank 6",
     ),
     "extract an adapter's factors": Command(
-        f"extract --lora_r 2 {QUIET} --output_dir {{out}} | --adapter {{i}}/one",
-        "--adapter {i}/two",
+        "extract --lora_r 2 --plots false --output_dir OUT",
+        "--adapter IN/one",
+        "--adapter IN/two",
     ),
     "extract an adapter": Command(
-        f"extract {PAIR} --verify layers --output_dir {{out}} | --rank 3", "--rank 2"
+        "extract --base IN/base --tuned IN/tuned --target_modules q_proj down_proj "
+        "--verify layers --output_dir OUT",
+        "--rank 3",
+        "--rank 2",
     ),
     "analyze": Command(
-        f"analyze --lora_r 2 {QUIET} --output_dir {{out}} | --adapter {{i}}/one",
-        "--adapter {i}/two",
+        "analyze --lora_r 2 --plots false --output_dir OUT",
+        "--adapter IN/one",
+        "--adapter IN/two",
     ),
     "compare": Command(
-        "compare --output_dir {out} | --runs {i}/runs/a {i}/runs/b", "--runs {i}/runs/a {i}/runs/c"
+        "compare --output_dir OUT",
+        "--runs IN/runs/a IN/runs/b",
+        "--runs IN/runs/a IN/runs/c",
     ),
     "mask": Command(
-        f"mask --source random --adapter {{i}}/one {QUIET} --output {{out}} | --seed 1", "--seed 2"
+        "mask --source random --adapter IN/one --plots false --output OUT",
+        "--seed 1",
+        "--seed 2",
     ),
     "mask show": Command(
-        f"mask {QUIET} --output {{out}} | --show {{i}}/lori", "--show {i}/lori {i}/other"
+        "mask --plots false --output OUT",
+        "--show IN/lori",
+        "--show IN/lori IN/other",
     ),
     "merge cat": Command(
-        "merge --adapter {i}/one {i}/two --output {out} | --method cat", "--weights 0.5 2"
+        "merge --adapter IN/one IN/two --output OUT",
+        "--method cat",
+        "--weights 0.5 2",
     ),
     "merge svd": Command(
-        "merge --adapter {i}/one {i}/two --output {out} | --method svd --rank 4", "--weights 0.5 2"
+        "merge --adapter IN/one IN/two --output OUT",
+        "--method svd --rank 4",
+        "--weights 0.5 2",
     ),
     "merge ties": Command(
-        "merge --adapter {i}/one {i}/two --output {out} | --method ties --density 0.5",
+        "merge --adapter IN/one IN/two --output OUT",
+        "--method ties --density 0.5",
         "--method linear",
     ),
-    "resize": Command("resize --adapter {i}/one --output {out} | --rank 2", "--rank 3"),
+    "resize": Command("resize --adapter IN/one --output OUT", "--rank 2", "--rank 3"),
     "resize a file": Command(
-        "resize --adapter {i}/kohya.safetensors --output {out} | --rank 2",
+        "resize --adapter IN/kohya.safetensors --output OUT",
+        "--rank 2",
         "--rank 3",
         "result.safetensors",
     ),
-    "export": Command("export --factors {i}/factors --output_dir {out} | --lora_r 2", "--lora_r 3"),
+    "export": Command("export --factors IN/factors --output_dir OUT", "--lora_r 2", "--lora_r 3"),
     "export compact": Command(
-        "export --compact --output_dir {out} | --adapter {i}/lori", "--adapter {i}/other"
+        "export --compact --output_dir OUT",
+        "--adapter IN/lori",
+        "--adapter IN/other",
     ),
     "export stock": Command(
-        "export --output_dir {out} | --adapter {i}/compact", "--adapter {i}/compact-other"
+        "export --output_dir OUT",
+        "--adapter IN/compact",
+        "--adapter IN/compact-other",
     ),
-}  # fmt: skip
+}
 
 
 def save_inputs(folder: Path) -> Path:
@@ -105,7 +140,7 @@ def save_inputs(folder: Path) -> Path:
     for number, name in enumerate(("one", "two", "three"), 1):
         trained_adapter(folder / name, seed=number, lora_alpha=4 * number)
     kohya_lora(folder / "kohya.safetensors")
-    teacher = f"synthesize --rank 6 --lora_r 2 {QUIET} --adapter {folder}"
+    teacher = f"synthesize --rank 6 --lora_r 2 --plots false --adapter {folder}"
     main(f"{teacher}/one --output_dir {folder}/factors".split())
     main(f"{teacher}/two --output_dir {folder}/factors-two".split())
     for seed, name in enumerate(("lori", "other")):
@@ -123,14 +158,11 @@ def save_inputs(folder: Path) -> Path:
 
 
 @contextmanager
-def undrawn(yes: bool = True) -> Iterator[None]:
-    """The pictures of a comparison, which take seconds to draw, are left blank."""
-    with ExitStack() as patches:
-        if yes:
-            output, page = (
-                "peft_svdinit.analysis.runs.output",
-                "peft_svdinit.analysis.runs.html_page",
-            )
-            patches.enter_context(patch(f"{output}.draw_png", lambda *_: b"a picture"))
-            patches.enter_context(patch(f"{page}.draw_svg", lambda *_: "<svg/>"))
+def undrawn() -> Iterator[None]:
+    """Figures, which take seconds to draw, are left blank."""
+
+    def save(figure: Figure, file: IO[bytes], *, format: str, **options: object) -> None:
+        file.write(b"<svg></svg>" if format == "svg" else b"a picture")
+
+    with patch.object(Figure, "savefig", save):
         yield

@@ -12,9 +12,9 @@ HUGE = "1" + 400 * "0"
 INTEGERS = ["nan", "inf", "-1", "0", HUGE, "1e400", "1.5", "text", ""]
 NUMBERS = ["nan", "inf", "-inf", "-1", "0", "2", HUGE, "1e400", "1e-400", "text", ""]
 TEXTS = [
-    "", " ", "text", ".", "..", "/", "/dev/null", "/proc/self/mem", "~nobody/x", "a\nb", "ü☃", 300 * "x",
-    5000 * "x", "user/name@", "@main", "user/na me", "(", "[", "*", "builtin:", "builtin:none",
-    "https://host/x", "-1", "nan",
+    "", " ", "text", ".", "..", "/", "/dev/null", "/proc/self/mem", "~nobody/x", "a\nb", "ü☃",
+    300 * "x", 5000 * "x", "user/name@", "@main", "user/na me", "(", "[", "*", "builtin:",
+    "builtin:none", "https://host/x", "-1", "nan",
 ]  # fmt: skip
 # In the folder of the test, which is the current one.
 OUTPUTS = [
