@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -117,20 +116,13 @@ class WeightedSum:
         given = [Path(path).expanduser() for path in self.paths]
         return [*given, *(adapter.file.path for adapter in self.adapters)]
 
-    @contextmanager
-    def opened(self) -> Iterator[Callable[[str], list[Term[Any]]]]:
-        """A reader of a layer's summands, for as long as the context lasts."""
-        with ExitStack() as stack:
-            readers = [stack.enter_context(adapter.opened()) for adapter in self.adapters]
-
-            def read(name: str) -> list[Term[Any]]:
-                return [
-                    Term(index, self.weights[index], readers[index](name))
-                    for index, adapter in enumerate(self.adapters)
-                    if name in adapter.layers
-                ]
-
-            yield read
+    def terms(self, name: str) -> list[Term[Any]]:
+        """The summands of a layer, read when they are asked for."""
+        return [
+            Term(index, self.weights[index], adapter.delta(name))
+            for index, adapter in enumerate(self.adapters)
+            if name in adapter.layers
+        ]
 
 
 def combined(terms: Sequence[Term[Any]]) -> LayerDelta:

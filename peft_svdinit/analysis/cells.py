@@ -9,31 +9,40 @@ from typing import Any, TypeVar
 
 from ..models import layer_depth
 from .canvas import plain, shortened
+from .markdown import span
 
 NO_DEPTH = "-"
 EMPTY = "#E9E9E9"
 _MOST_NAMES = 34
+MOST_ROWS = 128
+"""Of a picture; more would be lines, and a page that nobody can look at."""
 _LONGEST_UPRIGHT = 4
 
 T = TypeVar("T")
 
 
 def by_depth(
-    layers: Mapping[str, T], kinds: Mapping[str, str]
+    layers: Mapping[str, T], kinds: Mapping[str, str], most: int | None = None
 ) -> tuple[list[str], list[str], dict[tuple[str, str], list[T]]]:
     """Depths in order, kinds in order of appearance, and the layers of each depth and kind.
 
-    The depth is the first number in a module's name; "-", last, stands for those without one.
+    The depth is the first number in a module's name; "-", last, stands for those without one. Of
+    more than `most` depths as many neighbours as needed are one row, "8 to 11" say.
     """
     cells: dict[tuple[str, str], list[T]] = defaultdict(list)
-    depths: dict[str, float] = {}
+    depths = {name: layer_depth(name) for name in layers}
+    numbers = sorted({depth for depth in depths.values() if depth is not None})
+    together = 1 if most is None else max(1, math.ceil(len(numbers) / most))
+    rows: dict[int | None, str] = {}
+    for start in range(0, len(numbers), together):
+        run = numbers[start : start + together]
+        rows |= dict.fromkeys(run, span(run[0], run[-1]))
+    if None in depths.values():
+        rows[None] = NO_DEPTH
     for name, layer in layers.items():
-        depth = layer_depth(name)
-        row = NO_DEPTH if depth is None else str(depth)
-        depths[row] = math.inf if depth is None else depth
-        cells[row, kinds[name]].append(layer)
+        cells[rows[depths[name]], kinds[name]].append(layer)
     columns = list(dict.fromkeys(kinds[name] for name in layers))
-    return sorted(depths, key=depths.__getitem__), columns, dict(cells)
+    return list(dict.fromkeys(rows.values())), columns, dict(cells)
 
 
 def draw_cells(

@@ -176,12 +176,13 @@ def _scores(options: MaskOptions) -> tuple[masks.LayerScores, Mapping[str, Tenso
     adapter = factors.LoraAdapter(str(options.adapter))
     if options.seed is None:
         seed = masks.recorded_seed(adapter) or 0
-    layers = dict(adapter.items())
-    lora_B = {name: layer.lora_B for name, layer in layers.items()}
-    shapes = {name: (B.shape[0], B.shape[1]) for name, B in lora_B.items()}
-    in_features = {name: layer.shape[1] for name, layer in layers.items()}
+    shapes, in_features = {}, {}
+    for name, layer in adapter.items():
+        out, in_features[name] = layer.shape
+        shapes[name] = out, layer.lora_B.shape[1]
     base = adapter.config.get("base_model_name_or_path")
-    return masks.LayerScores.random(shapes, in_features, seed, base), lora_B
+    scores = masks.LayerScores.random(shapes, in_features, seed, base)
+    return scores, masks.SavedB(adapter)
 
 
 def _show(paths: list[str], output: Path, plots: bool) -> None:
@@ -194,7 +195,7 @@ def _show(paths: list[str], output: Path, plots: bool) -> None:
                 adapters[label] = factors.LoraAdapter(folder, argument="show")
     if len(shown) == 1:
         (label,) = shown
-        lora_B = {name: p.lora_B for name, p in adapters[label].items()} if adapters else None
+        lora_B = masks.SavedB(adapters[label]) if adapters else None
         statistics = analysis.write_mask_report(shown[label], output, lora_B=lora_B, plots=plots)
         say("\n".join(analysis.mask_in_words(shown[label], statistics)))
     else:
@@ -226,7 +227,7 @@ def _reader(
 ) -> Callable[[str], analysis.Delta]:
     def read(name: str) -> analysis.Delta:
         layer = adapter[name] if name in adapter else None
-        expected = mask.masks[name].shape
+        expected = mask.layers[name].mask.shape
         if layer is None or layer.lora_B.shape != expected:
             raise ValueError(
                 f"show: layer {name} of {label} has a mask of shape {tuple(expected)}, but no such "

@@ -21,7 +21,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..files import Amount, HeadedFile, LazyMapping, opened, refuse_non_floats, resolve_file
+from ..files import Amount, HeadedFile, LazyMapping, TensorReader, refuse_non_floats, resolve_file
 from ..linalg import frobenius_norm
 from ..models import BaseSample, natural_order, sampled_positions
 from .low_rank import LowRankFactors
@@ -140,7 +140,7 @@ class FactorsFile(LazyMapping[LowRankFactors]):
         self.path = resolve_file(
             path_or_id, FACTORS_FILE_NAME, revision=revision, argument=argument
         )
-        self._argument, self._has_warned = argument, False
+        self._has_warned = False
         with _FILE.opened(self.path, argument, _Header) as (file, header):
             norms = header.norms
             self._norms = {name: norms[name] for name in sorted(norms, key=natural_order)}
@@ -160,6 +160,7 @@ class FactorsFile(LazyMapping[LowRankFactors]):
             self._shapes: dict[str, tuple[int, int]] = {}
             for name in self._norms:
                 self._check(name, stored)
+        self._reader = TensorReader(self.path, argument)
         self._sampled = {name for name in self._norms if f"{name}.{_SAMPLE}" in stored}
         self._with_first_row = {name for name in self._norms if f"{name}.{_FIRST_ROW}" in stored}
 
@@ -188,8 +189,8 @@ class FactorsFile(LazyMapping[LowRankFactors]):
     def __getitem__(self, name: str) -> LowRankFactors:
         if name not in self._norms:
             raise KeyError(name)
-        with opened(self.path, self._argument) as file:
-            U, S, Vh = (file.get_tensor(f"{name}.{part}").float() for part in _PARTS)
+        with self._reader.opened() as file:
+            U, S, Vh = (file.tensor(f"{name}.{part}").float() for part in _PARTS)
             layer = LowRankFactors(U, S, Vh, self._norms[name])
             defect = _defect(layer)
             if defect:
@@ -221,8 +222,8 @@ class FactorsFile(LazyMapping[LowRankFactors]):
                 self.path,
                 self._rewriting_command(),
             )
-        with opened(self.path, self._argument) as file:
-            entries = file.get_tensor(f"{name}.{_FIRST_ROW if of_first_row else _SAMPLE}")
+        with self._reader.opened() as file:
+            entries = file.tensor(f"{name}.{_FIRST_ROW if of_first_row else _SAMPLE}")
         return BaseSample(entries, of_first_row)
 
     def _rewriting_command(self) -> str:

@@ -26,6 +26,7 @@ from .schema import validated as validated
 from .shown_text import one_line as one_line
 from .shown_text import printable as printable
 from .tensor_file import TensorFile as TensorFile
+from .tensor_reader import TensorReader as TensorReader
 from .tensor_writer import FLOAT_DTYPES as FLOAT_DTYPES
 from .tensor_writer import TensorWriter as TensorWriter
 from .tensor_writer import write_tensors as write_tensors

@@ -120,7 +120,7 @@ def _check_names(model: nn.Module, choice: str | Sequence[str], argument: str) -
     linear = linear_modules(model, ".*")
     for each in () if isinstance(choice, str) else choice:
         # An embedding is none, and stays dense; of a block that holds some, more was meant.
-        others = [name for name, _ in model.named_modules() if is_chosen(name, [each])]
+        others = {name for name, _ in model.named_modules() if is_chosen(name, [each])}
         holds = any(is_within(name, others) for name in linear)
         if not any(is_chosen(name, [each]) for name in linear) and (holds or not others):
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +78,7 @@ class StoredLayers:
 
     plan: LowRankPlan
     _file: Any
+    _keys: Set[str]
 
     def factors(self, name: str) -> dict[str, Tensor]:
         """The parts of a layer that there are.
@@ -85,13 +86,12 @@ class StoredLayers:
         Raises:
             ValueError: if their shapes are not those of the plan.
         """
-        stored = set(self._file.keys())
         tensors = (f"{name}.{part}" for part in (*PARTS, "sample"))
-        refuse_non_floats(self._file, {key: key for key in tensors if key in stored})
+        refuse_non_floats(self._file, {key: key for key in tensors if key in self._keys})
         found = {
             part: self._file.get_tensor(f"{name}.{part}")
             for part in PARTS
-            if f"{name}.{part}" in stored
+            if f"{name}.{part}" in self._keys
         }
         planned = self.plan.layers[name]
         rows, cols = planned.shape
@@ -127,4 +127,4 @@ def stored_layers(folder: Path, argument: str) -> Iterator[StoredLayers]:
     with _FILE.opened(folder, argument, _Layers) as (file, header):
         if record["layers"] != header.layers:
             raise ValueError(f"{PLAN_NAME} beside it is of other layers: write the folder again")
-        yield StoredLayers(LowRankPlan.from_dict(header.layers), file)
+        yield StoredLayers(LowRankPlan.from_dict(header.layers), file, set(file.keys()))

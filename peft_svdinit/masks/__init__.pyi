@@ -1,4 +1,5 @@
 from .choosing import select as select
+from .from_disk import SavedB as SavedB
 from .from_disk import recorded_seed as recorded_seed
 from .from_disk import scores_of_adapter as scores_of_adapter
 from .from_disk import scores_of_teacher as scores_of_teacher

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..models import module_types, natural_order
 from .mask import LoriMask
+from .ranked import Ranked
 from .selection import Selection
 
 
@@ -46,15 +47,15 @@ def select(
         _check_fits(mask, scores)
     # Of a model on several devices the scores are ranked on that of the first layer.
     device = scores[names[0]].device
-    usable = {name: _usable(name, scores[name], selection.exclude).to(device) for name in names}
-    if selection.period is not None:
-        masks = {name: _kept_in_periods(name, usable[name], *selection.period) for name in names}
-    elif scope == "row":
-        masks = {name: _kept_in_rows(name, usable[name], density) for name in names}
+    masks: dict[str, Tensor] = {}
+    if scope == "row" or selection.period is not None:
+        for name in names:
+            usable = _usable(name, scores[name], selection.exclude).to(device)
+            masks[name] = _kept_in_lines(name, usable, selection)
     else:
-        masks = {}
         for group in _groups(names, scope):
-            masks |= _kept_in_group({name: usable[name] for name in group}, selection)
+            ranked = Ranked({name: scores[name] for name in group}, selection.exclude, device)
+            masks |= _kept_in_group(ranked, selection)
     for name in names:
         kept, least = int(masks[name].sum()), _at_least(masks[name].numel(), floor)
         if not kept:
@@ -145,51 +146,31 @@ def _at_least(size: int, floor: float) -> int:
     return ceil(round(floor * size, 6))
 
 
-def _kept_in_group(scores: dict[str, Tensor], selection: Selection) -> dict[str, Tensor]:
+def _kept_in_group(ranked: Ranked, selection: Selection) -> dict[str, Tensor]:
     density, scope, floor = selection.density, selection.scope, selection.floor
-    flat = torch.cat([matrix.reshape(-1) for matrix in scores.values()])
-    what = f"layer {next(iter(scores))}" if len(scores) == 1 else f"a group of scope={scope!r}"
-    count = _budget(len(flat), density, what)
-    kept = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
-    sizes = [matrix.numel() for matrix in scores.values()]
-    if floor:
-        for name, part, among in zip(scores, kept.split(sizes), flat.split(sizes), strict=True):
-            part.copy_(_largest(among, _at_least(len(part), floor), f"layer {name}"))
-    count -= int(kept.sum())
+    masks, names = ranked.masks, list(ranked.masks)
+    what = f"layer {names[0]}" if len(names) == 1 else f"a group of scope={scope!r}"
+    count = _budget(sum(mask.numel() for mask in masks.values()), density, what)
+    for name in names if floor else ():
+        least = _at_least(masks[name].numel(), floor)
+        ranked.keep_largest([name], least, f"layer {name}")
+        count -= least
     if count < 0:
         raise ValueError(
             f"floor={floor} keeps {-count} entries more in {what} than density={density} does: it "
             "is rounded up in every matrix; lower it"
         )
     if count:
-        kept |= _largest(flat.masked_fill(kept, -1), count, what)
-    return {
-        name: part.reshape(scores[name].shape)
-        for name, part in zip(scores, kept.split(sizes), strict=True)
-    }
+        ranked.keep_largest(names, count, what)
+    return masks
 
 
-def _largest(scores: Float[Tensor, " n"], count: int, what: str) -> Bool[Tensor, " n"]:
-    """The `count` highest scores that are no −1; of those equal to the last, the first ones."""
-    free = int((scores >= 0).sum())
-    if free < count:
-        raise ValueError(
-            f"{what} has {free} entries left beside what is excluded, and needs {count}; lower the "
-            "density, or exclude less"
-        )
-    threshold = scores.topk(count, sorted=False).values.min()
-    above = scores > threshold
-    ties = scores == threshold
-    missing = count - int(above.sum())
-    return above | (ties & (ties.cumsum(0) <= missing))
-
-
-def _kept_in_rows(name: str, scores: Float[Tensor, "out rank"], density: float) -> Tensor:
-    count = _budget(scores.shape[1], density, f"a row of layer {name}")
-    return _largest_of_rows(scores, count, f"layer {name}")
-
-
-def _kept_in_periods(name: str, scores: Tensor, kept: int, period: int) -> Tensor:
+def _kept_in_lines(name: str, scores: Tensor, selection: Selection) -> Tensor:
+    """Each row, or each run of M entries of one, has a budget of its own."""
+    if selection.period is None:
+        count = _budget(scores.shape[1], selection.density, f"a row of layer {name}")
+        return _largest_of_rows(scores, count, f"layer {name}")
+    kept, period = selection.period
     if scores.shape[1] % period:
         raise ValueError(
             f"layer {name}: scope {kept}:{period} needs a rank that {period} divides, got "

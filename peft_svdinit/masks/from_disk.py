@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from ..factors import LORI_CONFIG, SIDECAR_NAME, FactorsFile, LoraAdapter, read_sidecar
+from ..files import LazyMapping
 from .layer_scores import LayerScores
 from .projection import is_same_projection, random_projection
 from .scores import magnitude_scores, teacher_scores
 
 logger = logging.getLogger(__name__)
+
+
+class SavedB(LazyMapping[Tensor]):
+    """lora_B of every layer of an adapter by module name, read when it is asked for."""
+
+    def __init__(self, adapter: LoraAdapter) -> None:
+        self.names, self._adapter = adapter.names, adapter
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._adapter[name].lora_B
 
 
 def recorded_seed(adapter: LoraAdapter) -> int | None:
@@ -58,11 +72,12 @@ def scores_of_adapter(
             "mask; give the seed of the adapter to be trained, and note that only how many entries "
             "each layer and each row keeps carries over to it"
         )
-    lora_B, in_features, carried = {}, {}, True
+    scores, in_features, carried = {}, {}, True
     for name, layer in adapter.items():
         rank, width = layer.lora_A.shape
         carried &= is_same_projection(layer.lora_A, random_projection(name, rank, width, wanted))
-        lora_B[name], in_features[name] = layer.lora_B, width
+        scores |= magnitude_scores({name: layer.lora_B})
+        in_features[name] = width
     if not carried and wanted == recorded:
         raise ValueError(
             f"{argument}: {path} says that its A is drawn by seed {recorded}, but it is another "
@@ -77,12 +92,23 @@ def scores_of_adapter(
             wanted,
         )
     return LayerScores(
-        magnitude_scores(lora_B),
+        scores,
         in_features,
         wanted,
         {"kind": "magnitude", "adapter": Path(path).name, "same_A": carried},
         adapter.config.get("base_model_name_or_path"),
     )
+
+
+class _Projections(LazyMapping[Tensor]):
+    """A of every layer, drawn when it is asked for."""
+
+    def __init__(self, in_features: Mapping[str, int], rank: int, seed: int) -> None:
+        self.names = self._in_features = in_features
+        self._rank, self._seed = rank, seed
+
+    def __getitem__(self, name: str) -> Tensor:
+        return random_projection(name, self._rank, self._in_features[name], self._seed)
 
 
 def scores_of_teacher(
@@ -101,11 +127,8 @@ def scores_of_teacher(
     """
     file = FactorsFile(path_or_id, argument=argument)
     in_features = {name: file.shape_of(name)[1] for name in file}
-    projections = {
-        name: random_projection(name, rank, width, seed) for name, width in in_features.items()
-    }
     return LayerScores(
-        teacher_scores(file, projections),
+        teacher_scores(file, _Projections(in_features, rank, seed)),
         in_features,
         seed,
         {"kind": "teacher", "factors": Path(path_or_id).name},

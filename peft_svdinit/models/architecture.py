@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .model_config import MODEL_CONFIG, read_model_config
+from .names import endings
 from .sharding import is_split, whole_copy, whole_shape
 from .weights import is_plain
 
@@ -118,6 +119,7 @@ def linear_modules(
         ValueError: if no layer matches, or the expression is broken.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    choice = target_modules if isinstance(target_modules, str) else frozenset(target_modules)
     found: dict[str, LinearModule] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and _maps_rows(module):
@@ -126,7 +128,7 @@ def linear_modules(
             shape, transposed = whole_shape(module.weight)[::-1], True
         else:
             continue
-        if _matches(name, target_modules, is_head=module is head):
+        if _matches(name, choice, is_head=module is head):
             found[name] = LinearModule(name, shape[0], shape[1], transposed)
     if not found:
         raise ValueError(
@@ -166,16 +168,16 @@ class _Unhooked(nn.Module):
         return type(self.module).forward(self.module, x)
 
 
-def _matches(name: str, target_modules: str | Sequence[str], *, is_head: bool) -> bool:
+def _matches(name: str, target_modules: str | Collection[str], *, is_head: bool) -> bool:
     if target_modules == "all-linear":
         return not is_head
     return is_chosen(name, target_modules)
 
 
-def is_chosen(name: str, choice: str | Sequence[str], argument: str = "target_modules") -> bool:
-    """Whether a module is meant by a regular expression for whole names, or a list of endings.
+def is_chosen(name: str, choice: str | Collection[str], argument: str = "target_modules") -> bool:
+    """Whether a module is meant by a regular expression for whole names, or by one of its endings.
 
-    `argument` is what the user gave the choice as.
+    `argument` is what the user gave the choice as. Of many endings make a set.
 
     Raises:
         ValueError: if the expression is broken.
@@ -188,4 +190,4 @@ def is_chosen(name: str, choice: str | Sequence[str], argument: str = "target_mo
                 f"{argument}: {choice!r} is no regular expression ({error}); correct it, or give a "
                 "list of names or name endings"
             ) from None
-    return any(name == ending or name.endswith(f".{ending}") for ending in choice)
+    return any(ending in choice for ending in endings(name))

@@ -9,24 +9,14 @@ from pathlib import Path
 from typing import NoReturn
 
 import msgspec
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..files import (
-    FLOAT_DTYPES,
-    hub_pickles,
-    inside,
-    opened,
-    parsed_json,
-    read_json,
-    resolve_folder,
-)
+from ..files import TensorReader, hub_pickles, inside, read_json, resolve_folder
 from .recognition import Position
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK_ENTRIES = 1 << 19
-_BLOCKS_MAPPED = 16
 _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
 
 
@@ -65,17 +55,14 @@ class Checkpoint:
         self.folder = resolve_folder(path_or_id, argument=argument, revision=revision)
         self.argument = argument
         self._source, self._revision = path_or_id, revision
-        self._file_of: dict[str, Path] = {}
-        self._offsets: dict[Path, dict[str, int]] = {}
+        self._reader_of: dict[str, TensorReader] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         for path in self._shards():
-            with opened(path, argument) as file:
-                for key in file.keys():
-                    self._file_of[key] = path
-                    tensor = file.get_slice(key)
-                    self.shapes[key] = tuple(tensor.get_shape())
-                    self.dtypes[key] = tensor.get_dtype()
+            reader = TensorReader(path, argument)
+            self._reader_of |= dict.fromkeys(reader.shapes, reader)
+            self.shapes |= reader.shapes
+            self.dtypes |= reader.dtypes
 
     def _shards(self) -> list[Path]:
         if (self.folder / _SINGLE).is_file():  # As in transformers, before an index.
@@ -107,29 +94,25 @@ class Checkpoint:
         )
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor; its file is reopened each time, so that no mapped pages pile up."""
-        with opened(self._file_of[key], self.argument) as file:
-            return file.get_tensor(key)
+        """One tensor."""
+        with self._reader_of[key].opened() as file:
+            return file.tensor(key)
 
     def blocks(self, key: str, rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """The tensor in blocks of whole rows: the first row's index and the block.
 
-        `rows` stops after that many of them. Blocks have about `BLOCK_ENTRIES` entries, and the
-        file is opened anew after some of them, since pages that were read stay mapped until it is
-        closed: a tensor of any size is read in bounded memory.
+        `rows` stops after that many of them. Blocks have about `BLOCK_ENTRIES` entries: a tensor of
+        any size is read in bounded memory.
         """
         shape = self.shapes[key]
         last = math.prod(shape[:1]) if rows is None else min(rows, *shape[:1])
         step = max(1, BLOCK_ENTRIES // max(1, math.prod(shape[1:])))
-        for start in range(0, last, _BLOCKS_MAPPED * step):
-            end = min(start + _BLOCKS_MAPPED * step, last)
-            with opened(self._file_of[key], self.argument) as file:
-                if not shape:
-                    yield 0, file.get_tensor(key)
-                    return
-                tensor = file.get_slice(key)
-                for first in range(start, end, step):
-                    yield first, tensor[first : min(first + step, end)]
+        if not shape:
+            yield 0, self.tensor(key)
+            return
+        with self._reader_of[key].opened() as file:
+            for first in range(0, last, step):
+                yield first, file.rows(key, first, min(first + step, last))
 
     def stored_bytes(self, key: str) -> int:
         """Size of a tensor in its file."""
@@ -138,30 +121,10 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
-        return sorted(set(self._file_of.values()))
+        return sorted({reader.path for reader in self._reader_of.values()})
 
     def entries(self, key: str, positions: Sequence[Position]) -> Float[Tensor, " n"]:
-        """A few entries of a matrix of floating numbers, in its dtype.
-
-        They are read one by one: around an entry of a mapped file the system would read ahead,
-        megabytes perhaps.
-        """
+        """A few entries of a matrix, in its dtype."""
         cols = self.shapes[key][1]
-        dtype = FLOAT_DTYPES[self.dtypes[key]]
-        stored = bytearray()
-        with open(self._file_of[key], "rb", buffering=0) as file:
-            for row, col in positions:
-                file.seek(self._offset_of(key) + (row * cols + col) * dtype.itemsize)
-                stored += file.read(dtype.itemsize)
-        return torch.frombuffer(stored, dtype=dtype)
-
-    def _offset_of(self, key: str) -> int:
-        """Where a tensor begins in its file."""
-        path = self._file_of[key]
-        if path not in self._offsets:
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = parsed_json(file.read(length))
-            header.pop("__metadata__", None)
-            self._offsets[path] = {k: 8 + length + e["data_offsets"][0] for k, e in header.items()}
-        return self._offsets[path][key]
+        with self._reader_of[key].opened() as file:
+            return file.entries(key, [row * cols + col for row, col in positions])

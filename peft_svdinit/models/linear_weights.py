@@ -40,11 +40,13 @@ class LinearWeights(LazyMapping[Tensor]):
         parameters: StoredParameters,
         *,
         target_modules: str | Sequence[str] = "all-linear",
-        exclude_modules: str | Sequence[str] = (),
+        exclude_modules: str | Collection[str] = (),
         whole_modules: Collection[str] = (),
         longer_modules: str | Sequence[str] = (),
     ) -> None:
         self.parameters, self.checkpoint = parameters, parameters.checkpoint
+        if not isinstance(exclude_modules, str):
+            exclude_modules = frozenset(exclude_modules)
         self.names = self.modules = {
             name: module
             for name, module in linear_modules(parameters.model, target_modules).items()

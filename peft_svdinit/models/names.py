@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
@@ -13,9 +13,16 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
-def is_within(name: str, modules: Iterable[str]) -> bool:
+def endings(name: str) -> list[str]:
+    """The name, and what is behind each of its dots."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def is_within(name: str, modules: Collection[str]) -> bool:
     """Whether a module or parameter is one of `modules` or in one of them, by full names."""
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
+    parts = name.split(".")
+    return any(".".join(parts[: end + 1]) in modules for end in range(len(parts)))
 
 
 def layer_seed(seed: int, name: str) -> int:

@@ -20,3 +20,12 @@ def exact_pattern(values: Mapping[str, int]) -> dict[str, int]:
     for name, value in values.items():
         names[value].append(re.escape(name))
     return {f"^(?:{'|'.join(names[value])})": value for value in sorted(names)}
+
+
+def names_of_exact(key: str) -> list[str] | None:
+    """The names in a key of `exact_pattern`; None of any other key."""
+    if not (key.startswith("^(?:") and key.endswith(")")):
+        return None
+    parts = key[len("^(?:") : -1].split("|")
+    names = [re.sub(r"\\(.)", r"\1", part) for part in parts]
+    return names if [re.escape(name) for name in names] == parts else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .architecture import is_chosen
 from .peft_loading import refused_layers, renamed_layers
 
 
@@ -95,8 +96,8 @@ def exact_targets(model: nn.Module, names: list[str]) -> list[str] | None:
     """
     everything = [name for name, _ in model.named_modules()]
     for targets in (sorted({_last_part(name) for name in names}), names):
-        suffixes = tuple(f".{target}" for target in targets)
-        if {name for name in everything if f".{name}".endswith(suffixes)} == set(names):
+        choice = frozenset(targets)
+        if {name for name in everything if is_chosen(name, choice)} == set(names):
             return targets
     return None
 

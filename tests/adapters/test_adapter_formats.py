@@ -34,8 +34,7 @@ TARGETS = ["q_proj", "down_proj"]
 
 def deltas(path: Path) -> dict[str, LayerDelta]:
     adapter = open_adapter(path)
-    with adapter.opened() as read:
-        return {name: read(name) for name in adapter.layers}
+    return {name: adapter.delta(name) for name in adapter.layers}
 
 
 def assert_is(delta: LayerDelta, expected: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import sys
 
 import numpy as np
@@ -67,6 +68,19 @@ def test_every_layer_has_its_cell_and_every_model_can_be_drawn(names, figures):
     kinds = set(analysis.module_types.values())
     depths = {layer_depth(name) for name in names}
     assert all(grid.shape == (len(depths), min(len(kinds), 24)) for grid in drawn.values())
+
+
+def test_of_very_many_blocks_neighbours_share_a_row_and_the_page_keeps_its_size(figures):
+    names = [f"layers.{b}.{k}" for b in range(700) for k in ("q", "v")] + ["head"]
+    factors = {name: layer(1.0 + index) for index, name in enumerate(names)}
+    plot_heat_maps(analyze(factors, 2, base_norms=dict.fromkeys(names, 100.0)), "unused")
+    norms = panels(figures[0])["size of the change"]
+    assert norms.shape == (700 // 6 + 2, 3)
+    last = [factors[f"layers.{b}.v"].norm for b in range(696, 700)]
+    assert norms[-2, 1] == pytest.approx(statistics.median(last))
+    assert max(figures[0].get_size_inches()) <= 40
+    labels = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert labels[:2] == ["0 to 5", "24 to 29"]
 
 
 def test_cells_hold_the_layers_numbers_in_order_of_depth_and_zero_deltas_are_empty(figures):

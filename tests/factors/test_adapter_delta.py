@@ -93,6 +93,7 @@ def test_the_scaling_is_alpha_over_the_rank_or_its_root(rank, alpha, rslora):
     adapter = LoraAdapter.__new__(LoraAdapter)
     adapter.config = {"r": rank, "lora_alpha": alpha, "use_rslora": rslora}
     adapter._stored = {lora_key("layer", "A"): lora_key("layer", "A")}
+    adapter._values = adapter._pattern_values()
     assert adapter.scaling_of("layer") == pytest.approx(
         reference.lora_scaling(rank, alpha, rslora=rslora)
     )

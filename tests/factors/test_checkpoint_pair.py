@@ -284,7 +284,7 @@ def test_excluded_layers_are_not_compared_at_all(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_of_a_longer_vocabulary_the_rows_of_both_are_compared_on_demand(tmp_path, tied):
     pair = save_pair(tmp_path, change=lambda name: True, tie_word_embeddings=tied)
-    before = CheckpointPair(pair.base_folder, pair.tuned_folder)
+    uncovered = CheckpointPair(pair.base_folder, pair.tuned_folder).uncovered()
     pair.tuned.resize_token_embeddings(70, mean_resizing=False)
     pair.tuned.save_pretrained(str(pair.tuned_folder))
     folders = (pair.base_folder, pair.tuned_folder)
@@ -292,7 +292,7 @@ def test_of_a_longer_vocabulary_the_rows_of_both_are_compared_on_demand(tmp_path
         CheckpointPair(*folders)
     named = ["embed_tokens", "lm_head"]
     sliced = CheckpointPair(*folders, slice_modules=named)
-    assert sliced.uncovered() == before.uncovered()
+    assert sliced.uncovered() == uncovered
     whole = sliced.whole_tensors(["embed_tokens"])["model.embed_tokens.weight"]
     assert torch.equal(whole, weight_of(pair.tuned, "model.embed_tokens")[:64])
     left_out = CheckpointPair(*folders, exclude_modules=named).uncovered()
@@ -484,7 +484,7 @@ def test_a_sample_has_entries_of_the_oriented_weight_in_its_dtype(tmp_path, arch
         assert torch.equal(sample.float(), recognition_sample(weights[name]))
 
 
-def test_sampling_reads_the_sampled_entries_alone(tmp_path, monkeypatch):
+def test_sampling_reads_the_sampled_entries_alone(tmp_path):
     """Of a file of 1 GB, which is a hole but for them. Around a mapped entry much is read ahead."""
     shape, dtype = (128256, 4096), torch.bfloat16
     size = 2 * math.prod(shape)
@@ -497,7 +497,6 @@ def test_sampling_reads_the_sampled_entries_alone(tmp_path, monkeypatch):
             file.write(torch.tensor([index], dtype=dtype).view(torch.uint8).numpy().tobytes())
         file.truncate(first + size)
     checkpoint = Checkpoint(tmp_path, argument="base")
-    monkeypatch.setattr(checkpoints, "opened", None)
     before = bytes_read()
     entries = checkpoint.entries("w", sampled_positions(shape))
     assert torch.equal(entries, torch.arange(64).to(dtype))

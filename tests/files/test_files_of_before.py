@@ -79,6 +79,7 @@ def test_the_command_of_the_warning_writes_a_file_that_tells_an_edited_base(
     shutil.copytree(BEFORE, tmp_path / "before")
     monkeypatch.chdir(tmp_path / "before")
     before = FactorsFile("factors")
+    U = {name: before[name].U for name in NAMES}
     with caplog.at_level(logging.WARNING, logger=FACTORS_LOGGER):
         before.base_sample(NAMES[0])
     command = re.search(r'python -c "(.*)"', caplog.text)
@@ -92,7 +93,7 @@ def test_the_command_of_the_warning_writes_a_file_that_tells_an_edited_base(
     exec(command[1], {})
     written = FactorsFile("factors")
     assert written.metadata == before.metadata and list(written) == list(before)
-    assert all(torch.equal(written[name].U, before[name].U) for name in NAMES)
+    assert all(torch.equal(written[name].U, U[name]) for name in NAMES)
     get_peft_model(base_model().half(), config)
     with pytest.raises(ValueError, match="another base model"):
         get_peft_model(edited, config)

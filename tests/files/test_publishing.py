@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ def a_new_process():
     clean_once.cache_clear()
 
 
-def publish(folder: Path, texts: dict[str, str] = RESULT, **options: object) -> None:
+def publish(folder: Path, texts: dict[str, str] = RESULT, **options: Any) -> None:
     with publishing(folder, **options) as new:
         for name, text in texts.items():
             (new / name).write_text(text)

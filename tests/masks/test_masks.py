@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.allocations import LargestResult
 from support.strategies import seeds
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from peft_svdinit.masks import (
     magnitude_scores,
     random_projection,
     random_scores,
+    ranked,
     select,
     teacher_scores,
     tensor_hash,
@@ -31,6 +34,14 @@ from peft_svdinit.models import module_types
 
 NAMES = ["layers.0.attn.q", "layers.0.mlp.up", "layers.2.attn.q", "layers.10.attn.q", "head"]
 GROUPED = ["global", "type", "layer", "matrix"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def in_small_parts() -> Iterator[None]:
+    """Of which even the small matrices here have several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranked, "_PART", 7)
+        yield
 
 
 def some_scores(seed: int = 0, *, levels: int | None = None, rank: int = 4) -> dict[str, Tensor]:
@@ -142,6 +153,35 @@ def test_floors_and_exclusions_agree_with_sorting(seed, density, floor, scope, e
     for name, mask in found.items():
         assert mask.sum() >= math.ceil(round(floor * mask.numel(), 9))
         assert exclude is None or not (mask & exclude[name]).any()
+
+
+@given(
+    seed=seeds,
+    dtypes=st.lists(
+        st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+        min_size=len(NAMES),
+        max_size=len(NAMES),
+    ),
+    size=st.sampled_from([1.0, 1e-42, 1e30]),
+    density=st.floats(0.2, 1.0),
+)
+def test_scores_of_any_size_and_of_several_dtypes_are_ranked_exactly(seed, dtypes, size, density):
+    scores = {
+        name: (size * matrix).to(dtype).nan_to_num(posinf=6e4)
+        for (name, matrix), dtype in zip(some_scores(seed).items(), dtypes, strict=True)
+    }
+    scores["head"][0, :3] = torch.tensor([-0.0, 0.0, -0.0])
+    expected = by_sorting(scores, density, "global")
+    if all(mask.any() for mask in expected.values()):
+        assert equal(select(scores, Selection(density)), expected)
+
+
+def test_no_copy_of_all_scores_is_made(monkeypatch):
+    monkeypatch.setattr(ranked, "_PART", 1 << 20)
+    scores = {f"layers.{i}.q": torch.rand(1000, 10) for i in range(20)}
+    with LargestResult() as largest:
+        select(scores, Selection(0.1, floor=0.01))
+    assert 10_000 <= largest.entries <= 1 << 16
 
 
 @given(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...factors import LowRankFactors
-from ...models import exact_targets, linear_modules, refuse_unloadable_layers
+from ...models import exact_targets, is_chosen, linear_modules, refuse_unloadable_layers
 
 # What keeps layers out of factors: `svdinit extract` has it as an option.
 LEFT_OUT_OF_FACTORS = "give them rank 0, or make factors with --exclude_modules"
@@ -104,8 +104,8 @@ def target_modules(plan: ExportPlan, skeleton: nn.Module | None) -> list[str]:
     refuse_unloadable_layers(skeleton, names, LEFT_OUT_OF_FACTORS)
     targets = exact_targets(skeleton, names)
     if targets is None:
-        suffixes = tuple(f".{name}" for name in names)
-        others = {n for n, _ in skeleton.named_modules() if f".{n}".endswith(suffixes)} - set(names)
+        chosen = set(names)
+        others = {n for n, _ in skeleton.named_modules() if is_chosen(n, chosen)} - chosen
         raise ValueError(
             f"base: PEFT would adapt {min(others)} too, whose name ends in that of an adapted "
             "layer; leave that one out"

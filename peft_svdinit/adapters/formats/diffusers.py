@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import parsed_json, validated
-from ...models import check_adapter_config, pattern_value, refuse_endless_patterns
+from ...models import PatternValues, check_adapter_config, refuse_endless_patterns
 from .key_styles import KeyStyle
 
 
@@ -50,22 +50,68 @@ _CONFIGS = "lora_adapter_metadata"
 
 # A component may be without layers, and say nothing of them.
 _UNSAID = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
-Configurations = Mapping[str, Mapping[str, Any]]
 
 
-def configurations(
-    metadata: Mapping[str, str], names: Iterable[str], path: Path
-) -> dict[str, dict[str, Any]]:
-    """The PEFT configuration of each component by its name, as far as the header has them.
+class HeaderConfigs:
+    """The scalings that the PEFT configurations in a header give, one for each component.
 
     Args:
         metadata: of the header.
         names: of the layers, with what wrappers add and without.
         path: of the file.
+        dora: whether the file stores magnitudes.
 
     Raises:
         ValueError: if one cannot be read, or as `check_adapter_config`.
     """
+
+    def __init__(
+        self, metadata: Mapping[str, str], names: Iterable[str], path: Path, *, dora: bool
+    ) -> None:
+        self._path, self._dora = path, dora
+        self._of_components = _configurations(metadata, names, path)
+        self._patterns = {
+            component: {key: PatternValues(config.get(option)) for key, option in _RANK_AND_ALPHA}
+            for component, config in self._of_components.items()
+        }
+
+    def scaling_of(self, layer: str, spelled: str, dim: int) -> float:
+        """Scaling of a layer without an alpha of its own: its component's configuration says, or 1.
+
+        Args:
+            layer: its name.
+            spelled: the same with what wrappers add.
+            dim: its rank.
+
+        Raises:
+            ValueError: if the configuration is of another rank, or uses DoRA whose magnitudes are
+                missing.
+        """
+        component, _, name = layer.partition(".")
+        config = self._of_components.get(component)
+        if not config:
+            return 1.0
+        if config.get("use_dora") and not self._dora:
+            raise ValueError(
+                f"adapter: {self._path} uses DoRA in {component}, but stores no magnitudes: save "
+                "it again"
+            )
+        module = spelled.partition(f"{component}.")[2]
+        rank, alpha = (
+            value(name, config.get(key), spelled=module)
+            for key, value in self._patterns[component].items()
+        )
+        if rank != dim or alpha is None:
+            raise ValueError(
+                f"adapter: layer {layer} in {self._path} has rank {dim}, but its header says "
+                f"{rank}, and alpha {alpha}"
+            )
+        return alpha / math.sqrt(dim) if config.get("use_rslora") else alpha / dim
+
+
+def _configurations(
+    metadata: Mapping[str, str], names: Iterable[str], path: Path
+) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     place = f"adapter: {path}: the {_CONFIGS} in its header: "
     try:
@@ -81,44 +127,6 @@ def configurations(
         own = {name.partition(f"{component}.")[2] for name in names if f"{component}." in name}
         refuse_endless_patterns(config, own, f"{place}{component}: ")
     return found
-
-
-def scaling_of(
-    layer: str, spelled: str, dim: int, configs: Configurations, path: Path, *, dora: bool
-) -> float:
-    """Scaling of a layer without an alpha of its own: its component's configuration says, or 1.
-
-    Args:
-        layer: its name.
-        spelled: the same with what wrappers add.
-        dim: its rank.
-        configs: as `configurations` gives them.
-        path: of the file.
-        dora: whether the file stores magnitudes.
-
-    Raises:
-        ValueError: if the configuration is of another rank, or uses DoRA whose magnitudes are
-            missing.
-    """
-    component, _, name = layer.partition(".")
-    config = configs.get(component)
-    if not config:
-        return 1.0
-    if config.get("use_dora") and not dora:
-        raise ValueError(
-            f"adapter: {path} uses DoRA in {component}, but stores no magnitudes: save it again"
-        )
-    module = spelled.partition(f"{component}.")[2]
-    rank, alpha = (
-        pattern_value(config.get(pattern), name, config.get(key), spelled=module)
-        for key, pattern in _RANK_AND_ALPHA
-    )
-    if rank != dim or alpha is None:
-        raise ValueError(
-            f"adapter: layer {layer} in {path} has rank {dim}, but its header says {rank}, and "
-            f"alpha {alpha}"
-        )
-    return alpha / math.sqrt(dim) if config.get("use_rslora") else alpha / dim
 
 
 _RANK_AND_ALPHA = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))

@@ -13,7 +13,7 @@ from ...models import (
     CONFIG_NAME,
     PREFIX,
     WEIGHTS_NAME,
-    pattern_value,
+    PatternValues,
     read_adapter_config,
     refuse_endless_patterns,
     spelled_in_peft,
@@ -70,6 +70,7 @@ def _lycoris(folder: Path, config: Mapping[str, Any]) -> StoredAdapter:
     stored = unwrapped_keys(file.shapes, f"adapter: {path}")
     names = {spelled_in_peft(key).rpartition(".")[0] for pair in stored.items() for key in pair}
     refuse_endless_patterns(config, names, f"adapter: {folder / CONFIG_NAME}: ")
+    patterns = [PatternValues(config.get(one)) for one in ("rank_pattern", "alpha_pattern")]
     scalings, ranks, beside = {}, {}, {}
     for key, at in stored.items():
         name, _, part = key.removeprefix(PREFIX).rpartition(".")
@@ -83,8 +84,8 @@ def _lycoris(folder: Path, config: Mapping[str, Any]) -> StoredAdapter:
             )
         spelled = spelled_in_peft(at).rpartition(".")[0]
         ranks[name], alpha = (
-            pattern_value(config.get(option), name, config[usual], spelled=spelled)
-            for option, usual in (("rank_pattern", "r"), ("alpha_pattern", "alpha"))
+            value(name, config[usual], spelled=spelled)
+            for value, usual in zip(patterns, ("r", "alpha"), strict=True)
         )
         scalings[name] = alpha / ranks[name]
     if not scalings:
@@ -133,6 +134,9 @@ def refuse_unselected(path: str, adapter: StoredAdapter) -> None:
     selection = SimpleNamespace(**{key: adapter.config.get(key) for key in _SELECTION})
     if selection.target_modules in (None, "all-linear"):
         return  # Which depends on the model.
+    if not isinstance(selection.target_modules, str):
+        # PEFT looks for a layer among these first.
+        selection.target_modules = set(selection.target_modules)
     for name in adapter.layers:
         if not check_target_module_exists(selection, name):
             raise ValueError(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
 
 from ...files import TensorFile
 from ...models import PREFIX, unwrapped_keys
@@ -50,23 +48,31 @@ def read_single_file(path: Path) -> StoredAdapter:
         layer = next((name for name in _ancestors(key) if name in other), None)
         if layer is not None and one.kind in ("unknown", "algorithm"):
             beside[key] = replace(one, kind="algorithm", layer=layer)
+    # Readers give differences no alpha, but some programs write one.
+    differing = {
+        name for key, b in beside.items() if b.kind == "difference" for name in _ancestors(key)
+    }
+    products = factored - other
     layers = {}
     names = [split[0] for pair in stored.items() for key in pair if (split := style.split(key))]
-    of_header = {} if style is kohya.STYLE else file.metadata
-    configs = diffusers.configurations(of_header, names, path)
     dora = any(one.kind == "magnitude" for one in beside.values())
-    with file.opened() as read:
-        for name, keys in groups.items():
-            if name in factored - other:
-                at = {part: stored[key] for part, key in keys.items()}
-                layers[name] = _layer(name, at, file, style, read, configs, dora)
-            kind = _kind_outside(name, other, beside)
-            for part, key in keys.items():
-                if name in layers and part == BIAS:
-                    scaling = layers[name].scaling
-                    beside[key] = Beside(stored[key], "difference", name, scaling)
-                elif name not in layers:
-                    beside[key] = Beside(stored[key], kind, name if name in other else None)
+    of_header = {} if style is kohya.STYLE else file.metadata
+    configs = diffusers.HeaderConfigs(of_header, names, path, dora=dora)
+    for name, keys in groups.items():
+        if name in products:
+            at = {part: stored[key] for part, key in keys.items()}
+            layers[name] = _layer(name, at, file, style, configs)
+        # Of what is named as a part of a layer without factors, or of another algorithm.
+        outside: Kind = "whole" if name in differing else "unknown"
+        for part, key in keys.items():
+            if name in layers and part == BIAS:
+                scaling = layers[name].scaling
+                beside[key] = Beside(stored[key], "difference", name, scaling)
+                differing.update(_ancestors(key))
+            elif name in other:
+                beside[key] = Beside(stored[key], "algorithm", name)
+            elif name not in layers:
+                beside[key] = Beside(stored[key], outside)
     if not layers:
         raise ValueError(
             f"adapter: {path} has no layer whose update is a product of two factors, so that there "
@@ -95,15 +101,6 @@ def _ancestors(key: str) -> list[str]:
     """The names that contain a key, the longest first."""
     words = key.split(".")
     return [".".join(words[:count]) for count in range(len(words) - 1, 0, -1)]
-
-
-def _kind_outside(name: str, other: Collection[str], beside: Mapping[str, Beside]) -> Kind:
-    """Of what is named as a part of a layer that has no factors, or is of another algorithm."""
-    if name in other:
-        return "algorithm"
-    # Readers give differences no alpha, but some programs write one.
-    whole = any(key.startswith(f"{name}.") and b.kind == "difference" for key, b in beside.items())
-    return "whole" if whole else "unknown"
 
 
 def _recognised(path: Path, keys: list[str]) -> KeyStyle:
@@ -136,9 +133,7 @@ def _layer(
     keys: dict[str, str],
     file: TensorFile,
     style: KeyStyle,
-    read: Callable[[str], Tensor],
-    configs: diffusers.Configurations,
-    dora: bool,
+    configs: diffusers.HeaderConfigs,
 ) -> StoredLayer:
     factors = {part: key for part, key in keys.items() if part not in (ALPHA, BIAS)}
     algorithm, header = algorithm_of(name, factors, file)
@@ -146,21 +141,21 @@ def _layer(
     if header.dim is None:
         scaling = 1.0
     elif alpha_key is not None:
-        scaling = _alpha(alpha_key, file, read) / header.dim
+        scaling = _alpha(alpha_key, file) / header.dim
     elif style is kohya.STYLE:
         scaling = 1.0
     else:
         at, _ = style.split(next(iter(factors.values()))) or (name, "")
-        scaling = diffusers.scaling_of(name, at, header.dim, configs, file.path, dora=dora)
+        scaling = configs.scaling_of(name, at, header.dim)
     return StoredLayer(algorithm, header, factors, scaling)
 
 
-def _alpha(key: str, file: TensorFile, read: Callable[[str], Tensor]) -> float:
+def _alpha(key: str, file: TensorFile) -> float:
     if math.prod(file.shapes[key]) != 1:
         raise ValueError(
             f"adapter: {key} in {file.path} must be one number, but has shape {file.shapes[key]}"
         )
-    alpha = read(key).item()
+    alpha = file.finite(key).item()
     if alpha <= 0:
         raise ValueError(
             f"adapter: {key} in {file.path} must be positive, got {alpha}: programs disagree on "

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,17 +45,11 @@ class StoredAdapter:
     config: Mapping[str, Any] = field(default_factory=dict)
     beside: Mapping[str, Beside] = field(default_factory=dict)
 
-    @contextmanager
-    def opened(self) -> Iterator[Callable[[str], LayerDelta]]:
-        """A reader of deltas by layer name, for as long as the context lasts."""
-        with self.file.opened() as tensor:
-
-            def read(name: str) -> LayerDelta:
-                layer = self.layers[name]
-                parts = {part: tensor(key) for part, key in layer.keys.items()}
-                return layer.algorithm.delta(parts, layer.scaling)
-
-            yield read
+    def delta(self, name: str) -> LayerDelta:
+        """What is stored of a layer, read when it is asked for."""
+        layer = self.layers[name]
+        parts = {part: self.file.finite(key) for part, key in layer.keys.items()}
+        return layer.algorithm.delta(parts, layer.scaling)
 
     def dtype(self, name: str) -> torch.dtype:
         """The widest dtype in which a part of the layer is stored."""

@@ -73,19 +73,18 @@ def merge(
     tensors: dict[str, Factors] = {}
     layers: list[MergedLayer] = []
     norms: list[list[float]] = [[] for _ in chosen.paths]
-    with chosen.opened() as read:
-        for name in tqdm(chosen.names, desc="Merging", disable=not progress):
-            terms = read(name)
-            try:
-                pair = _merged(name, terms, chosen.weights, method)
-            except ValueError as error:
-                raise ValueError(f"layer {name}: {error}") from error
-            init = LoraInit(*pair, subtract_initial=False)
-            tensors[name], rounding = stored(name, init, narrow or chosen.dtype(name))
-            compared = {term.adapter: _comparable(term) for term in terms}
-            for index, delta in compared.items():
-                norms[index].append(delta.norm)
-            layers.append(_measured(name, terms, tensors[name], rounding, compared))
+    for name in tqdm(chosen.names, desc="Merging", disable=not progress):
+        terms = chosen.terms(name)
+        try:
+            pair = _merged(name, terms, chosen.weights, method)
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from error
+        init = LoraInit(*pair, subtract_initial=False)
+        tensors[name], rounding = stored(name, init, narrow or chosen.dtype(name))
+        compared = {term.adapter: _comparable(term) for term in terms}
+        for index, delta in compared.items():
+            norms[index].append(delta.norm)
+        layers.append(_measured(name, terms, tensors[name], rounding, compared))
 
     total = tuple(math.hypot(*found) for found in norms)
     merged = Merged(

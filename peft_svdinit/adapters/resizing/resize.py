@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,21 +68,16 @@ def resize(
     style, carried = merge.adapters[0].style, merge.carried
     uniform = rule.uniform or (style is not None and not style.alpha_per_layer)
 
-    with merge.opened() as terms:
-
-        def read(name: str, rank: int | None) -> LowRankFactors:
-            return combined(terms(name)).factors(rank)
-
-        settled, ranks = _settled(replace(rule, uniform=uniform), merge, read)
-        tensors, layers = {}, []
-        for name in tqdm(merge.names, desc="Resizing", disable=not progress):
-            factors = read(name, settled.most)
-            chosen = ranks or settled.choose({name: factors}, least=1)[0]
-            rank = min(settled.rank or chosen[name], factors.rank)
-            init = SvdGuided()(factors, rank=rank, scaling=1.0)
-            padded = settled.rank if uniform else None
-            tensors[name], rounding = stored(name, init, narrow or merge.dtype(name), padded)
-            layers.append(_kept(name, merge.rank(name), factors, rank, rounding))
+    settled, ranks = _settled(replace(rule, uniform=uniform), merge)
+    tensors, layers = {}, []
+    for name in tqdm(merge.names, desc="Resizing", disable=not progress):
+        factors = combined(merge.terms(name)).factors(settled.most)
+        chosen = ranks or settled.choose({name: factors}, least=1)[0]
+        rank = min(settled.rank or chosen[name], factors.rank)
+        init = SvdGuided()(factors, rank=rank, scaling=1.0)
+        padded = settled.rank if uniform else None
+        tensors[name], rounding = stored(name, init, narrow or merge.dtype(name), padded)
+        layers.append(_kept(name, merge.rank(name), factors, rank, rounding))
 
     resized = Resized(
         output=output,
@@ -136,9 +131,7 @@ def _refuse_other_file(output: Path) -> None:
         ) from error
 
 
-def _settled(
-    rule: RankRule, merge: WeightedSum, read: Callable[[str, int | None], LowRankFactors]
-) -> tuple[RankRule, dict[str, int] | None]:
+def _settled(rule: RankRule, merge: WeightedSum) -> tuple[RankRule, dict[str, int] | None]:
     """The rule by which each layer alone has its rank, or the ranks.
 
     Where the ranks of layers depend on each other, all spectra are taken in a pass of their own.
@@ -151,7 +144,7 @@ def _settled(
         return rule, None
     spectra = {}
     for name in merge.names:
-        factors = read(name, rule.most)
+        factors = combined(merge.terms(name)).factors(rule.most)
         spectra[name] = Spectrum(factors.S, factors.norm, factors.shape)
     ranks, _ = rule.choose(spectra, least=1)
     if rule.uniform:

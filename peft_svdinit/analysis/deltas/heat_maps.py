@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..canvas import new_figure, panels, save_figure, say, shortened, shown_types
-from ..cells import by_depth, colour_bar, draw_cells, short_number
+from ..cells import MOST_ROWS, by_depth, colour_bar, draw_cells, short_number
 from .layers import LayerAnalysis
 from .totals import Analysis
 
@@ -42,9 +42,9 @@ def plot_heat_maps(
     """Relative norm, error, stable rank and recommended rank of every block and module type.
 
     Rows are the blocks, which are the first numbers in the modules' names; modules without one
-    share a row. Where several layers share a cell (experts) it shows their median. Cells without a
-    layer are grey, and so are zero deltas in all maps but that of the norm. Beyond 24 module types
-    the commonest are drawn.
+    share a row, and so do neighbours of more blocks than a page has lines for. Where several layers
+    share a cell (experts) it shows their median. Cells without a layer are grey, and so are zero
+    deltas in all maps but that of the norm. Beyond 24 module types the commonest are drawn.
 
     Args:
         analysis: the layers.
@@ -58,7 +58,7 @@ def plot_heat_maps(
     types = analysis.module_types
     shown = shown_types(types.values(), MOST_TYPES)
     layers = {layer.name: layer for layer in analysis.layers if types[layer.name] in shown}
-    depths, kinds, cells = by_depth(layers, types)
+    depths, kinds, cells = by_depth(layers, types, MOST_ROWS)
     maps = _heat_maps(analysis, ranks)
     labelled = len(depths) <= MOST_LABELLED_ROWS
     width = max(3.0, (0.62 if labelled else 0.4) * len(kinds) + 1.1)

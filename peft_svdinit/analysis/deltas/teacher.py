@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ...factors import Extraction, HasSpectrum, LowRankFactors, recommend_ranks, save_factors
+from ...factors import (
+    Extraction,
+    HasSpectrum,
+    LowRankFactors,
+    Spectrum,
+    recommend_ranks,
+    save_factors,
+)
 from ...files import publishing
 from .intruders import LayerIntruders
 from .report import write_analysis
@@ -93,11 +100,13 @@ def write_factors_analysis(
         raise ValueError("energy and error say the same in two ways; give one of them")
     if error is not None and not 0 < error < 1:
         raise ValueError(f"error must be in (0, 1), got {error}; write 5 % as 0.05")
-    analysis = analyze(factors, rank, base_norms=base_norms)
+    # Each layer is read once, where it comes from a disk.
+    spectra = {name: Spectrum(layer.S, layer.norm, layer.shape) for name, layer in factors.items()}
+    analysis = analyze(spectra, rank, base_norms=base_norms)
     if energy is None and error is None and max_parameters is None:
         energy, max_parameters = 0.9, sum(layer.parameters for layer in analysis.layers)
     target = energy if error is None else 1 - error**2
-    recommendation = recommend_ranks(factors, energy=target, max_parameters=max_parameters)
+    recommendation = recommend_ranks(spectra, energy=target, max_parameters=max_parameters)
     about: Mapping[str, Any] = source.get("source", {})
     flat = {
         key: value

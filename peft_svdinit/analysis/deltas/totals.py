@@ -22,7 +22,7 @@ class Analysis:
     rank: int
     layers: tuple[LayerAnalysis, ...]
 
-    @property
+    @cached_property
     def norm(self) -> float:
         """‖all deltas together‖_F."""
         return math.hypot(*(layer.norm for layer in self.layers))

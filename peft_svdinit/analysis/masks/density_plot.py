@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...models import module_types
-from ..canvas import COLOURS, GUIDE, new_figure, save_figure, tidy
-from ..cells import by_depth, colour_bar, draw_cells, name_columns, short_number
+from ..canvas import COLOURS, GUIDE, new_figure, save_figure, shown_types, tidy
+from ..cells import MOST_ROWS, by_depth, colour_bar, draw_cells, name_columns, short_number
 from .energy import Energy
 from .statistics import Group, MaskStatistics
 from .tables import BAND
 
 # Cells in grids of at most this many rows and columns are large enough for a number.
 _MOST_LABELLED = (34, 12)
+# The commonest are drawn; bars beyond these are thinner than a pixel or two.
+_MOST_TYPES, _MOST_BARS = 40, 200
 
 
 def plot_mask(statistics: MaskStatistics, path: str | os.PathLike, *, title: str = "") -> None:
@@ -43,7 +45,13 @@ def _draw_groups(
 ) -> None:
     overall = 100 * statistics.density
     places = range(len(groups))
-    axes.bar(places, [100 * group.density for group in groups], color=COLOURS[0], width=0.72)
+    heights = [100 * group.density for group in groups]
+    if len(groups) <= _MOST_BARS:
+        axes.bar(places, heights, color=COLOURS[0], width=0.72)
+    else:
+        axes.stairs(
+            heights, [place - 0.5 for place in range(len(groups) + 1)], fill=True, color=COLOURS[0]
+        )
     axes.axhline(overall, color=GUIDE, linestyle="--", linewidth=1.2)
     band = [100 * BAND * group.deviation for group in groups]
     edges = [edge for place in places for edge in (place - 0.5, place + 0.5)]
@@ -92,7 +100,10 @@ def _draw_layers(figure: Any, axes: Any, statistics: MaskStatistics) -> None:
     from matplotlib.colors import TwoSlopeNorm
 
     layers = {layer.name: layer for layer in statistics.layers}
-    rows, columns, cells = by_depth(layers, module_types(layers))
+    types = module_types(layers)
+    shown = shown_types(types.values(), _MOST_TYPES)
+    layers = {name: layer for name, layer in layers.items() if types[name] in shown}
+    rows, columns, cells = by_depth(layers, types, MOST_ROWS)
     densities: list[list[float | None]] = []
     for row in rows:
         found = [cells.get((row, column), ()) for column in columns]

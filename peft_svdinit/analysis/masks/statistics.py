@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from jaxtyping import Bool, Float
@@ -66,12 +67,12 @@ class MaskStatistics:
 
     layers: tuple[LayerMaskStatistics, ...]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Entries of all B."""
         return sum(layer.size for layer in self.layers)
 
-    @property
+    @cached_property
     def kept(self) -> int:
         """Entries that are trained."""
         return sum(layer.kept for layer in self.layers)

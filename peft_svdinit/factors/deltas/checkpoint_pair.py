@@ -18,6 +18,7 @@ from ...models import (
     Checkpoint,
     LinearWeights,
     StoredParameters,
+    endings,
     is_chosen,
     model_skeleton,
 )
@@ -134,9 +135,13 @@ class CheckpointPair(LazyMapping[Tensor]):
         before, after = self.base.parameters, self.tuned.parameters
         keys = {*before.tied_to, *before.shapes, *after.shapes}
         modules = {key.rpartition(".")[0] for key in keys}
-        for part in [choice] if isinstance(choice, str) else [[ending] for ending in choice]:
-            if not any(is_chosen(module, part) for module in modules):
-                raise ValueError(f"{argument}={part!r} matches no module of the two checkpoints")
+        if isinstance(choice, str):
+            missing = [] if any(is_chosen(module, choice) for module in modules) else [choice]
+        else:
+            there = {ending for module in modules for ending in endings(module)}
+            missing = [[ending] for ending in choice if ending not in there]
+        if missing:
+            raise ValueError(f"{argument}={missing[0]!r} matches no module of the two checkpoints")
 
     def __getitem__(self, name: str) -> Float[Tensor, "out in"]:
         delta, cast = torch.empty(self.base.stored_shape(name)), CastCheck()

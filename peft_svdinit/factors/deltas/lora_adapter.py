@@ -14,14 +14,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...files import LazyMapping, opened, refuse_non_floats, resolve_file, resolve_folder
+from ...files import (
+    LazyMapping,
+    TensorReader,
+    opened,
+    refuse_non_floats,
+    resolve_file,
+    resolve_folder,
+)
 from ...models import (
     CONFIG_NAME,
     PREFIX,
     WEIGHTS_NAME,
+    PatternValues,
     lora_key,
     natural_order,
-    pattern_value,
     read_adapter_config,
     refuse_endless_patterns,
     spelled_in_peft,
@@ -141,20 +148,23 @@ class LoraAdapter(LazyMapping[LoraProduct]):
         self.argument, self._with_beside = argument, with_beside
         self.folder = resolve_folder(path_or_id, argument=argument, revision=revision)
         self.config = self._read_config()
+        self._values = self._pattern_values()
         self._path = resolve_file(self.folder, WEIGHTS_NAME, argument=argument)
         with opened(self._path, argument) as file:
             self._stored = unwrapped_keys(file.keys())
             names = {_module_of(key) for pair in self._stored.items() for key in pair}
             refuse_endless_patterns(self.config, names, f"{CONFIG_NAME} beside it: ")
             shapes = {key: file.get_slice(at).get_shape() for key, at in self._stored.items()}
-            self.names = self._checked_names(shapes)
+            self.names = dict.fromkeys(self._checked_names(shapes))
             for part in _PARTS:
                 refuse_non_floats(
                     file,
                     {f"lora_{part} of layer {n}": self.stored_key(n, part) for n in self.names},
                 )
+        self._reader = TensorReader(self._path, argument)
         if any(key != at for key, at in self._stored.items()):
             self.config = self._config_without_wrappers()
+            self._values = self._pattern_values()
         if self.beside and not with_beside:
             logger.warning(
                 "%s: %s stores %d tensors beside its layers, which are left out: %s.",
@@ -236,10 +246,13 @@ class LoraAdapter(LazyMapping[LoraProduct]):
             patterns[option] = {n: v for n, v in values.items() if v != self.config[usual]}
         return unwrapped_config(self.config, self.names, patterns)
 
+    def _pattern_values(self) -> dict[str, PatternValues]:
+        patterns = ("rank_pattern", "alpha_pattern")
+        return {option: PatternValues(self.config.get(option)) for option in patterns}
+
     def _of_layer(self, option: str, usual: str, name: str) -> Any:
         spelled, _, _ = spelled_in_peft(self.stored_key(name, "A")).partition(".lora_A")
-        config = self.config
-        return pattern_value(config.get(option), name, config[usual], spelled=spelled)
+        return self._values[option](name, self.config[usual], spelled=spelled)
 
     def _rank_of(self, name: str) -> int:
         return self._of_layer("rank_pattern", "r", name)
@@ -257,8 +270,8 @@ class LoraAdapter(LazyMapping[LoraProduct]):
     def __getitem__(self, name: str) -> LoraProduct:
         if name not in self:
             raise KeyError(name)
-        with opened(self._path, self.argument) as file:
-            lora_A, lora_B = (file.get_tensor(self.stored_key(name, part)) for part in _PARTS)
+        with self._reader.opened() as file:
+            lora_A, lora_B = (file.tensor(self.stored_key(name, part)) for part in _PARTS)
             for part, weight in (("lora_A", lora_A), ("lora_B", lora_B)):
                 if not torch.isfinite(weight).all():
                     raise ValueError(f"{part} of layer {name} has NaN or infinite entries")

@@ -54,7 +54,10 @@ class OtherTensors:
         heads: Collection[str],
     ) -> None:
         self.base, self.tuned, self._heads = base, tuned, heads
-        self._exclude, self._slice = exclude_modules, slice_modules
+        self._exclude = exclude_modules
+        if not isinstance(exclude_modules, str):
+            self._exclude = frozenset(exclude_modules)
+        self._slice = slice_modules
         self.arguments = base.argument, tuned.argument
         self.pairs: dict[str, tuple[str, str]] = {}
         self.replaced: list[str] = []

@@ -60,7 +60,7 @@ class LayerStore(LazyMapping[LowRankFactors]):
         self._inputs = json.loads(
             json.dumps({"format_version": _FORMAT_VERSION, "layers": list(names), **inputs})
         )
-        self.names: dict[str, None] = {}
+        self._done: set[str] = set()
         self._lock = FileLock(self.folder / _LOCK)
 
     def __enter__(self) -> LayerStore:
@@ -112,8 +112,7 @@ class LayerStore(LazyMapping[LowRankFactors]):
             for path in self.folder.glob("layer-*.safetensors"):
                 path.unlink()
         write_json(plan, self._inputs)
-        complete = (name for name, path in self._files.items() if _is_complete(path, name))
-        self.names = dict.fromkeys(complete)
+        self._done = {name for name, path in self._files.items() if _is_complete(path, name)}
 
     def save(self, name: str, factors: LowRankFactors) -> None:
         """Put the factors of a layer on the disk, whole or not at all.
@@ -124,8 +123,15 @@ class LayerStore(LazyMapping[LowRankFactors]):
         tensors = {part: getattr(factors, part) for part in _PARTS}
         metadata = {"name": name, "norm": factors.norm.hex()}
         write_tensors(self._files[name], tensors, metadata)
-        done = {*self.names, name}
-        self.names = dict.fromkeys(name for name in self._files if name in done)
+        self._done.add(name)
+
+    @property
+    def names(self) -> list[str]:
+        """The layers that are done."""
+        return [name for name in self._files if name in self._done]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._done
 
     def __getitem__(self, name: str) -> LowRankFactors:
         tensors, norm = self._read(name, _PARTS)

@@ -236,8 +236,9 @@ def _of_model(
 
 def _check_coverage(given: _Given, layers: Sequence[str], targets: Sequence[str]) -> None:
     """Layers of the delta and layers to adapt must be the same."""
-    missing = [name for name in targets if name not in set(layers)]
-    unused = [name for name in layers if name not in set(targets)]
+    there, wanted = set(layers), set(targets)
+    missing = [name for name in targets if name not in there]
+    unused = [name for name in layers if name not in wanted]
     if missing or unused:
         raise ValueError(
             f"{given.argument} and target_modules differ: {len(missing)} target layers without a "
