@@ -189,7 +189,7 @@ class SvdLoraModel(LoraModel):
         return tensors
 
 
-def settle(tuner: nn.Module, *, leaving: str | None = None) -> None:
+def settle(tuner: Any, *, leaving: str | None = None) -> None:
     """Make a LoRA tuner a `SvdLoraModel` while it has an adapter of ours, else PEFT's `LoraModel`.
 
     A model whose adapters are all stock says so to whoever asks for its class, and is pickled
