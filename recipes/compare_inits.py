@@ -26,12 +26,18 @@ from stages.comparison_plan import Plan, make_plan
 from stages.dry_run import DryRunOptions, print_estimate
 from stages.fit import Materials
 from stages.lora_options import LoraOptions
+from stages.peft_starts import check_peft_init
 from stages.processes import leave_process_group
 from stages.pushing import prepare_push
 from stages.quiet_arguments import QuietArguments
 
 from peft_svdinit.analysis import write_comparison
-from peft_svdinit.factors import CheckpointPair, LoraAdapter
+from peft_svdinit.factors import (
+    CheckpointPair,
+    LoraAdapter,
+    check_base_of_adapter,
+    factors_of_adapter,
+)
 from peft_svdinit.files import read_json
 from peft_svdinit.models import Checkpoint, linear_modules, model_skeleton
 from peft_svdinit.training import (
@@ -39,6 +45,7 @@ from peft_svdinit.training import (
     ModelOptions,
     RecipeArguments,
     Run,
+    Unfinished,
     describe_environment,
     parse_options,
     read_run,
@@ -73,41 +80,43 @@ class CompareDataOptions(DataOptions):
 
 
 def main(argv: list[str] | None = None) -> None:
-    began = time.monotonic()
     classes = (ComparisonOptions, ModelOptions, CompareDataOptions, LoraOptions, CompareArguments)
     *options, dry = parse_options(
         (*classes, DryRunOptions), argv, description=__doc__ or "", script=__file__
     )
     setting = Setting(*options)
+    with refusals_in_one_line([*vars(setting).values(), dry]):
+        compare(setting, dry)
+
+
+def compare(setting: Setting, dry: DryRunOptions) -> None:
+    """Check, run what is not done yet, and report."""
+    began = time.monotonic()
     state = PartialState()
     _hush()
-    with refusals_in_one_line(list(vars(setting).values())):
-        steps = selected_steps(
-            setting.comparison.steps,
-            from_step=setting.comparison.from_step,
-            to_step=setting.comparison.to_step,
-            only=setting.comparison.only,
-        )
-        check_options(setting)
-        if dry.dry_run:
-            return print_estimates(dry, setting)
-        with state.main_process_first():
-            check_inputs(setting)
-            materials = cache(lambda: Materials.prepare(setting.model, setting.data))
-            materials()
+    steps = selected_steps(
+        setting.comparison.steps,
+        from_step=setting.comparison.from_step,
+        to_step=setting.comparison.to_step,
+        only=setting.comparison.only,
+    )
+    check_options(setting)
+    if dry.dry_run:
+        return print_estimates(dry, setting)
+    with state.main_process_first():
+        check_inputs(setting)
+        materials = cache(lambda: Materials.prepare(setting.model, setting.data))
+        materials()
     plan = make_plan(setting, materials)
     push = prepare_push(setting.arguments, setting.model) if "compare" in steps else None
     report = print if state.is_main_process else (lambda line: None)
-    try:
-        run_tasks(
-            plan.tasks,
-            steps,
-            report=report,
-            is_main=state.is_main_process,
-            barrier=state.wait_for_everyone,
-        )
-    except RuntimeError as error:
-        raise SystemExit(f"error: {error}") from error
+    run_tasks(
+        plan.tasks,
+        steps,
+        report=report,
+        is_main=state.is_main_process,
+        barrier=state.wait_for_everyone,
+    )
     if "compare" in steps and state.is_main_process:
         write_report(setting, plan)
         print(f"Finished in {(time.monotonic() - began) / 60:.1f} minutes.")
@@ -133,12 +142,16 @@ def check_options(setting: Setting) -> None:
         ValueError: naming the option.
     """
     options, lora = setting.comparison, setting.lora
+    if setting.arguments.max_steps < 1:
+        raise ValueError("max_steps must be at least 1: budgets are compared in steps")
     if setting.arguments.seed != RecipeArguments.seed:
         raise ValueError("seed is set by the comparison; use seeds")
     if lora.init != "random" or lora.init_from:
         raise ValueError(
             "init, init_from and svd_factors are set by the comparison; leave them out"
         )
+    for name in options.peft_inits:
+        check_peft_init("peft_inits", name, lora.lora_r)
     if lora.rank_budget is not None:
         raise ValueError(
             "rank_budget is an option of train_lora.py: the methods compared here share one rank; "
@@ -158,16 +171,17 @@ def check_inputs(setting: Setting) -> None:
         ValueError, TypeError, OSError, ModuleNotFoundError: naming the option.
     """
     options, lora = setting.comparison, setting.lora
-    Path(str(setting.arguments.output_dir)).mkdir(parents=True, exist_ok=True)
-    probe = Path(str(setting.arguments.output_dir), ".writable")
-    probe.touch()
-    probe.unlink()
     base = resolve_model(setting.model.model_name_or_path)
     if Path(base).is_dir():
         Checkpoint(base, argument="model_name_or_path")
     targets = linear_modules(model_skeleton(base, "model_name_or_path"), lora.target_modules)
+    shapes = [(layer.out_features, layer.in_features) for layer in targets.values()]
+    for name in options.peft_inits:
+        check_peft_init("peft_inits", name, lora.lora_r, min(shapes, key=min))
     if options.teacher_adapter:
         adapter = LoraAdapter(options.teacher_adapter, argument="teacher_adapter")
+        if lora.check_base:
+            check_base_of_teacher(adapter, base, setting.model.model_name_or_path)
         if set(adapter) != set(targets):
             differing = sorted(set(adapter) ^ set(targets))
             raise ValueError(
@@ -187,11 +201,24 @@ def check_inputs(setting: Setting) -> None:
         )
 
 
+def check_base_of_teacher(adapter: LoraAdapter, base: str, name: str) -> None:
+    """Refuse an adapter of another base model.
+
+    Raises:
+        ValueError: naming both.
+    """
+    found = factors_of_adapter(adapter, base=base, base_argument="model_name_or_path")
+    shapes = {layer: factors.shape for layer, factors in found.factors.items()}
+    recorded = adapter.config.get("base_model_name_or_path")
+    place = f"teacher_adapter: {adapter.folder}"
+    check_base_of_adapter(recorded, (base, name), found.base_samples, shapes, place=place)
+
+
 def write_report(setting: Setting, plan: Plan) -> None:
     """Compare the runs, write the report and print where everything is."""
     missing = [task.name for task in plan.compared if not task.done]
     if missing:
-        raise SystemExit(f"error: runs to compare are not done: {', '.join(missing)}")
+        raise Unfinished(f"runs to compare are not done: {', '.join(missing)}")
     runs = [read_run(task.folder) for task in plan.compared]
     output = Path(str(setting.arguments.output_dir))
     costs = start_costs(runs)

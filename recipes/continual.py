@@ -21,7 +21,6 @@ import datasets
 import transformers
 from accelerate import PartialState
 from stages.continual_options import (
-    TASKS,
     ContinualArguments,
     ContinualDataOptions,
     ContinualOptions,
@@ -34,29 +33,37 @@ from stages.lori_stages import check_selection, target_layers
 from stages.processes import leave_process_group
 
 from peft_svdinit.analysis import write_continual
-from peft_svdinit.training import ModelOptions, parse_options, refusals_in_one_line, run_tasks
+from peft_svdinit.training import (
+    ModelOptions,
+    parse_options,
+    refusals_in_one_line,
+    run_tasks,
+    said_of,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
-    began = time.monotonic()
     classes = (
         ContinualOptions, ModelOptions, ContinualDataOptions, SparseOptions, ContinualArguments
     )  # fmt: skip
     options = parse_options(classes, argv, description=__doc__ or "", script=__file__)
+    with refusals_in_one_line(options):
+        learn(ContinualSetting(*options))
+
+
+def learn(setting: ContinualSetting) -> None:
+    """Check, run what is not done yet, and report."""
+    began = time.monotonic()
     state = PartialState()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    with refusals_in_one_line(options):
-        setting = ContinualSetting(*options)
-        materials = cache(
-            lambda: {t: Materials.prepare(setting.model, setting.data_of[t]) for t in TASKS}
-        )
-        with state.main_process_first():
-            layers = target_layers(setting.model, setting.sparse)
-            mask = check_selection(layers, setting.sparse, seed=0)
-            if "lori_exclude" in setting.continual.schemes:
-                check_selection(layers, setting.sparse, seed=0, exclude=[mask])
-            materials()
+    materials = cache(lambda: materials_of(setting))
+    with state.main_process_first():
+        layers = target_layers(setting.model, setting.sparse)
+        mask = check_selection(layers, setting.sparse, seed=0)
+        if "lori_exclude" in setting.continual.schemes:
+            check_selection(layers, setting.sparse, seed=0, exclude=[mask])
+        materials()
     plan = Plan(setting, materials)
     run_tasks(
         plan.tasks,
@@ -83,6 +90,15 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{report.read_text(encoding='utf-8')}")
     print(f"Report, figure, numbers in {output}; runs and adapters in {setting.root}")
     print(f"Finished in {(time.monotonic() - began) / 60:.1f} minutes.")
+
+
+def materials_of(setting: ContinualSetting) -> dict[str, Materials]:
+    """Of each task; what is wrong with its data set is said of its own option."""
+    found = {}
+    for task, data in setting.data_of.items():
+        with said_of("dataset_name", f"{task}_dataset_name"):
+            found[task] = Materials.prepare(setting.model, data)
+    return found
 
 
 if __name__ == "__main__":

@@ -60,22 +60,33 @@ CLASSES = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    began = time.monotonic()
     given = parse_options(CLASSES, argv, description=__doc__ or "", script=__file__)
-    options, model, data, exact_match, forgetting, harness = given
     with refusals_in_one_line(given):
-        metric("perplexity")
-        check_harness(harness, model)
-        device = device_of(options)
-        adapters = find_adapters(options.adapters)
-        model = base_options(model, adapters)
-        tokenizer = load_tokenizer(model)
-        sets = EvaluationSets.prepare(tokenizer, options, data, exact_match, forgetting)
-        base = checked_base(model, adapters, device, check_base=options.check_base)
-        if sets.questions is not None:
-            sets.questions.check_room(positions(base, adapters), exact_match.max_new_tokens)
+        evaluate(*given)
+
+
+def evaluate(
+    options: EvaluationOptions,
+    model: AdaptedModelOptions,
+    data: HeldOutOptions,
+    exact_match: ExactMatchOptions,
+    forgetting: ForgettingOptions,
+    harness: HarnessOptions,
+) -> None:
+    """Measure the base and the adapters, write the table after each, and print it."""
+    began = time.monotonic()
+    metric("perplexity")
+    check_harness(harness, model)
+    device = device_of(options)
+    adapters = find_adapters(options.adapters)
+    base_model = base_options(model, adapters)
+    tokenizer = load_tokenizer(base_model)
+    sets = EvaluationSets.prepare(tokenizer, options, data, exact_match, forgetting)
+    base = checked_base(base_model, adapters, device, check_base=options.check_base)
+    if sets.questions is not None:
+        sets.questions.check_room(positions(base, adapters), exact_match.max_new_tokens)
     record = {
-        "model": asdict(model),
+        "model": asdict(base_model),
         "data": sets.about,
         "teacher": options.teacher,
         "environment": describe_environment(device),
@@ -87,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds = round(time.monotonic() - began, 1)
         return write_evaluation({**record, "seconds": seconds, "results": rows}, options.output_dir)
 
-    with teacher_model(options, base, model, device) as teacher, refusals_in_one_line(given):
+    with teacher_model(options, base, base_model, device) as teacher:
         Path(options.output_dir).mkdir(parents=True, exist_ok=True)
         evaluation = Evaluation(sets, options, exact_match, teacher, data)
         for rows in measured(base, adapters, evaluation):
@@ -97,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         for row, adapter in zip(rows, [None, *adapters], strict=True):
             row["lm_eval"] = harness_results(
                 harness,
-                model,
+                base_model,
                 adapter and adapter.folder,
                 device=str(device),
                 batch_size=options.eval_batch_size,

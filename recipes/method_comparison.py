@@ -27,12 +27,13 @@ from stages.method_plan import STEPS, MethodPlan, examples_needed
 from stages.method_protocol import Experiment, read_experiment
 from stages.method_report import write_report
 from stages.method_runs import RESULT
-from stages.method_starts import TEACHER, check_source, check_teacher, source_of
+from stages.method_starts import TEACHER, check_experiment, check_teacher, source_of
 from stages.metric_modules import metric
 from stages.processes import leave_process_group
 
 from peft_svdinit.files import read_json, write_json
 from peft_svdinit.training import (
+    Unfinished,
     describe_environment,
     parse_options,
     refusals_in_one_line,
@@ -42,28 +43,33 @@ from peft_svdinit.training import (
 
 
 def main(argv: list[str] | None = None) -> None:
-    began = time.monotonic()
     options, data = parse_options(
         (MethodOptions, MethodDataOptions), argv, description=__doc__ or "", script=__file__
     )
+    with refusals_in_one_line((options, data)):
+        compare(options, data)
+
+
+def compare(options: MethodOptions, data: MethodDataOptions) -> None:
+    """Check, run what is not done yet, and report."""
+    began = time.monotonic()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     device = torch.device(PartialState().device or "cpu")
-    with refusals_in_one_line((options, data)):
-        steps = selected_steps(STEPS, from_step=None, to_step=None, only=options.only)
-        if PartialState().num_processes > 1:
-            raise ValueError("the protocol is of one process; start this without a launcher")
-        experiments = read_experiments(options)
-        check_starts(experiments, options)
-        metric("exact_match")
-        needed = examples_needed(experiments, options)
-        materials = cache(lambda: MethodData.prepare(data, experiments[0].protocol, needed))
-        materials()
+    steps = selected_steps(STEPS, from_step=None, to_step=None, only=options.only)
+    if PartialState().num_processes > 1:
+        raise ValueError("the protocol is of one process; start this without a launcher")
+    experiments = read_experiments(options)
+    check_starts(experiments, options)
+    metric("exact_match")
+    needed = examples_needed(experiments, options)
+    materials = cache(lambda: MethodData.prepare(data, experiments[0].protocol, needed))
+    materials()
     plan = MethodPlan(options, data, experiments, materials, device)
     try:
         run_tasks(plan.tasks, steps, report=print)
-    except RuntimeError as error:
-        raise SystemExit(f"error: {str(error).replace('from_step=', '--only ')}") from error
+    except Unfinished as error:
+        raise Unfinished(str(error).replace("from_step=", "--only ")) from error
     if STEPS[-1] not in steps:
         return
     output = Path(options.output_dir)
@@ -121,7 +127,7 @@ def check_starts(experiments: list[Experiment], options: MethodOptions) -> None:
     if options.teacher is not None and not taught:
         raise ValueError(f"teacher is of no use to experiments={options.experiments}; leave it out")
     for each in experiments:
-        check_source(each.config)
+        check_experiment(each)
     for each in taught:
         if options.teacher is not None:
             check_teacher(options.teacher, each)

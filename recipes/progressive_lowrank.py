@@ -62,25 +62,27 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 "in_place=false needs a step at full rank; use switch_step of 1 or more"
             )
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("trainer_callbacks").setLevel(logging.INFO)
-    if in_place:
-        batches = factor_batches(materials, low, arguments)
-        callback = low.callback(arguments, batches)
-        noted = {"low_rank": {"rule": low.rule.as_dict(), "in_place": True}}
-        run = fit(base, materials, arguments, extra=noted, callbacks=[callback])
-        trained = base
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("trainer_callbacks").setLevel(logging.INFO)
+        if in_place:
+            batches = factor_batches(materials, low, arguments)
+            callback = low.callback(arguments, batches)
+            noted = {"low_rank": {"rule": low.rule.as_dict(), "in_place": True}}
+            run = fit(base, materials, arguments, extra=noted, callbacks=[callback])
+            trained = base
+            if run is not None:
+                run.info["extra"]["low_rank"]["switches"] = callback.switches
+                write_run_info(run.directory, run.info)
+        else:
+            del base
+            run, trained = train_in_two(materials, model, data, low, arguments, step)
         if run is not None:
-            run.info["extra"]["low_rank"]["switches"] = callback.switches
-            write_run_info(run.directory, run.info)
-    else:
-        del base
-        run, trained = train_in_two(materials, model, data, low, arguments, step)
-    if run is not None:
-        low_rank = LowRankPlan.of(trained).summary() if low_rank_layers(trained) else "still dense"
-        print(f"{outcome(run)}; {low_rank}; model and record in {run.directory}")
-    check_complete(Path(str(arguments.output_dir)))
-    push(str(arguments.output_dir))
+            low_rank = (
+                LowRankPlan.of(trained).summary() if low_rank_layers(trained) else "still dense"
+            )
+            print(f"{outcome(run)}; {low_rank}; model and record in {run.directory}")
+        check_complete(Path(str(arguments.output_dir)))
+        push(str(arguments.output_dir))
 
 
 if __name__ == "__main__":

@@ -60,11 +60,11 @@ def main(argv: list[str] | None = None) -> None:
         check_checkpoint(arguments)
         push = prepare_push(arguments, model)
         materials, teacher = Materials.prepare(model, data), loaded(model)
-    run = fit(teacher, materials, arguments)
-    if run is not None:
-        print(f"{outcome(run)}; model and record in {run.directory}")
-    check_complete(Path(str(arguments.output_dir)))
-    push(str(arguments.output_dir))
+        run = fit(teacher, materials, arguments)
+        if run is not None:
+            print(f"{outcome(run)}; model and record in {run.directory}")
+        check_complete(Path(str(arguments.output_dir)))
+        push(str(arguments.output_dir))
 
 
 if __name__ == "__main__":

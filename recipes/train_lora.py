@@ -17,7 +17,6 @@ The folder then holds the adapter, which stock PEFT loads, and the run's record
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from stages.processes import leave_process_group
 from stages.pushing import prepare_push
 from stages.rank_budget import BudgetedRanks, ranks_within_budget
 from stages.resuming import check_checkpoint
+from stages.skeletons import check_adapter
 from stages.warm_start import moments_of_source, started_from_source
 from torch.utils.data import DataLoader
 from transformers import set_seed
@@ -94,7 +94,7 @@ def started(
         own = budget.for_start(lora) if budget else {}
         factors, cost = factors_from_data(base, lora, materials, arguments, **own)
         noted["start"] = {"source": lora.svd_source, **cost}
-        lora = replace(lora, svd_source="teacher", svd_part="principal", svd_factors=str(factors))
+        lora = lora.from_factors(str(factors))
     callbacks: list[Any] = [SaveMomentsCallback()] if lora.save_moments else []
     if lora.carry_moments_from:
         callbacks.append(CarryMomentsCallback(lora.carry_moments_from))
@@ -128,14 +128,15 @@ def main(argv: list[str] | None = None) -> None:
         if dry.dry_run:
             return print_estimate(dry, model, data, lora, arguments)
         check_checkpoint(arguments)
+        check_adapter(model, lora, arguments)
         push = prepare_push(arguments, model)
         materials = Materials.prepare(model, data)
         peft_model, callbacks, noted = started(materials, model, lora, arguments)
-    run = fit(peft_model, materials, arguments, extra=noted, callbacks=callbacks)
-    if run is not None:
-        print(f"{outcome(run)}; adapter and record in {run.directory}")
-    check_complete(Path(str(arguments.output_dir)), *([MOMENTS_FILE_NAME] * lora.save_moments))
-    push(str(arguments.output_dir))
+        run = fit(peft_model, materials, arguments, extra=noted, callbacks=callbacks)
+        if run is not None:
+            print(f"{outcome(run)}; adapter and record in {run.directory}")
+        check_complete(Path(str(arguments.output_dir)), *([MOMENTS_FILE_NAME] * lora.save_moments))
+        push(str(arguments.output_dir))
 
 
 if __name__ == "__main__":

@@ -63,34 +63,34 @@ def main(argv: list[str] | None = None) -> None:
         with state.main_process_first():
             layers = check_inputs(model, lori, arguments)
             materials = Materials.prepare(model, data)
-    push = prepare_push(arguments, model)
-    *stages, training = make_tasks(model, data, lori, arguments, layers, materials)
-    run_tasks(
-        stages,
-        ("calibrate", "mask"),
-        report=print if state.is_main_process else (lambda line: None),
-        is_main=state.is_main_process,
-        barrier=state.wait_for_everyone,
-    )
-    if state.is_main_process:
-        prepare_folder(training, arguments)
-    state.wait_for_everyone()
-    folder = stages[-1].folder
-    mask = load_mask(folder)
-    run = train_sparse(
-        materials,
-        model,
-        lori.config(seed=lori.lori_seed, mask=str(folder), start=lori.lori_start),
-        arguments,
-        extra={"lori": {"source": dict(mask.source), "trained": mask.kept, "of": mask.size}},
-    )
-    if run is not None:
-        compact = compact_adapter_folder(run.directory, run.directory)
-        stock = run.directory / SAFETENSORS_WEIGHTS_NAME
-        print(f"{outcome(run)}; {share(mask)}")
-        print(f"{_size(stock)} of stock adapter, {_size(compact)} compact, in {run.directory}")
-    check_complete(Path(str(arguments.output_dir)))
-    push(str(arguments.output_dir))
+        push = prepare_push(arguments, model)
+        *stages, training = make_tasks(model, data, lori, arguments, layers, materials)
+        run_tasks(
+            stages,
+            ("calibrate", "mask"),
+            report=print if state.is_main_process else (lambda line: None),
+            is_main=state.is_main_process,
+            barrier=state.wait_for_everyone,
+        )
+        if state.is_main_process:
+            prepare_folder(training, arguments)
+        state.wait_for_everyone()
+        folder = stages[-1].folder
+        mask = load_mask(folder)
+        run = train_sparse(
+            materials,
+            model,
+            lori.config(seed=lori.lori_seed, mask=str(folder), start=lori.lori_start),
+            arguments,
+            extra={"lori": {"source": dict(mask.source), "trained": mask.kept, "of": mask.size}},
+        )
+        if run is not None:
+            compact = compact_adapter_folder(run.directory, run.directory)
+            stock = run.directory / SAFETENSORS_WEIGHTS_NAME
+            print(f"{outcome(run)}; {share(mask)}")
+            print(f"{_size(stock)} of stock adapter, {_size(compact)} compact, in {run.directory}")
+        check_complete(Path(str(arguments.output_dir)))
+        push(str(arguments.output_dir))
 
 
 def check_inputs(

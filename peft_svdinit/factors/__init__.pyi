@@ -62,6 +62,8 @@ from .spectrum import HasSpectrum as HasSpectrum
 from .spectrum import Spectrum as Spectrum
 from .spectrum import energy_not_held as energy_not_held
 from .spectrum import singular_values as singular_values
+from .svd_guided import SPLITS as SPLITS
+from .svd_guided import STARTS as STARTS
 from .svd_guided import LoraInit as LoraInit
 from .svd_guided import Split as Split
 from .svd_guided import Start as Start

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
+from .argument_checks import check_parts, check_values, mappings_refused
 from .deepspeed_ops import COMMUNICATION, CPU_ADAM, prepare_op
 from .running import WRAPPERS
 
@@ -100,6 +101,7 @@ class RecipeArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_hub()
+        check_values(self)
         # Pinning without an accelerator only warns.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self._check_expectations()
@@ -109,7 +111,9 @@ class RecipeArguments(TrainingArguments):
             self._divide_batch(total, alone=bool(self.deepspeed or launched))
         if self.deepspeed or launched:
             self._prepare_deepspeed(launched)
-        super().__post_init__()
+        with mappings_refused(self):
+            super().__post_init__()
+        check_parts(self)
         if self.deepspeed_plugin is not None:
             self._check_deepspeed()
         if self.expected_processes not in (None, self.world_size):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
 from .builtin.registry import BUILTIN_DATASETS, find_builtin
 from .dataset_source import load_splits, named_split, with_standard_columns
+from .seeds import check_seed
 from .splitting import drawn, split_by_group, split_by_row
 from .tokenizing import check_length, tokenize_examples
 
@@ -24,6 +26,8 @@ class DataOptions:
     """The data set, its columns and its split."""
 
     _argument_group_name = "data"
+    # Whether its columns are those of more than one data set.
+    _for_several: ClassVar[bool] = False
 
     dataset_name: str = field(
         default="builtin:stdlib-docstrings",
@@ -79,6 +83,7 @@ class DataOptions:
             count = getattr(self, option)
             if count is not None and count < 1:
                 raise ValueError(f"{option} must be at least 1, got {count}; leave it out for all")
+        check_seed("split_seed", self.split_seed)
         check_length(self.max_length)
 
 
@@ -113,6 +118,11 @@ def load_examples(options: DataOptions) -> tuple[Dataset, Dataset]:
     """
     name, seed = options.dataset_name, options.split_seed
     builtin = find_builtin(name)
+    if options.dataset_config and (builtin or Path(name).expanduser().is_file()):
+        raise ValueError(
+            f"dataset_config={options.dataset_config} is of a data set of the Hub or a folder, "
+            f"and dataset_name={name} is neither; leave it out"
+        )
     splits = load_splits(name, options.dataset_config, builtin)
     train = named_split(splits, options.train_split, "train_split", name)
     if options.eval_split is not None:
@@ -132,8 +142,8 @@ def load_examples(options: DataOptions) -> tuple[Dataset, Dataset]:
         "text": options.text_column,
     }
     extra = [builtin.group_column] if builtin else []
-    train = with_standard_columns(train, columns, extra, name)
-    evaluation = with_standard_columns(evaluation, columns, extra, name)
+    asked = (columns, extra, name, not options._for_several)
+    train, evaluation = (with_standard_columns(side, *asked) for side in (train, evaluation))
     return (
         drawn(train, options.max_train_samples, seed),
         drawn(evaluation, options.max_eval_samples, seed),

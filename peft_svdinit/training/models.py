@@ -16,7 +16,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..files import opened
 from .builtin.model import resolve_model
+from .refusal import refused_as
 
 
 @dataclass(frozen=True)
@@ -66,23 +68,30 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
         ModuleNotFoundError: if quantisation is asked for without bitsandbytes.
     """
     source = checked_source(options)
+    quantization = _quantization(options)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=options.model_revision,
-            dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
-            quantization_config=_quantization(options),
-            attn_implementation=options.attn_implementation,
-            trust_remote_code=options.trust_remote_code,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as error:
+        with refused_as(f"model_name_or_path: cannot load {options.model_name_or_path!r}"):
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=options.model_revision,
+                dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+                quantization_config=quantization,
+                attn_implementation=options.attn_implementation,
+                trust_remote_code=options.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except ValueError as error:
         # A folder has been checked already.
         hint = "" if Path(source).is_dir() else f"\nIf {_pickle_remedy('it', source)}"
+        raise ValueError(f"{error}{hint}") from error
+    if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"model_name_or_path: cannot load {options.model_name_or_path!r} from safetensors: "
-            f"{error}{hint}"
-        ) from error
+            f"model_name_or_path: the weights of {options.model_name_or_path!r} lack "
+            f"{', '.join(missing[:3])} ({len(missing)} in all), which would be drawn at random: "
+            "give a whole checkpoint of a causal language model"
+        )
+    return model
 
 
 def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
@@ -92,17 +101,13 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
         ValueError: if it cannot be found, or has no end-of-sequence token.
     """
     source = checked_source(options)
-    try:
+    where = f"model_name_or_path: cannot load the tokenizer of {options.model_name_or_path!r}"
+    with refused_as(where):
         tokenizer = AutoTokenizer.from_pretrained(
             source,
             revision=options.model_revision,
             trust_remote_code=options.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model_name_or_path: cannot load the tokenizer of "
-            f"{options.model_name_or_path!r}: {error}"
-        ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of {options.model_name_or_path!r} has no end-of-sequence token, with "
@@ -121,18 +126,33 @@ def checked_source(options: ModelOptions) -> str:
     """
     source = resolve_model(options.model_name_or_path)
     folder = Path(source)
-    if not folder.is_dir():
-        if folder.is_absolute() or source.startswith((".", "~")) or folder.exists():
+    with refused_as("model_name_or_path"):
+        is_folder, exists = folder.is_dir(), folder.exists()
+    if not is_folder:
+        if folder.is_absolute() or source.startswith((".", "~")) or exists:
             raise ValueError(f"model_name_or_path must be a folder or a Hub id, got {source!r}")
         return source
+    if options.model_revision != "main":
+        raise ValueError(
+            f"model_revision={options.model_revision} is of a repository of the Hub, and "
+            f"model_name_or_path={options.model_name_or_path} is a folder; leave it out"
+        )
     files = {file.name for file in folder.iterdir()}
     if "adapter_config.json" in files and "config.json" not in files:
         raise ValueError(
             f"model_name_or_path: {source} holds an adapter; give its base model instead"
         )
+    if "config.json" not in files:
+        raise ValueError(
+            f"model_name_or_path: {source} holds no model, it has no config.json; give the folder "
+            "that save_pretrained wrote"
+        )
     pickled = any(file.startswith("pytorch_model") and file.endswith(".bin") for file in files)
     if pickled and not any(file.endswith(".safetensors") for file in files):
         raise ValueError(f"model_name_or_path: {_pickle_remedy(source, source)}")
+    for file in sorted(folder.glob("model*.safetensors")):
+        with opened(file, "model_name_or_path"):
+            pass  # The header tells whether it is whole.
     return source
 
 

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from ..files import one_line
+from .names import guess
+from .option_file import read_option_file
+from .option_values import fault_of_value
 
-_READERS: dict[str, Callable[[str], Any]] = {
-    ".json": json.loads,
-    ".yaml": yaml.safe_load,
-    ".yml": yaml.safe_load,
-}
 _BOOLS = {True: "true", False: "false"}
 
 
@@ -75,7 +69,14 @@ class OptionParser(argparse.ArgumentParser):
                 f"unexpected argument {extra[0]!r}; options are written --name value, "
                 "a file of options --config FILE"
             )
+        self._refuse_faults(namespace)
         return namespace
+
+    def _refuse_faults(self, namespace: argparse.Namespace) -> None:
+        for action in self._actions:
+            value = getattr(namespace, action.dest, None)
+            if value != action.default and (fault := fault_of_value(value)):
+                self.error(f"--{action.dest} {fault}")
 
     def _refuse_unknown(self, argv: list[str]) -> None:
         # Before parsing, where a misspelt required option would be reported as missing.
@@ -101,9 +102,15 @@ class OptionParser(argparse.ArgumentParser):
         arguments: list[str] = []
         values: dict[str, Any] = {}
         self._source = f"{path}: "
-        for name, value in self._content(path).items():
+        try:
+            content = read_option_file(path)
+        except ValueError as error:
+            self.error(str(error))
+        for name, value in content.items():
             if name not in self.hints:
                 self.error(f"unknown option {name!r}{_suggestion(str(name), self.hints)}")
+            if value != actions[name].default and (fault := fault_of_value(value)):
+                self.error(f"{name} {fault}")
             if _is_beyond_arguments(value, actions[name], self.hints[name]):
                 values[name] = value
                 continue
@@ -111,27 +118,12 @@ class OptionParser(argparse.ArgumentParser):
                 own = _arguments(actions[name], value)
             except ValueError as error:
                 self.error(f"{name} must be {error}, got {value!r}")
-            self.parse_known_args(own)
+            self._refuse_faults(self.parse_known_args(own)[0])
             arguments += own
         self._source = ""
         for action in required:
             action.required = action.dest not in values
         return arguments, values
-
-    def _content(self, path: Path) -> Mapping[Any, Any]:
-        if path.suffix not in _READERS:
-            self.error(f"--config must end in {', '.join(_READERS)}")
-        try:
-            content = _READERS[path.suffix](path.read_text(encoding="utf-8"))
-        except OSError as error:
-            self.error(f"--config cannot be read: {error.strerror}")
-        except (ValueError, yaml.YAMLError) as error:
-            self.error(f"--config is not valid {path.suffix[1:].upper()}: {error}")
-        if content is None:  # an empty YAML file
-            return {}
-        if not isinstance(content, Mapping):
-            self.error("--config must map names of options to values")
-        return content
 
 
 def _is_beyond_arguments(value: Any, action: argparse.Action, hint: Any) -> bool:
@@ -196,5 +188,4 @@ def _whole(number: str) -> str:
 
 
 def _suggestion(name: str, valid: Iterable[str]) -> str:
-    closest = difflib.get_close_matches(name, valid, n=1)
-    return f"; did you mean {closest[0]}?" if closest else "; --help lists the options"
+    return guess(name, valid) or "; --help lists the options"

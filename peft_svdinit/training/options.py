@@ -14,7 +14,7 @@ from transformers.hf_argparser import string_to_bool
 
 from .invocation import invocation
 from .option_parser import OptionParser
-from .refusal import as_typed
+from .refusal import REFUSALS, as_typed
 
 
 def parse_options(
@@ -44,7 +44,7 @@ def parse_options(
 
     Raises:
         SystemExit: with code 2 after one `error:` line, for a wrong file, name or value, including
-            a `ValueError` from a dataclass's `__post_init__`; with code 0 after `--help`.
+            what a dataclass's `__post_init__` refuses; with code 0 after `--help`.
     """
     classes: list[Any] = list(option_classes)
     parser = _RecipeParser(classes, description=description, prog=prog)
@@ -55,7 +55,7 @@ def parse_options(
         names = [entry.name for entry in fields(option_class) if entry.init]
         try:
             instances.append(option_class(**{name: getattr(namespace, name) for name in names}))
-        except ValueError as error:
+        except REFUSALS as error:
             parser.error(as_typed(str(error), classes))
     for instance in instances:
         if script is not None and hasattr(instance, "invocation"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json
+from .refusal import Unfinished
 
 _MARKER = "done.json"
 
@@ -113,7 +114,7 @@ def run_tasks(
         barrier: waits for all processes.
 
     Raises:
-        RuntimeError: if a task of another step, not done, is needed first.
+        Unfinished: if a task of another step, not done, is needed first.
     """
     unique = list({task.folder: task for task in tasks}.values())
     selected = [task for task in unique if task.step in steps]
@@ -121,7 +122,7 @@ def run_tasks(
     for task in selected:
         for needed in task.after:
             if not needed.done and needed.folder not in chosen:
-                raise RuntimeError(
+                raise Unfinished(
                     f"{task.name} needs {needed.name} of step {needed.step}, which is not done: "
                     f"run that step first (from_step={needed.step})"
                 )

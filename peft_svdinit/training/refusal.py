@@ -10,8 +10,16 @@ from typing import Any
 
 from ..files import WrongKind, one_line
 
+
+class Unfinished(RuntimeError):
+    """A stage of a run left something out, and its message says what to do about it.
+
+    The run is at fault, or its machine; other RuntimeErrors are faults of the program.
+    """
+
+
 # Everything else is a fault of the program, and leaves its traceback.
-REFUSALS = (ValueError, OSError, ImportError, WrongKind)
+REFUSALS = (ValueError, OSError, ImportError, WrongKind, Unfinished)
 
 
 @contextmanager
@@ -30,6 +38,38 @@ def refusals_in_one_line(options: Sequence[Any], says: str = "error") -> Iterato
     except REFUSALS as error:
         message = as_typed(one_line(error), options)
         raise SystemExit(f"{says}: {message}") from error
+
+
+@contextmanager
+def refused_as(subject: str) -> Iterator[None]:
+    """Within the context, whatever another library raises becomes a ValueError about `subject`.
+
+    For a call into that library with the user's own input and nothing of ours to get wrong: its
+    KeyErrors and TypeErrors speak of that input.
+
+    Args:
+        subject: what the message begins with.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{subject}: {_of_library(error)}") from error
+
+
+@contextmanager
+def said_of(argument: str, option: str) -> Iterator[None]:
+    """Within the context, refusals of an argument are about the option that it comes from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(argument, option, 1)) from error
+
+
+def _of_library(error: Exception) -> str:
+    cause = error.__cause__ or error
+    # The message of these is a key, or nothing.
+    alone = isinstance(cause, ValueError | OSError | RuntimeError | ImportError) and str(cause)
+    return str(cause) if alone else f"{type(cause).__name__}: {cause}".removesuffix(": ")
 
 
 def as_typed(message: str, options: Sequence[Any]) -> str:

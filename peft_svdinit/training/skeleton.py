@@ -12,6 +12,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from .in_one_piece import whole_weights
 from .models import ModelOptions, checked_source
+from .refusal import refused_as
 
 _FLOAT32, _BLOCK_4BIT, _CODE_4BIT = 4, 64, 16
 
@@ -59,6 +60,10 @@ class _Dequantised(torch.autograd.Function):
         return gradients[0] @ ctx.saved_tensors[0].clone(), None
 
 
+class StoredQuantised(ValueError):
+    """A model whose weights are stored in few bits, in layers that are not known here."""
+
+
 def load_skeleton(options: ModelOptions) -> PreTrainedModel:
     """What `load_model` would load, from the configuration alone, on the meta device.
 
@@ -66,24 +71,23 @@ def load_skeleton(options: ModelOptions) -> PreTrainedModel:
     frozen, what is not quantised in float32, gradient checkpointing on.
 
     Raises:
-        ValueError: if there is no configuration, none of a causal language model, or it is that of
-            weights which are stored quantised.
+        ValueError: if there is no configuration, or none of a causal language model.
+        StoredQuantised: if it is that of weights which are stored quantised.
     """
     source = checked_source(options)
     where = f"model_name_or_path: {options.model_name_or_path}"
     remote: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
-    try:
+    with refused_as(f"{where} has no configuration that can be read"):
         config = AutoConfig.from_pretrained(source, revision=options.model_revision, **remote)
-        if getattr(config, "quantization_config", None):
-            raise ValueError("its weights are stored quantised, whose size is not known here")
+    if getattr(config, "quantization_config", None):
+        raise StoredQuantised(f"{where}: its weights are stored quantised, of sizes unknown here")
+    with refused_as(f"{where} has a configuration of no causal language model"):
         stored: Any = config.dtype or torch.float32
         dtype: torch.dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
         if options.attn_implementation:
             remote["attn_implementation"] = options.attn_implementation
         with whole_weights(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{where} has no configuration to estimate by: {error}") from error
     if options.load_in_4bit or options.load_in_8bit:
         _quantise_(model, 4 if options.load_in_4bit else 8, dtype)
     return model

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
+from .refusal import refused_as
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -52,7 +54,10 @@ def tokenize_examples(
         desc="Tokenizing",
     )
     if not len(tokenized):
-        raise ValueError(f"none of the {len(dataset)} examples has anything to learn from")
+        raise ValueError(
+            f"none of the {len(dataset)} examples has anything to learn from: each completion, "
+            "reply or text is empty"
+        )
     if dropped := len(dataset) - len(tokenized):
         logger.warning("dropped %d of %d examples, which have no completion", dropped, len(dataset))
     return tokenized
@@ -134,14 +139,23 @@ def _prompt_and_reply(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, str]:
     """What comes before the last assistant message, as the model is asked, and that message."""
+    if not all(isinstance(message, dict) for message in messages or []):
+        raise ValueError(
+            "messages_column must hold lists of messages, mappings such as "
+            f'{{"role": "user", "content": "…"}}, got {messages!r}'
+        )
     # Rows of one column have the same keys, filled up with None.
     messages = [{k: v for k, v in m.items() if v is not None} for m in messages or []]
     replies = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
     if not replies or replies[-1] == 0:
         return "", ""
     before = messages[: replies[-1]]
-    prompt = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
-    return str(prompt), messages[replies[-1]].get("content", "")
+    with refused_as(f"messages_column: the tokenizer's chat template does not take {before!r}"):
+        prompt = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+    reply = messages[replies[-1]].get("content", "")
+    if not isinstance(reply, str):
+        raise ValueError(f"messages_column: what the assistant says must be text, got {reply!r}")
+    return str(prompt), reply
 
 
 def _fit(

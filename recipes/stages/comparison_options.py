@@ -9,7 +9,16 @@ from typing import Any
 from peft_svdinit import __version__
 from peft_svdinit.factors import Synthesis
 from peft_svdinit.files import file_stamps
-from peft_svdinit.training import DataOptions, ModelOptions, RecipeArguments, resolve_model
+from peft_svdinit.training import (
+    DataOptions,
+    ModelOptions,
+    RecipeArguments,
+    check_different,
+    check_name,
+    check_names,
+    check_seeds,
+    resolve_model,
+)
 from stages.lora_options import LoraOptions
 from stages.starts import CELLS
 
@@ -83,14 +92,21 @@ class ComparisonOptions:
     only: str | None = field(default=None, metadata={"help": "The one step to run."})
 
     def __post_init__(self) -> None:
-        if self.teacher not in ("lora", "full"):
-            raise ValueError(f"teacher must be lora or full, got {self.teacher!r}")
+        check_name("teacher", self.teacher, ("lora", "full"))
         if self.teacher_adapter and self.teacher_model:
             raise ValueError("teacher_adapter and teacher_model exclude each other")
-        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
-            raise ValueError(f"seeds must be different and at least one, got {self.seeds}")
-        if not self.starts or not set(self.starts) <= CELLS.keys():
-            raise ValueError(f"starts must be of {', '.join(CELLS)}, got {self.starts}")
+        check_seeds("seeds", self.seeds)
+        check_names("starts", self.starts, CELLS)
+        for name in ("peft_inits", "sweep_lr"):
+            if given := getattr(self, name):
+                check_different(name, given)
+        rate = self.teacher_learning_rate
+        for name, rates in (
+            ("sweep_lr", self.sweep_lr),
+            ("teacher_learning_rate", [] if rate is None else [rate]),
+        ):
+            if not all(rate > 0 for rate in rates):
+                raise ValueError(f"{name} must be above 0, got {rates}")
         if self.sunk and not self.taught:
             raise ValueError(
                 f"teacher_adapter and teacher_model are of no use to starts={self.starts}; leave "

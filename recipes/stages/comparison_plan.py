@@ -25,7 +25,7 @@ from peft_svdinit.factors import (
 )
 from peft_svdinit.files import file_stamps
 from peft_svdinit.optim import MOMENTS_FILE_NAME
-from peft_svdinit.training import Task, read_run, resolve_model
+from peft_svdinit.training import Task, Unfinished, read_run, resolve_model
 from stages.comparison_options import Setting, examples_per_step
 from stages.fit import Materials, check_complete
 from stages.lora_options import LoraOptions
@@ -315,6 +315,6 @@ def best_rate(sweep: list[Task]) -> float:
     runs = [read_run(task.folder) for task in sweep]
     finite = [run for run in runs if (run.final_eval_loss or float("nan")) < float("inf")]
     if not finite:
-        raise RuntimeError(f"every run of the sweep diverged: {', '.join(r.name for r in runs)}")
+        raise Unfinished(f"every run of the sweep diverged: {', '.join(r.name for r in runs)}")
     best = min(finite, key=lambda run: run.final_eval_loss or 0.0)
     return best.info["extra"]["comparison"]["learning_rate"]

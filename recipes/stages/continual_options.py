@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
-from peft_svdinit.training import DataOptions, ModelOptions, RecipeArguments
+from peft_svdinit.training import (
+    DataOptions,
+    ModelOptions,
+    RecipeArguments,
+    check_names,
+    check_seeds,
+)
 from stages.lora_options import LoraOptions
 from stages.lori_options import SparseOptions
 from stages.quiet_arguments import QuietArguments
@@ -42,10 +49,11 @@ class ContinualOptions:
     lori_learning_rate: float = field(default=3e-3, metadata={"help": "Of all sparse runs."})
 
     def __post_init__(self) -> None:
-        if not self.schemes or not set(self.schemes) <= set(SCHEMES):
-            raise ValueError(f"schemes must be of {', '.join(SCHEMES)}, got {self.schemes}")
-        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
-            raise ValueError(f"seeds must be different and at least one, got {self.seeds}")
+        check_names("schemes", self.schemes, SCHEMES)
+        check_seeds("seeds", self.seeds)
+        for name in ("lora_learning_rate", "lori_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.first_dataset_name == self.second_dataset_name:
             raise ValueError(
                 "first_dataset_name and second_dataset_name must differ, both are "
@@ -67,6 +75,11 @@ class ContinualDataOptions(DataOptions):
             raise ValueError(
                 "dataset_name is one of two here; use first_dataset_name and second_dataset_name"
             )
+
+
+@dataclass(frozen=True)
+class _OneOfTwo(DataOptions):
+    _for_several: ClassVar[bool] = True
 
 
 @dataclass
@@ -117,7 +130,7 @@ class ContinualSetting:
         options = self.continual
         names = (options.first_dataset_name, options.second_dataset_name)
         return {
-            task: replace(DataOptions(), **{**vars(self.data), "dataset_name": name})
+            task: replace(_OneOfTwo(), **{**vars(self.data), "dataset_name": name})
             for task, name in zip(TASKS, names, strict=True)
         }
 

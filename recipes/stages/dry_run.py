@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 
-from peft_svdinit import FactorsFile
-from peft_svdinit.factors import LoraAdapter, kind_of, target_layers
 from peft_svdinit.training import (
     DataOptions,
     MemoryEstimate,
@@ -22,7 +19,7 @@ from peft_svdinit.training import (
     load_skeleton,
 )
 from stages.lora_options import LoraOptions
-from stages.rank_budget import parameters_of_rank_one
+from stages.skeletons import adapted_skeleton
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,27 +53,6 @@ class DryRunOptions:
             raise ValueError(f"dry_run_zero_stage must be in 0..3, got {self.dry_run_zero_stage}")
 
 
-def _rank(skeleton: Any, lora: LoraOptions) -> int:
-    """The rank of all layers, or the one that a budget of parameters pays for."""
-    if lora.rank_budget is None:
-        return lora.lora_r
-    layers = target_layers(skeleton, lora.target_modules)
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    return -(-lora.rank_budget // parameters_of_rank_one(shapes, lora.rank_budget))
-
-
-def _targets(lora: LoraOptions) -> list[str] | None:
-    """The layers to adapt: where none are named, those of the source of the start."""
-    source = lora.init_from
-    if not source:
-        return lora.lora_target_modules
-    kind = kind_of(source, argument="init_from")
-    if lora.lora_target_modules or kind == "model":
-        return lora.lora_target_modules
-    read = LoraAdapter if kind == "adapter" else FactorsFile
-    return list(read(source, argument="init_from"))
-
-
 def memory_of(
     model: ModelOptions,
     data: DataOptions,
@@ -89,20 +65,11 @@ def memory_of(
     Raises:
         ValueError: for a model or an optimizer of which none can be made.
     """
-    skeleton = load_skeleton(model)
-    if lora is not None:
+    if lora is None:
+        skeleton: Any = load_skeleton(model)
+    else:
         # A start changes values, not shapes, and its factors need not exist yet.
-        plain = replace(
-            lora,
-            init="random",
-            init_from=None,
-            lora_target_modules=_targets(lora),
-            svd_source="teacher",
-            svd_factors=None,
-            carry_moments_from=None,
-            lora_r=_rank(skeleton, lora),
-        )
-        skeleton = get_peft_model(skeleton, plain.config())
+        skeleton = adapted_skeleton(model, lora)
         if lora.init == "svd" and lora.svd_start == "reference":
             initial = sum(
                 weight.numel() for weight in skeleton.parameters() if weight.requires_grad

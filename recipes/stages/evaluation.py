@@ -51,9 +51,15 @@ def base_options(given: AdaptedModelOptions, adapters: Sequence[SavedAdapter]) -
                 f"{adapter.place} says that its base model is {name!r}, which is not on this "
                 "disk; set model_name_or_path"
             )
-    revision = given.model_revision or _revision(given.model_name_or_path or adapter.base, adapters)
-    own = {"model_name_or_path": name, "model_revision": revision}
+    revision = given.model_revision
+    if revision is None and _is_of_hub(name):
+        revision = _revision(given.model_name_or_path or adapter.base, adapters)
+    own = {"model_name_or_path": name, "model_revision": revision or "main"}
     return ModelOptions(**{**vars(given), **own})
+
+
+def _is_of_hub(name: str) -> bool:
+    return not is_local(resolve_model(name))
 
 
 def _revision(base: str | None, adapters: Sequence[SavedAdapter]) -> str:
@@ -141,8 +147,9 @@ def teacher_model(
             model = _loaded(replace(base_options, **own), device)
         else:
             adapters = [find_adapter(source, "teacher", "teacher")]
-            revision = adapters[0].base_revision or base_options.model_revision
-            base_options = replace(base_options, model_revision=revision)
+            if _is_of_hub(base_options.model_name_or_path):
+                revision = adapters[0].base_revision or base_options.model_revision
+                base_options = replace(base_options, model_revision=revision)
             model = checked_base(base_options, adapters, device, check_base=options.check_base)
         sizes = [one.config.get_text_config().vocab_size for one in (model, base)]
         if sizes[0] != sizes[1]:

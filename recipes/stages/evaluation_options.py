@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from peft_svdinit.training import DataOptions, ModelOptions
+from peft_svdinit.training import (
+    DataOptions,
+    ModelOptions,
+    check_name,
+    check_names,
+    check_output,
+)
 
 METRICS = ("loss", "exact_match", "forgetting")
 AS_IT_IS = "{question}"
@@ -56,10 +62,10 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         if not self.adapters:
             raise ValueError("adapters must name at least one adapter")
-        if not self.metrics or not set(self.metrics) <= set(METRICS):
-            raise ValueError(f"metrics must be of {', '.join(METRICS)}, got {self.metrics}")
+        check_names("metrics", self.metrics, METRICS)
         if self.eval_batch_size < 1:
             raise ValueError(f"eval_batch_size must be at least 1, got {self.eval_batch_size}")
+        check_output(self.output_dir)
 
 
 @dataclass(frozen=True)
@@ -138,10 +144,7 @@ class ExactMatchOptions:
     shown_answers: int = field(default=5, metadata={"help": "Answers kept in the JSON."})
 
     def __post_init__(self) -> None:
-        if self.exact_match_answers not in ("text", "numeric"):
-            raise ValueError(
-                f"exact_match_answers must be text or numeric, got {self.exact_match_answers!r}"
-            )
+        check_name("exact_match_answers", self.exact_match_answers, ("text", "numeric"))
         # A shell and argparse pass the two characters of an escape on as they are.
         object.__setattr__(self, "exact_match_template", _unescaped(self.exact_match_template))
         object.__setattr__(self, "exact_match_stop", [*map(_unescaped, self.exact_match_stop)])

@@ -29,6 +29,7 @@ from peft_svdinit.training import (
     NotAsExpected,
     RecipeArguments,
     Run,
+    Unfinished,
     as_typed,
     completion_collator,
     load_tokenizer,
@@ -163,7 +164,7 @@ def check_complete(folder: Path, *files: str) -> None:
     is not to begin without it.
 
     Raises:
-        RuntimeError: naming what is missing.
+        Unfinished: naming what is missing.
     """
     missing: list[str] = []
     if PartialState().is_main_process:
@@ -171,7 +172,7 @@ def check_complete(folder: Path, *files: str) -> None:
         missing += [] if read_run_info(folder)["status"] == "completed" else ["complete record"]
     missing = gather_object(missing)
     if missing:
-        raise RuntimeError(
+        raise Unfinished(
             f"the training in {folder} left no {' and no '.join(missing)}: mend what its warnings "
             "name, and run the same command again"
         )

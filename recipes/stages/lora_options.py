@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from peft import EvaConfig, LoraConfig
 
 from peft_svdinit import SvdLoraConfig
-from peft_svdinit.factors import FORMS, WEIGHTINGS, RankRecommendation
+from peft_svdinit.factors import (
+    FORMS,
+    PARTS,
+    SPLITS,
+    STARTS,
+    WEIGHTINGS,
+    RankRecommendation,
+)
+from peft_svdinit.training import check_name
+from stages.adapter_size import check_size
+from stages.peft_starts import check_peft_init
 
 MEASURES = ("gradient", "activation")
 # PEFT's starts that set ranks themselves, or take even ones only.
 _OWN_RANKS = ("eva", "orthogonal")
-_SOURCES = ("teacher", "weight", "gradient", "activation")
+_OF_A_START = ("init", "init_from", "svd_factors", "carry_moments_from")
+_CHOICES = {
+    "svd_source": ("teacher", "weight", "gradient", "activation"),
+    "svd_part": PARTS,
+    "svd_start": STARTS,
+    "svd_split": SPLITS,
+    "gradient_form": FORMS,
+    "activation_weighting": WEIGHTINGS,
+    "rank_budget_from": MEASURES,
+}
 
 
 @dataclass(frozen=True)
@@ -121,18 +141,21 @@ class LoraOptions:
     )
 
     def __post_init__(self) -> None:
-        if self.lora_r < 1 or self.lora_alpha <= 0:
-            raise ValueError(
-                f"lora_r and lora_alpha must be positive, got {self.lora_r} and {self.lora_alpha}"
-            )
+        check_size(self)
+        for name, known in _CHOICES.items():
+            check_name(name, getattr(self, name), known)
         if self.init_from is not None:
             self._check_source_alone()
+        if self.init not in ("random", "svd"):
+            check_peft_init("init", self.init, self.lora_r)
         if self.init != "svd" and (
             self.svd_factors or self.carry_moments_from or self.svd_source != "teacher"
         ):
             raise ValueError(
                 f"svd_factors, svd_source and carry_moments_from need init=svd, got {self.init!r}"
             )
+        if self.init != "svd" and not self.init_from:
+            self._refuse_given(("svd_part", "svd_start", "gradient_form", "activation_weighting"))
         if self.init_batches < 1:
             raise ValueError(f"init_batches must be at least 1, got {self.init_batches}")
         self._check_budget()
@@ -158,12 +181,14 @@ class LoraOptions:
                 f"moments itself: leave out {', '.join(f'{k}={v}' for k, v in given.items())}"
             )
 
+    def _refuse_given(self, names: Sequence[str], need: str = "init=svd") -> None:
+        """Refuse options that change nothing."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name in names and value != entry.default:
+                raise ValueError(f"{entry.name}={value} needs {need}; leave it out")
+
     def _check_budget(self) -> None:
-        if self.rank_budget_from not in MEASURES:
-            raise ValueError(
-                f"rank_budget_from must be one of {', '.join(MEASURES)}, got "
-                f"{self.rank_budget_from!r}"
-            )
         if self.rank_budget is None:
             if self.rank_budget_from != MEASURES[0]:
                 raise ValueError("rank_budget_from needs rank_budget, which is not given")
@@ -180,10 +205,6 @@ class LoraOptions:
             )
 
     def _check_source(self) -> None:
-        if self.svd_source not in _SOURCES:
-            raise ValueError(
-                f"svd_source must be one of {', '.join(_SOURCES)}, got {self.svd_source!r}"
-            )
         if self.svd_source == "teacher" and not self.svd_factors:
             raise ValueError("init=svd needs svd_factors; make them with `svdinit synthesize`")
         if self.svd_source != "teacher" and (self.svd_factors or self.carry_moments_from):
@@ -191,12 +212,10 @@ class LoraOptions:
                 "svd_factors and carry_moments_from need svd_source=teacher, got "
                 f"{self.svd_source!r}"
             )
-        if self.gradient_form not in FORMS or self.activation_weighting not in WEIGHTINGS:
-            raise ValueError(
-                f"gradient_form must be one of {', '.join(FORMS)} and activation_weighting one of "
-                f"{', '.join(WEIGHTINGS)}, got {self.gradient_form!r} and "
-                f"{self.activation_weighting!r}"
-            )
+        if self.svd_source != "gradient":
+            self._refuse_given(["gradient_form"], "svd_source=gradient")
+        if self.svd_source != "activation":
+            self._refuse_given(["activation_weighting"], "svd_source=activation")
         weighted = self.weighted
         if self.svd_source == "activation" and self.svd_start not in (
             ("reference", "subspace") if weighted else ("subspace",)
@@ -215,6 +234,23 @@ class LoraOptions:
             )
         if not self.reads_data:
             self.config()
+
+    def from_factors(self, factors: str) -> LoraOptions:
+        """The same start from a file of the factors that its source gives."""
+        return replace(
+            self,
+            svd_source="teacher",
+            svd_part="principal",
+            gradient_form="orthogonalised",
+            activation_weighting="none",
+            svd_factors=factors,
+        )
+
+    def stock(self, **others: Any) -> LoraOptions:
+        """The same adapter at a random start."""
+        plain = LoraOptions()
+        starts = {name: getattr(plain, name) for name in (*_CHOICES, *_OF_A_START)}
+        return replace(self, **{**starts, **others})
 
     @property
     def weighted(self) -> bool:

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from peft_svdinit import LoriConfig
 from peft_svdinit.masks import Selection
+from peft_svdinit.training import check_seed
+from stages.adapter_size import check_size
 from stages.quiet_arguments import QuietArguments
 
 CALIBRATED = ("magnitude", "magnitude_gradient")
@@ -35,6 +37,7 @@ class SparseOptions:
 
     _argument_group_name = "adapter"
     _known_as: ClassVar = {
+        "lora_target_modules": ["target_modules"],
         "lori_density": ["density"],
         "lori_scope": ["scope"],
         "lori_floor": ["floor"],
@@ -72,10 +75,7 @@ class SparseOptions:
     )
 
     def __post_init__(self) -> None:
-        if self.lora_r < 1 or self.lora_alpha <= 0:
-            raise ValueError(
-                f"lora_r and lora_alpha must be positive, got {self.lora_r} and {self.lora_alpha}"
-            )
+        check_size(self)
         self.selection  # noqa: B018 - refuses what cannot be selected
         if self.lori_density == 1:
             raise ValueError(
@@ -84,6 +84,9 @@ class SparseOptions:
             )
         if self.calibration_steps is not None and self.calibration_steps < 1:
             raise ValueError(f"calibration_steps must be at least 1, got {self.calibration_steps}")
+        rate = self.calibration_learning_rate
+        if rate is not None and not rate > 0:
+            raise ValueError(f"calibration_learning_rate must be above 0, got {rate}")
 
     @property
     def target_modules(self) -> str | list[str]:
@@ -156,6 +159,7 @@ class LoriOptions(SparseOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_seed("lori_seed", self.lori_seed)
         if (self.mask_source == "teacher") != bool(self.svd_factors):
             raise ValueError(
                 f"svd_factors and mask_source=teacher need each other, got {self.svd_factors!r} "

@@ -29,6 +29,7 @@ from peft_svdinit.training import (
     ModelOptions,
     RecipeArguments,
     Run,
+    Unfinished,
     load_model,
     resolve_model,
 )
@@ -105,7 +106,7 @@ def calibrate(
     """Train a dense B over the frozen A; its folder then has the scores of all entries.
 
     Raises:
-        RuntimeError: if the scores could not be written.
+        Unfinished: if the scores could not be written.
     """
     arguments = replace(arguments, output_dir=str(folder), resume_from_checkpoint="last")
     callback = LoriCalibrationCallback(density=None, score=score)
@@ -167,18 +168,18 @@ def train_sparse(
     """Train the entries of a mask, which all processes must have read alike.
 
     Raises:
-        RuntimeError: if processes read different masks.
+        Unfinished: if processes read different masks.
     """
     check_agreement(Path(config.lori_mask))
     return fit(lori_model(model, config), materials, arguments, extra=extra, quiet=quiet)
 
 
 def check_agreement(folder: Path) -> None:
-    """Raise RuntimeError unless all processes find the same mask in `folder`."""
+    """Raise Unfinished unless all processes find the same mask in `folder`."""
     content = (folder / MASK_FILE_NAME).read_bytes()
     found = gather_object([hashlib.sha256(content).hexdigest()])
     if len(set(found)) > 1:
-        raise RuntimeError(
+        raise Unfinished(
             f"{folder} holds different masks on different machines; put output_dir on a file "
             "system that they share"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from peft_svdinit.low_rank import LowRankRule
 from peft_svdinit.training import RecipeArguments
@@ -23,6 +23,11 @@ class LowRankOptions:
     """Which layers switch to low rank, when, and how training goes on."""
 
     _argument_group_name = "low rank"
+    _known_as: ClassVar = {
+        "low_rank_target_modules": ["target_modules"],
+        "rank_energy": ["energy"],
+        "rank_parameters": ["max_parameters"],
+    }
 
     switch: Literal["share", "step", "epoch", "loss_plateau", "stable_rank_plateau"] = field(
         default="share", metadata={"help": "When: after a share of the steps (switch_share), ..."}
@@ -100,7 +105,7 @@ class LowRankOptions:
                 )
         at = [self.switch_share] if self.switch == "share" else []
         shares = [*at, *self.shrink_shares]
-        if not all(0 <= share < 1 for share in shares) or shares != sorted(shares):
+        if not all(0 <= share < 1 for share in shares) or shares != sorted(set(shares)):
             raise ValueError(
                 "switch_share and shrink_shares must ascend within [0, 1), got "
                 f"{self.switch_share} and {self.shrink_shares}"
@@ -112,6 +117,13 @@ class LowRankOptions:
             )
         if self.factor_batches < 0:
             raise ValueError(f"factor_batches must not be negative, got {self.factor_batches}")
+        for ratio in self.shrink_ratios:
+            if not 0 < ratio < 1:
+                raise ValueError(f"shrink_ratios must be in (0, 1), got {self.shrink_ratios}")
+        if self.rewarmup_steps < 0:
+            raise ValueError(f"rewarmup_steps must not be negative, got {self.rewarmup_steps}")
+        if self.rebalance_steps is not None and self.rebalance_steps < 1:
+            raise ValueError(f"rebalance_steps must be at least 1, got {self.rebalance_steps}")
         if not 0 < self.learning_rate_factor <= 1:
             raise ValueError(
                 f"learning_rate_factor must be in (0, 1], got {self.learning_rate_factor}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import Dataset
-from datasets.exceptions import DatasetsError
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -24,12 +22,16 @@ from peft_svdinit.training import (
     load_examples,
     load_splits,
     load_tokenizer,
+    named_split,
+    refused_as,
+    said_of,
 )
 from stages.answers import Questions
 from stages.method_options import MethodDataOptions
 from stages.method_protocol import Protocol
 from stages.token_losses import padded
 
+_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 BUCKET = 20  # batches whose examples are sorted by length together
 Ids = list[int]
 
@@ -59,7 +61,7 @@ class MethodData:
         Raises:
             ValueError: if a data set or a column is not there, or too small.
         """
-        with _said_of("model_name_or_path", "model_id"):
+        with said_of("model_name_or_path", "model_id"):
             tokenizer = load_tokenizer(ModelOptions(model_name_or_path=protocol.model_id))
         train, valid, test = _pairs(options)
         short = ((q, a) for q, a in train if len(f"{q} {a}") <= options.char_limit)
@@ -83,6 +85,11 @@ class MethodData:
         whole = ids([template.format(query=query) + answer for query, answer in test])
         labels = [_answer_labels(*pair) for pair in zip(questions.prompts, whole, strict=True)]
         general = ids(_general_texts(options))
+        for option, rows in (("test_dataset_name", labels), ("general_dataset_name", general)):
+            if not any(label != IGNORED_LABEL for row in rows for label in row[1:]):
+                raise ValueError(
+                    f"{option}: there is nothing to predict within max_seq_length={limit} tokens"
+                )
         return cls(
             tokenizer,
             learnt,
@@ -141,13 +148,13 @@ def _pairs(options: MethodDataOptions) -> tuple[Iterator[tuple[str, str]], Pairs
         train, held_out = load_examples(DataOptions(dataset_name=name))
         columns = ("prompt", "completion")
     else:
-        train, held_out = load_splits(name, None, None)["train"], None
+        train, held_out = _training_split(name), None
     others = (options.test_query_column, options.test_response_column)
     splits: Mapping[Any, Any] = {"test": held_out}
     if options.test_dataset_name is None:
         others = columns
     else:
-        with _said_of("dataset_name", "test_dataset_name"):
+        with said_of("dataset_name", "test_dataset_name"):
             splits = load_splits(options.test_dataset_name, options.test_dataset_config, None)
     test = splits["test" if "test" in splits else "train"]
     if "train" in splits and "test" in splits:
@@ -155,29 +162,21 @@ def _pairs(options: MethodDataOptions) -> tuple[Iterator[tuple[str, str]], Pairs
         drawn = np.random.RandomState(0).permutation(len(splits["train"]))[: options.valid_size]
         valid = splits["train"].select(drawn)
     else:
-        valid = test.select(range(min(options.valid_size, len(test))))
+        if options.valid_size >= len(test):
+            raise ValueError(
+                f"valid_size={options.valid_size} leaves none of the {len(test)} questions of "
+                f"test_dataset_name={options.test_dataset_name} to test with; give more of them, "
+                "or validate with fewer"
+            )
+        valid = test.select(range(options.valid_size))
         test = test.select(range(len(valid), len(test)))
     if options.test_samples is not None:
         test = test.select(range(min(options.test_samples, len(test))))
-    if not len(test) or not len(valid):
-        raise ValueError(
-            f"test_dataset_name: {len(valid)} questions to validate with and {len(test)} to test "
-            "with; give more of them"
-        )
     return (
         _rows(train, columns, "query_column and response_column"),
         list(_rows(valid, others, "test_query_column and test_response_column")),
         list(_rows(test, others, "test_query_column and test_response_column")),
     )
-
-
-@contextmanager
-def _said_of(argument: str, option: str) -> Iterator[None]:
-    """Refusals of an argument are about the option that it comes from."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(str(error).replace(argument, option, 1)) from error
 
 
 def _rows(dataset: Dataset, columns: tuple[str, str], argument: str) -> Iterator[tuple[str, str]]:
@@ -187,7 +186,11 @@ def _rows(dataset: Dataset, columns: tuple[str, str], argument: str) -> Iterator
             f"{argument} must be of the columns {', '.join(dataset.column_names)}, got "
             f"{', '.join(sorted(missing))}"
         )
-    return ((row[columns[0]], row[columns[1]]) for row in dataset)  # pyright: ignore
+    for number, row in enumerate(dataset, 1):
+        pair = [row[column] for column in columns]  # pyright: ignore
+        if not all(isinstance(text, str) for text in pair):
+            raise ValueError(f"{argument} must hold text, and row {number} has {pair}")
+        yield pair[0], pair[1]
 
 
 def _general_texts(options: MethodDataOptions) -> list[str]:
@@ -195,19 +198,26 @@ def _general_texts(options: MethodDataOptions) -> list[str]:
     if name.startswith("builtin:"):
         rows: Any = load_examples(DataOptions(dataset_name=name))[1]
         return [row["prompt"] + row["completion"] for row in islice(rows, count)]
-    if Path(name).suffix in (".json", ".jsonl", ".csv", ".parquet", ".txt"):
-        with _said_of("dataset_name", "general_dataset_name"):
-            rows = load_splits(name, None, None)["train"]
-    else:
-        # Streamed, for the first rows of it need no download of all.
-        try:
-            rows = datasets.load_dataset(name, split="train", streaming=True)
-        except (OSError, ValueError, DatasetsError) as error:
-            raise ValueError(f"general_dataset_name: cannot load {name!r}: {error}") from error
+    with said_of("dataset_name", "general_dataset_name"):
+        if Path(name).exists() or Path(name).suffix in _SUFFIXES:
+            rows = _training_split(name)
+        else:
+            # Streamed, for the first rows of it need no download of all.
+            with refused_as(f"dataset_name: cannot load {name!r}"):
+                rows = datasets.load_dataset(name, split="train", streaming=True)
     found: list[Mapping[str, Any]] = list(islice(rows, count))
     if not found or options.general_text_column not in found[0]:
         raise ValueError(
             f"general_text_column must be of the columns {', '.join(found[0] if found else [])} of "
             f"{name}, got {options.general_text_column!r}"
         )
-    return [row[options.general_text_column] for row in found]
+    texts = [row[options.general_text_column] for row in found]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"general_text_column: {options.general_text_column!r} of {name} must hold text"
+        )
+    return texts
+
+
+def _training_split(name: str) -> Dataset:
+    return named_split(load_splits(name, None, None), "train", "dataset_name", name)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from peft_svdinit.training import check_different, check_output, check_seeds, strict_json
 from stages.method_protocol import Protocol
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments" / "MetaMathQA"
@@ -71,15 +71,14 @@ class MethodOptions:
     def __post_init__(self) -> None:
         if isinstance(self.training_params, str):
             try:
-                self.training_params = json.loads(self.training_params)
+                self.training_params = strict_json(self.training_params)
             except ValueError as error:
                 raise ValueError(f"training_params must be JSON: {error}") from error
         if not isinstance(self.training_params or {}, dict):
             raise ValueError(f"training_params must be a mapping, got {self.training_params!r}")
-        for name in ("experiments", "seeds"):
-            given = getattr(self, name)
-            if not given or len(set(given)) < len(given):
-                raise ValueError(f"{name} must be different and at least one, got {given}")
+        check_different("experiments", self.experiments)
+        check_seeds("seeds", self.seeds)
+        check_output(self.output_dir)
         for name in ("teacher_steps", "start_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -135,8 +134,8 @@ class MethodDataOptions:
     general_samples: int = field(default=100, metadata={"help": "Texts, the first ones."})
 
     def __post_init__(self) -> None:
-        for name in ("valid_size", "general_samples", "char_limit"):
-            if getattr(self, name) < 1:
+        for name in ("valid_size", "general_samples", "char_limit", "test_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if (self.test_dataset_name is None) != self.dataset_name.startswith("builtin:"):
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
 
 from peft_svdinit.files import read_json
+from peft_svdinit.training import fault_of_value, guess, refused_as
 
 PARAMS_NAME = "training_params.json"
 
@@ -51,29 +51,44 @@ class Protocol:
     init_kv_cache_prefix: str | None = None
 
     def __post_init__(self) -> None:
+        for entry in fields(self):
+            _check_kind(entry.name, getattr(self, entry.name), str(entry.type))
         for name in ("compile", "use_amp", "init_kv_cache_prefix"):
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported by this runner, only by PEFT's own")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
-        if not isinstance(getattr(torch.optim, self.optimizer_type, None), type):
-            raise ValueError(
-                f"optimizer_type must be a class of torch.optim, got {self.optimizer_type!r}"
-            )
         if self.lr_scheduler not in (None, "cosine"):
             raise ValueError(f"lr_scheduler must be null or cosine, got {self.lr_scheduler!r}")
         if "{query}" not in self.query_template:
             raise ValueError(f"query_template must have {{query}}, got {self.query_template!r}")
+        with refused_as("query_template must have no braces but those of {query}"):
+            self.query_template.format(query="")
         if not set(self.generation_kwargs) <= {"max_length", "max_new_tokens"}:
             raise ValueError(
                 "generation_kwargs may have max_length and max_new_tokens, for answers are greedy; "
                 f"got {dict(self.generation_kwargs)}"
             )
-        if "lr" not in self.optimizer_kwargs:
-            raise ValueError(f"optimizer_kwargs must have lr, got {dict(self.optimizer_kwargs)}")
+        for name, value in self.generation_kwargs.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"generation_kwargs: {name} must be at least 1, got {value!r}")
+        self._check_optimizer()
+        if self.grad_norm_clip < 0:
+            raise ValueError(f"grad_norm_clip must be at least 0, got {self.grad_norm_clip}")
         for name in ("max_seq_length", "batch_size", "batch_size_eval", "max_steps", "eval_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def _check_optimizer(self) -> None:
+        kind, options = getattr(torch.optim, self.optimizer_type, None), self.optimizer_kwargs
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            raise ValueError(
+                f"optimizer_type must be an optimizer of torch.optim, got {self.optimizer_type!r}"
+            )
+        if not isinstance(options.get("lr"), int | float):
+            raise ValueError(f"optimizer_kwargs must have lr, a number, got {dict(options)}")
+        with refused_as(f"optimizer_kwargs: torch.optim.{self.optimizer_type} does not take them"):
+            kind([torch.nn.Parameter(torch.zeros(2, 2))], **options)  # pyright: ignore
 
     def updated(self, params: Mapping[str, Any], place: str) -> Protocol:
         """With some of the parameters replaced.
@@ -84,18 +99,40 @@ class Protocol:
         known = [entry.name for entry in fields(self)]
         for name in params:
             if name not in known:
-                closest = difflib.get_close_matches(name, known, n=1)
-                guess = f"; did you mean {closest[0]}?" if closest else ""
-                raise ValueError(f"{place}: unknown training parameter {name!r}{guess}")
+                raise ValueError(
+                    f"{place}: unknown training parameter {name!r}{guess(name, known)}"
+                )
+            if fault := fault_of_value(params[name]):
+                raise ValueError(f"{place}: {name} {fault}")
         try:
-            return replace(self, **params)
-        except (TypeError, ValueError) as error:
+            updated = replace(self, **params)
+        except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
+        if not updated.optimizer_kwargs["lr"] > 0:
+            raise ValueError(f"{place}: the lr of optimizer_kwargs must be above 0")
+        return updated
 
     def at_rate(self, factor: float) -> Protocol:
         """With `factor` times the learning rate."""
         rate = factor * self.optimizer_kwargs["lr"]
         return replace(self, optimizer_kwargs={**self.optimizer_kwargs, "lr": rate})
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+    "Mapping[str, Any]": (Mapping,),
+}
+
+
+def _check_kind(name: str, value: Any, annotation: str) -> None:
+    kind, _, rest = annotation.partition(" | ")
+    if value is None and rest:
+        return
+    if not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
+        raise ValueError(f"{name} must be of type {annotation}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -134,9 +171,10 @@ def read_experiment(root: Path, name: str, defaults: Protocol) -> Experiment:
         )
         raise ValueError(
             f"experiments: {folder} has no {CONFIG_NAME}; known ones of {root}: "
-            f"{', '.join(known) or 'none'}"
+            f"{', '.join(known) or 'none'}{guess(name, known)}"
         )
-    config = PeftConfig.from_pretrained(str(folder))
+    with refused_as(f"experiments: PEFT cannot read {folder / CONFIG_NAME}"):
+        config = PeftConfig.from_pretrained(str(folder))
     if type(config) is not LoraConfig:
         raise ValueError(
             f"experiments: {name} is a {type(config).__name__}; only LoRA's starts are compared "

@@ -27,16 +27,24 @@ from peft_svdinit import (
     scaled,
     weight_norms,
 )
-from peft_svdinit.factors import FACTORS_FILE_NAME, LoraAdapter, factors_of_adapter, kind_of
+from peft_svdinit.factors import (
+    FACTORS_FILE_NAME,
+    INITS_MOVING_BASE,
+    LoraAdapter,
+    factors_of_adapter,
+    kind_of,
+)
 from peft_svdinit.files import read_json, write_json
 from peft_svdinit.masks import LayerScores, Selection, load_mask, save_mask, scores_of_adapter
 from peft_svdinit.models import linear_modules, model_skeleton
-from peft_svdinit.training import resolve_model
+from peft_svdinit.training import refused_as, resolve_model
 from stages.data_start import counted
 from stages.method_data import MethodData
 from stages.method_options import MethodOptions
 from stages.method_protocol import Experiment
 from stages.method_training import loaded_base, train
+from stages.peft_starts import check_peft_init
+from stages.skeletons import smallest_layer
 
 COST = "cost.json"
 ADAPTER = "adapter"
@@ -66,13 +74,26 @@ def with_source(config: LoraConfig, folder: Path) -> LoraConfig:
     return replace(config, init_lora_weights=f"{prefix}:{folder}")  # pyright: ignore
 
 
-def check_source(config: LoraConfig) -> None:
-    """Read the file that a start is taken from, unless it is one of `KINDS`.
+def check_experiment(experiment: Experiment) -> None:
+    """Refuse an adapter that cannot be made of the model, or a start of it that cannot be read.
 
     Raises:
-        ValueError, OSError, TypeError: if it cannot be read.
+        ValueError, OSError, TypeError: naming the experiment.
     """
-    source = source_of(config)
+    config, model_id = experiment.config, experiment.protocol.model_id
+    skeleton = model_skeleton(resolve_model(model_id), "model_id")
+    place = f"experiments: {experiment.name}"
+    with refused_as(f"{place} is no adapter that PEFT can make of {model_id}"):
+        stock = replace(config, init_lora_weights=True)
+        adapted = get_peft_model(skeleton, stock, low_cpu_mem_usage=True)  # pyright: ignore
+    init, source = config.init_lora_weights, source_of(config)
+    if source is None and isinstance(init, str):
+        if init.lower().startswith(INITS_MOVING_BASE):
+            raise ValueError(
+                f"{place} starts as {init}, which moves the base, so that forgetting would be "
+                "measured against another model; leave it out"
+            )
+        check_peft_init(place, init, config.r, smallest_layer(adapted))
     if source is not None and source not in KINDS:
         read = load_mask if str(config.init_lora_weights).startswith("lori:") else FactorsFile
         read(source, argument="experiments")
@@ -84,10 +105,16 @@ def check_teacher(teacher: str, experiment: Experiment) -> None:
     Raises:
         ValueError, OSError, TypeError: naming the option.
     """
-    ranks = _ranks_of(teacher)
+    held_by = _held_by(teacher)
     skeleton = model_skeleton(resolve_model(experiment.protocol.model_id), "model_id")
-    for name in linear_modules(skeleton, _targets(skeleton, experiment.config)):
-        held, wanted = ranks.get(name, 0), experiment.config.r
+    for name, layer in linear_modules(skeleton, _targets(skeleton, experiment.config)).items():
+        shape, wanted = (layer.out_features, layer.in_features), experiment.config.r
+        held, found = held_by.get(name, (0, shape))
+        if found != shape:
+            raise ValueError(
+                f"teacher: {teacher} is of another model than {experiment.protocol.model_id}: "
+                f"{name} is {found[0]} x {found[1]} in it, and {shape[0]} x {shape[1]} here"
+            )
         if wanted > held:
             raise ValueError(
                 f"teacher: {teacher} has rank {held} for {name}, below r={wanted} of "
@@ -95,7 +122,8 @@ def check_teacher(teacher: str, experiment: Experiment) -> None:
             )
 
 
-def _ranks_of(teacher: str) -> dict[str, int]:
+def _held_by(teacher: str) -> dict[str, tuple[int, tuple[int, int]]]:
+    """Rank and shape of each layer's delta."""
     kind = kind_of(teacher, argument="teacher")
     if kind == "model":
         raise ValueError(
@@ -103,9 +131,10 @@ def _ranks_of(teacher: str) -> dict[str, int]:
         )
     if kind == "factors":
         file = FactorsFile(teacher, argument="teacher")
-        return {name: file.rank_of(name) for name in file}
+        return {name: (file.rank_of(name), file.shape_of(name)) for name in file}
     adapter = LoraAdapter(teacher, argument="teacher")
-    return {name: adapter[name].lora_A.shape[0] for name in adapter}
+    layers = {name: adapter[name] for name in adapter}
+    return {name: (layer.lora_A.shape[0], layer.shape) for name, layer in layers.items()}
 
 
 @dataclass(frozen=True)

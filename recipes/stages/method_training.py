@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from peft_svdinit.training import ModelOptions, load_model
+from peft_svdinit.training import ModelOptions, Unfinished, load_model
 from stages.answers import Questions, greedy_answers
 from stages.method_data import MethodData
 from stages.method_protocol import Protocol
@@ -87,7 +87,7 @@ def train(
         title: of the progress bar.
 
     Raises:
-        RuntimeError: if the loss is no longer finite.
+        Unfinished: if the loss is no longer finite.
     """
     device = next(model.parameters()).device
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -112,7 +112,7 @@ def train(
             schedule.step()
         done.losses.append(loss.item())
         if not torch.isfinite(loss):
-            raise RuntimeError(f"{title}: the loss of step {step} is {loss.item()}; lower the rate")
+            raise Unfinished(f"{title}: the loss of step {step} is {loss.item()}; lower the rate")
         done.durations.append(time.perf_counter() - started)
         done.tokens.append(attended + len(batch["input_ids"]))
         done.examples += len(batch["input_ids"])

@@ -18,6 +18,7 @@ from peft_svdinit.training import (
     RecipeArguments,
     Run,
     Task,
+    Unfinished,
     load_model,
     run_tasks,
     whole_weights,
@@ -57,7 +58,7 @@ def train_in_two(
         The second stage's record, on the main process, and its model.
 
     Raises:
-        RuntimeError: if the first stage left no weights in one piece.
+        Unfinished: if the first stage left no weights in one piece.
     """
     state = PartialState()
     size = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
@@ -123,7 +124,7 @@ def _train_full(
     check_complete(folder)
     remove_checkpoints(first)
     if not any(folder.glob("model*.safetensors")):
-        raise RuntimeError(
+        raise Unfinished(
             f"the training at full rank left no weights in one piece in {folder}: with FSDP set "
             "fsdp_state_dict_type to FULL_STATE_DICT, with ZeRO-3 "
             "stage3_gather_16bit_weights_on_model_save to true"

@@ -316,7 +316,7 @@ def test_entries_of_score_zero_are_warned_of(tmp_path, caplog):
     [
         (["--density", "0"], "density must be in (0, 1], got 0.0"),
         (["--density", "1.2"], "density must be in (0, 1], got 1.2"),
-        (["--density", "nan"], "density must be in (0, 1], got nan"),
+        (["--density", "nan"], "--density must be a finite number, got nan"),
         (["--density", "0.0001"], "density=0.0001 keeps none of the"),
         (["--scope", "all"], "scope must be one of"),
         (["--scope", "1:8"], "set --density=0.125"),

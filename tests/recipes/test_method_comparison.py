@@ -286,7 +286,7 @@ def refused(argv: list[str], capsys) -> str:
         (["--training_params", '{"max_step": 3}'], "'max_step'; did you mean max_steps"),
         (["--training_params", '{"compile": true}'], "compile is not supported"),
         (["--experiments", "{typo}"], "training_params.json: unknown .* 'learning_rate'"),
-        (["--experiments", "{pissa}", "--teacher_steps", "1"], "the model is not its base"),
+        (["--experiments", "{pissa}"], "starts as pissa, which moves the base"),
         (["--experiments", "{other}"], "--experiments: 'lost/factors' is "),
         (["--teacher_steps", "99"], "has 40 examples"),
         (["--test_dataset_name", "lost.jsonl"], "--test_dataset_name: .* 'lost.jsonl'"),

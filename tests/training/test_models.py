@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 import subprocess
 import sys
@@ -9,9 +11,10 @@ import sys
 import pytest
 import torch
 from support.byte_tokenizer import byte_tokenizer
+from support.tiny_models import rewrite_tensors, truncate
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_svdinit.training import ModelOptions, load_model, load_tokenizer
+from peft_svdinit.training import ModelOptions, load_model, load_skeleton, load_tokenizer
 
 
 @pytest.fixture
@@ -92,8 +95,10 @@ def test_an_adapter_is_no_base_model(tmp_path):
 def test_what_is_not_there_is_refused(load, tmp_path):
     with pytest.raises(ValueError, match="must be a folder or a Hub id"):
         load(options(tmp_path / "absent"))
-    with pytest.raises(ValueError, match="model_name_or_path: cannot load"):
+    with pytest.raises(ValueError, match=r"holds no model, it has no config\.json"):
         load(options(tmp_path))
+    with pytest.raises(ValueError, match="cannot load"):
+        load(options("someone/nothing"))
 
 
 def test_four_and_eight_bits_exclude_each_other():
@@ -115,3 +120,68 @@ def test_a_model_is_loaded_quantised(checkpoint, bits):
         type(model.model.layers[0].mlp.up_proj).__name__
         == {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
     )
+
+
+def edited(folder, file: str, **changes) -> None:
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, **changes}))
+
+
+def damage(folder, what: str) -> None:
+    weights = folder / "model.safetensors"
+    match what:
+        case "weights cut off":
+            truncate(weights)
+        case "a weight lacking":
+            rewrite_tensors(weights, lambda tensors: tensors.pop("model.norm.weight"))
+        case "a weight of another shape":
+            rewrite_tensors(weights, lambda t: t.update({"model.norm.weight": torch.ones(3)}))
+        case "no weights":
+            weights.unlink()
+        case "an index that is none":
+            weights.rename(folder / "model-00001-of-00001.safetensors")
+            (folder / "model.safetensors.index.json").write_text("{}")
+        case "a configuration that is none":
+            (folder / "config.json").write_text("[1]")
+        case "a width that is none":
+            edited(folder, "config.json", hidden_size="wide")
+        case "no heads":
+            edited(folder, "config.json", num_attention_heads=0)
+        case "a model type that is none":
+            edited(folder, "config.json", model_type="lama")
+        case "no tokenizer":
+            for path in folder.glob("tokenizer*"):
+                path.unlink()
+        case "a tokenizer cut off":
+            truncate(folder / "tokenizer.json")
+        case "a tokenizer that is none":
+            (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("load", "what", "said"),
+    [
+        (load_model, "weights cut off", "model.safetensors is not a readable safetensors file"),
+        (load_model, "a weight lacking", "lack model.norm.weight (1 in all), which would be drawn"),
+        (load_model, "a weight of another shape", "cannot load"),
+        (load_model, "no weights", "cannot load"),
+        (load_model, "an index that is none", "cannot load"),
+        (load_model, "a configuration that is none", "cannot load"),
+        (load_model, "a width that is none", "cannot load"),
+        (load_model, "no heads", "cannot load"),
+        (load_skeleton, "no heads", "has no configuration that can be read: ZeroDivisionError"),
+        (load_model, "a model type that is none", "cannot load"),
+        (load_tokenizer, "no tokenizer", "cannot load the tokenizer"),
+        (load_tokenizer, "a tokenizer cut off", "cannot load the tokenizer"),
+        (load_tokenizer, "a tokenizer that is none", "cannot load the tokenizer"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_its_option(load, what, said, checkpoint):
+    damage(checkpoint, what)
+    with pytest.raises(ValueError, match=f"^model_name_or_path: .*{re.escape(said)}"):
+        load(options(checkpoint))
+
+
+def test_a_folder_has_no_revision(checkpoint):
+    with pytest.raises(ValueError, match="model_revision=v1 is of a repository of the Hub"):
+        load_tokenizer(options(checkpoint, model_revision="v1"))

@@ -16,6 +16,8 @@ from transformers import TrainingArguments
 
 from peft_svdinit.training import parse_options
 
+HUGE = "1" + 400 * "0"
+
 
 class Colour(Enum):
     RED = "red"
@@ -121,15 +123,18 @@ def test_yaml_text_becomes_the_number_it_means(config):
     assert options.seeds == [3, 2]
 
 
+whole_numbers = st.integers(-(2**63) + 1, 2**63 - 1)
+
+
 @given(
     st.fixed_dictionaries(
         {
-            "lora_r": st.integers(min_value=1),
-            "share": st.floats(allow_nan=False),
-            "name": st.text(),
-            "limit": st.none() | st.integers(),
+            "lora_r": st.integers(min_value=1, max_value=2**63 - 1),
+            "share": st.floats(allow_nan=False, allow_infinity=False),
+            "name": st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1),
+            "limit": st.none() | whole_numbers,
             "modules": st.lists(st.from_regex(r"[a-z.]+", fullmatch=True), min_size=1),
-            "seeds": st.lists(st.integers(), min_size=1),
+            "seeds": st.lists(whole_numbers, min_size=1),
             "verified": st.booleans(),
         }
     ),
@@ -178,6 +183,12 @@ def test_help_shows_the_description_and_a_group_per_class(capsys):
         (["--base", "b", "--lora_r", "many"], "--lora_r"),
         (["--base", "b", "--start", "deltas"], "invalid choice: 'deltas'"),
         (["--base", "b", "--lora_r", "0"], "error: --lora_r must be at least 1, got 0"),
+        (["--base", "b", "--share", "nan"], "error: --share must be a finite number, got nan"),
+        (["--base", "b", "--share=-inf"], "error: --share must be a finite number, got -inf"),
+        (["--base", "b", "--limit", HUGE], "--limit must be a number of at most 63 bits"),
+        (["--base", "b", "--seeds", "1", HUGE], "--seeds must be a number of at most 63 bits"),
+        (["--base", "b", "--name", ""], "error: --name must not be empty: give a value, or leave"),
+        (["--base", "b", "--modules", "q", ""], "error: --modules must not be empty"),
     ],
 )
 def test_a_wrong_command_line_is_one_clear_line(argv, expected, refusal):
@@ -193,7 +204,17 @@ def test_a_wrong_command_line_is_one_clear_line(argv, expected, refusal):
         ("lora_r: 1.5", "argument --lora_r/--lora-r: invalid int value: '1.5'"),
         ("lora_r: true", "lora_r must be a whole number, got True"),
         ("lora_r:", "lora_r must be a whole number, got None"),
-        ("lora_r: .inf", "argument --lora_r/--lora-r: invalid int value: 'inf'"),
+        ("lora_r: .inf", "options.yaml: lora_r must be a finite number, got inf"),
+        ("share: .nan", "options.yaml: share must be a finite number, got nan"),
+        (f"lora_r: {HUGE}", "options.yaml: lora_r must be a number of at most 63 bits, got one of"),
+        ("lora_r: 010", "the number 010 is read in two ways; write it in full"),
+        ("lora_r: 1:30", "the number 1:30 is read in two ways"),
+        ("lora_r: 1\nlora_r: 2", "options.yaml: --config is not valid YAML: it has 'lora_r' 2 tim"),
+        ("seeds: [&x 1, *x]", "*x stands for what is written elsewhere, write it out, in line 1"),
+        (f"seeds: {'[' * 2000}{']' * 2000}", "options.yaml: --config is nested too deeply"),
+        ("base: !!python/name:os.system", "python/name:os.system', in line 1"),
+        ('name: "a\\0b"', "options.yaml: name must not have a null character"),
+        ("name: ''", "options.yaml: name must not be empty"),
         ("share: half", "argument --share: invalid float value: 'half'"),
         ("limit: [1]", "limit must be a whole number, got [1]"),
         ("name: 1.10", "name must be text in quotes, got 1.1"),
@@ -221,7 +242,24 @@ def test_a_wrong_file_is_one_clear_line(content, expected, config, refusal):
 def test_a_file_that_cannot_be_read_is_one_clear_line(config, refusal, tmp_path):
     assert "No such file" in refusal(["--config", str(tmp_path / "absent.yaml")])
     assert "must end in .json, .yaml, .yml" in refusal(config("base: b", ".toml"))
-    assert "is not valid JSON" in refusal(config("{", ".json"))
+    (tmp_path / "latin.yaml").write_bytes("base: ä".encode("latin-1"))
+    assert "--config is no text in UTF-8" in refusal(["--config", str(tmp_path / "latin.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "--config is not valid JSON: Expecting"),
+        ('{"lora_r": 1, "lora_r": 2}', "--config is not valid JSON: it has 'lora_r' 2 times"),
+        ('{"share": NaN}', "--config is not valid JSON: NaN is no number that JSON has"),
+        ('{"share": 1e999}', "share must be a finite number, got inf"),
+        (f'{{"seeds": {"[" * 100_000}{"]" * 100_000}}}', "--config is nested too deeply"),
+        ('{"name": "\\ud800"}', "name must be text of whole characters"),
+        ("null", "must map names of options to values"),
+    ],
+)
+def test_a_wrong_json_file_is_one_clear_line(content, expected, config, refusal):
+    assert expected in refusal(config(content, ".json"))
 
 
 def test_an_error_of_training_arguments_is_one_clear_line(config, refusal):

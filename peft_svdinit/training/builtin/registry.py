@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..names import guess
 from .arithmetic import arithmetic
 from .docstrings import stdlib_docstrings
 from .signatures import stdlib_names
@@ -66,9 +66,8 @@ def find_builtin(name: str) -> BuiltinDataset | None:
     if not name.startswith(_PREFIX):
         return None
     if name not in BUILTIN_DATASETS:
-        closest = difflib.get_close_matches(name, BUILTIN_DATASETS, n=1)
-        guess = f"; did you mean {closest[0]}?" if closest else ""
         raise ValueError(
-            f"unknown built-in data set {name!r}; known ones: {', '.join(BUILTIN_DATASETS)}{guess}"
+            f"unknown built-in data set {name!r}; known ones: {', '.join(BUILTIN_DATASETS)}"
+            f"{guess(name, BUILTIN_DATASETS)}"
         )
     return BUILTIN_DATASETS[name]
