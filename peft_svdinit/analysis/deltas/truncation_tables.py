@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from ..markdown import code, columns_table, markdown_table
+from ..markdown import Markdown, code, columns_table, markdown_table
 from .layers import ENERGY_SHARES, LayerAnalysis
 from .totals import Analysis
 
@@ -61,7 +61,9 @@ def _median_rank(layers: Sequence[LayerAnalysis], share: str) -> str:
     """Median of what the layers need; those that need more than they hold count as the highest."""
     needed = [layer.rank_for_energy[share] for layer in layers]
     median = statistics.median_high(math.inf if rank is None else rank for rank in needed)
-    return f"> {max(layer.held for layer in layers)}" if median == math.inf else f"{median:.0f}"
+    if median == math.inf:
+        return Markdown(f"> {max(layer.held for layer in layers)}")
+    return f"{median:.0f}"
 
 
 def worst_table(analysis: Analysis) -> str:
