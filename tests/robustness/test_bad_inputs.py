@@ -16,17 +16,18 @@ import pytest
 from support.damage import HARMLESS, damaged, kinds_of
 from support.killing import in_child
 from support.snapshots import snapshot
-from support.verbs import COMMANDS, save_inputs
+from support.verbs import COMMANDS, READING, save_inputs
 from support.wrong_values import is_no_number, wrong_options
 
 from peft_svdinit.cli import VERBS, main
 
 pytestmark = pytest.mark.slow
 
+EVERY = {**COMMANDS, **READING}
 SAMPLE = 25
 SAMPLED = "a sample"
 # What a user did not make, and nothing is wrong without.
-OPTIONAL = ("generation_config.json", "svdinit_config.json")
+OPTIONAL = ("generation_config.json", "svdinit_config.json", "tuned/config.json")
 # Seconds for a verb that takes less than one.
 SECONDS = 120
 Case = TypeVar("Case")
@@ -34,7 +35,7 @@ Case = TypeVar("Case")
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     thorough = metafunc.config.getoption("--thorough")
-    metafunc.parametrize("verb", COMMANDS if thorough else [SAMPLED])
+    metafunc.parametrize("verb", EVERY if thorough else [SAMPLED])
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def chosen(verb: str, cases: Callable[[str], Iterator[Case]]) -> list[Case]:
     """All cases of a verb, or a sample of those of all verbs."""
     if verb != SAMPLED:
         return list(cases(verb))
-    every = [case for name in COMMANDS for case in cases(name)]
+    every = [case for name in EVERY for case in cases(name)]
     return random.Random(0).sample(every, SAMPLE)
 
 
@@ -87,7 +88,7 @@ def report(faults: dict[str, list[str]], cases: Sequence[Any]) -> str:
 
 def damages(verb: str, inputs: Path) -> Iterator[tuple[str, Path, str]]:
     """(verb, file, kind) of all that can be wrong with what a command reads."""
-    for path in COMMANDS[verb].inputs(inputs):
+    for path in EVERY[verb].inputs(inputs):
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             if file.suffix in (".safetensors", ".json", ".csv") and "analysis" not in file.name:
                 yield from ((verb, file, kind) for kind in kinds_of(file))
@@ -97,11 +98,11 @@ def test_a_damaged_file_is_refused_in_one_line(verb, own_inputs, tmp_path):
     cases = chosen(verb, lambda name: damages(name, own_inputs))
     faults = {}
     for name, file, kind in cases:
-        must_fail = kind not in HARMLESS and file.name not in OPTIONAL
+        must_fail = kind not in HARMLESS and not str(file).endswith(OPTIONAL)
         # A text that ends with an empty line may lose it; a mask needs no adapter to be drawn.
         must_fail &= (kind, file.suffix) != ("without its last byte", ".json")
         must_fail &= (name, file.name) != ("mask show", "adapter_config.json")
-        argv = COMMANDS[name].argv(own_inputs, tmp_path / "work" / COMMANDS[name].output)
+        argv = EVERY[name].argv(own_inputs, tmp_path / "work" / EVERY[name].output)
         with damaged(file, kinds_of(file)[kind]) as changed:
             found = faults_of(argv, tmp_path / "work", must_fail and changed)
         if found:
@@ -111,7 +112,7 @@ def test_a_damaged_file_is_refused_in_one_line(verb, own_inputs, tmp_path):
 
 def misuses(verb: str) -> Iterator[tuple[str, list[str]]]:
     """(verb, arguments) with one wrong option each."""
-    options_class, _ = VERBS[COMMANDS[verb].verb]
+    options_class, _ = VERBS[EVERY[verb].verb]
     yield from ((verb, arguments) for arguments in wrong_options(options_class))
 
 
@@ -119,8 +120,8 @@ def test_a_wrong_option_is_refused_in_one_line(verb, inputs, tmp_path):
     cases = chosen(verb, misuses)
     faults = {}
     for name, arguments in cases:
-        argv = COMMANDS[name].argv(inputs, tmp_path / "work" / COMMANDS[name].output)
-        options_class, _ = VERBS[COMMANDS[name].verb]
+        argv = EVERY[name].argv(inputs, tmp_path / "work" / EVERY[name].output)
+        options_class, _ = VERBS[EVERY[name].verb]
         must_fail = is_no_number(arguments, options_class)
         found = faults_of([*argv, *arguments], tmp_path / "work", must_fail)
         if found:

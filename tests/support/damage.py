@@ -186,7 +186,8 @@ def _all(change: Callable[[Tensor], Tensor]) -> Damage:
 def _filled(value: float) -> Callable[[Tensor], Tensor]:
     def fill(tensor: Tensor) -> Tensor:
         changed = tensor.clone()
-        changed.view(-1)[-1] = value
+        if tensor.is_floating_point():
+            changed.view(-1)[-1] = value
         return changed
 
     return fill
@@ -217,7 +218,7 @@ TENSORS: dict[str, Damage] = {
     "one of complex64": _one(lambda tensor: tensor.to(torch.complex64)),
     "one of float64": _one(lambda tensor: tensor.double()),
     "all of bfloat16": _all(lambda tensor: tensor.bfloat16()),
-    "one transposed": _one(lambda tensor: tensor.T if tensor.ndim == 2 else tensor[None]),
+    "one turned": _one(lambda tensor: tensor.reshape(-1, 1)),
     "one of three dimensions": _one(lambda tensor: tensor[None]),
     "one flat": _one(lambda tensor: tensor.reshape(-1)),
     "one a number": _one(lambda tensor: tensor.reshape(-1)[0]),

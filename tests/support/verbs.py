@@ -128,6 +128,48 @@ COMMANDS = {
     ),
 }
 
+# Commands that read more, in more ways.
+READING = {
+    "synthesize for a base": Command(
+        "synthesize --adapter IN/one --rank 6 --lora_r 2 --plots false --output_dir OUT",
+        "--base IN/base",
+        "",
+    ),
+    "extract with a text": Command(
+        "extract --base IN/base --tuned IN/tuned --target_modules q_proj --output_dir OUT",
+        "--rank 2 --verify full",
+        "",
+    ),
+    "analyze a pair": Command(
+        "analyze --base IN/base --tuned IN/tuned --target_modules q_proj --plots false "
+        "--output_dir OUT",
+        "--rank 4 --lora_r 2",
+        "",
+    ),
+    "analyze factors": Command(
+        "analyze --lora_r 2 --plots false --output_dir OUT",
+        "--factors IN/factors --base IN/base --intruders true",
+        "",
+    ),
+    "mask of a teacher": Command(
+        "mask --source teacher --plots false --output OUT", "--factors IN/factors --rank 4", ""
+    ),
+    "mask of magnitudes": Command(
+        "mask --source magnitude --plots false --output OUT", "--adapter IN/one --seed 1", ""
+    ),
+    "mask beside another": Command(
+        "mask --source random --adapter IN/one --plots false --output OUT",
+        "--exclude IN/mask",
+        "",
+    ),
+    "export for a base": Command(
+        "export --factors IN/factors --output_dir OUT", "--energy 0.5 --base IN/base", ""
+    ),
+    "push": Command(
+        "push --dry_run --repo_id user/shared --base_model user/base", "--folder IN/one", ""
+    ),
+}
+
 
 def save_inputs(folder: Path) -> Path:
     """What the commands read, and of some of it another of the same shapes."""
@@ -143,6 +185,8 @@ def save_inputs(folder: Path) -> Path:
     teacher = f"synthesize --rank 6 --lora_r 2 --plots false --adapter {folder}"
     main(f"{teacher}/one --output_dir {folder}/factors".split())
     main(f"{teacher}/two --output_dir {folder}/factors-two".split())
+    mask = "mask --source random --plots false"
+    main(f"{mask} --adapter {folder}/one --output {folder}/mask".split())
     for seed, name in enumerate(("lori", "other")):
         lori_model(lori_seed=seed, lora_alpha=8 * seed + 8).save_pretrained(str(folder / name))
         compact = folder / ("compact-other" if seed else "compact")
