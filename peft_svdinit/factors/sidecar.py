@@ -20,20 +20,22 @@ _DEFAULTS = {"r": 8, "lora_alpha": 8}
 
 
 class _Sidecar(msgspec.Struct):
-    config_class: str | None = None
+    config_class: Annotated[str, msgspec.Meta(pattern=r"^(LoriConfig|SvdLoraConfig)\Z")] | None = (
+        None
+    )
     lori_density: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     lori_mask: str | None = None
     lori_scope: str | None = None
     lori_floor: Amount | None = None
     lori_seed: int | None = None
     lori_start: str | None = None
-    svd_source: str | None = None
-    svd_part: str | None = None
+    svd_source: Annotated[str, msgspec.Meta(pattern=r"^(teacher|weight)\Z")] | None = None
+    svd_part: Annotated[str, msgspec.Meta(pattern=r"^(principal|minor)\Z")] | None = None
     svd_factors: str | None = None
     svd_factors_revision: str | None = None
-    svd_start: str | None = None
-    svd_split: str | None = None
-    svd_coverage: str | None = None
+    svd_start: Annotated[str, msgspec.Meta(pattern=r"^(delta|subspace|reference)\Z")] | None = None
+    svd_split: Annotated[str, msgspec.Meta(pattern=r"^(output|balanced)\Z")] | None = None
+    svd_coverage: Annotated[str, msgspec.Meta(pattern=r"^(strict|partial)\Z")] | None = None
     svd_check_base: bool | None = None
 
 

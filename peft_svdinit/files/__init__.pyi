@@ -19,6 +19,7 @@ from .opening import opened as opened
 from .opening import refuse_non_floats as refuse_non_floats
 from .publication import publishing as publishing
 from .schema import Amount as Amount
+from .schema import ClassName as ClassName
 from .schema import Count as Count
 from .schema import Positive as Positive
 from .schema import shortened as shortened

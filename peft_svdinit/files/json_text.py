@@ -37,7 +37,8 @@ def parsed_json(text: str | bytes, *, constants: bool = False) -> Any:
         raise ValueError(f"it is no text in UTF-8 ({error})") from error
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
-    _refuse_deep(value)
+    if isinstance(value, dict | list):
+        _refuse_deep(value)
     if "\\ud" in text.lower():
         _refuse_half_characters(value)
     return value
@@ -69,16 +70,11 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _refuse_deep(value: Any) -> None:
     level = [value]
-    for _ in range(DEEPEST + 1):
-        level = [
-            entry
-            for each in level
-            if isinstance(each, dict | list)
-            for entry in (each.values() if isinstance(each, dict) else each)
-        ]
-        if not level:
-            return
-    raise ValueError(_TOO_DEEP)
+    for _ in range(DEEPEST):
+        entries = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [entry for each in entries for entry in each if isinstance(entry, dict | list)]
+    if level:
+        raise ValueError(_TOO_DEEP)
 
 
 def _refuse_half_characters(value: Any) -> None:

@@ -18,6 +18,8 @@ Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 """An integer of at least 1, a size say."""
 Amount = Annotated[float, msgspec.Meta(ge=0)]
 """A number of at least 0."""
+ClassName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_]\w*\Z")]
+"""What may stand in code as it is."""
 
 _SHOWN = 80
 _STEP = re.compile(r"\.(?P<key>\w+)|\[(?P<index>\d+)\]|(?P<entry>\[\.\.\.\])")
@@ -30,7 +32,13 @@ _WORDS = {
     "object": "an object",
     "null": "null",
 }
-_BOUNDS = {" >= ": " of at least ", " <= ": " of at most ", " > ": " above ", " < ": " below "}
+_BOUNDS = {
+    " matching regex ": " matching ",
+    " >= ": " of at least ",
+    " <= ": " of at most ",
+    " > ": " above ",
+    " < ": " below ",
+}
 
 
 def validated(value: Any, schema: type[Schema], place: str = "") -> Schema:

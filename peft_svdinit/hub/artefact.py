@@ -12,15 +12,17 @@ from typing import Any
 from ..adapters import EXPORT_REPORT, EXTRACTION_JSON, MERGE_JSON, RESIZE_REPORT
 from ..analysis import COMPARISON_NUMBERS
 from ..factors import FACTORS_FILE_NAME, SIDECAR_NAME, read_sidecar
-from ..files import WrongKind, refuse_pickle
-from ..low_rank import PLAN_NAME
+from ..files import TensorFile, WrongKind, refuse_pickle
+from ..low_rank import PLAN_NAME, read_plan
 from ..masks import COMPACT_FILE_NAME, MASK_FILE_NAME
 from ..models import (
     CONFIG_NAME,
     MODEL_CONFIG,
     WEIGHTS_NAME,
+    adapted_module,
     read_adapter_config,
     read_model_config,
+    refuse_endless_patterns,
     shard_index,
 )
 from ..training import RUN_INFO, TRAINING_LOG
@@ -154,6 +156,11 @@ def recognise(folder: str | os.PathLike) -> Artefact:
             f"folder: {path} holds an adapter of type {config.get('peft_type')}, only LORA is "
             "shared by this package; PEFT's own push_to_hub takes it"
         )
+    if kind.marker == CONFIG_NAME:
+        names = map(adapted_module, TensorFile(path / WEIGHTS_NAME, "folder").shapes)
+        refuse_endless_patterns(config, names, f"folder: {path / CONFIG_NAME}: ")
+    if PLAN_NAME in files:
+        read_plan(path, "folder")
     if _INDEX in files:
         missing = sorted(set(shard_index(path, "folder").values()) - set(files))
         if missing:

@@ -6,6 +6,7 @@ from .factorising import factorize_ as factorize_
 from .files import FACTORS_NAME as FACTORS_NAME
 from .files import PLAN_NAME as PLAN_NAME
 from .files import is_low_rank as is_low_rank
+from .files import read_plan as read_plan
 from .layer import LowRankLinear as LowRankLinear
 from .lowering import Changed as Changed
 from .lowering import rebalance_ as rebalance_

@@ -68,6 +68,24 @@ def is_low_rank(folder: str | os.PathLike) -> bool:
     return (Path(folder) / PLAN_NAME).is_file()
 
 
+def read_plan(folder: Path, argument: str) -> LowRankPlan:
+    """What `low_rank.json` in a folder says of its layers.
+
+    Args:
+        folder: that has the file.
+        argument: by which the user gave the folder; the messages of errors begin with it.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    path = folder / PLAN_NAME
+    record = read_json(path, argument, _Layers)
+    try:
+        return LowRankPlan.from_dict(record["layers"])
+    except ValueError as error:
+        raise ValueError(f"{argument}: {path}: {error}") from error
+
+
 @dataclass(frozen=True)
 class StoredLayers:
     """The layers of a folder, read one by one.
@@ -123,8 +141,8 @@ def stored_layers(folder: Path, argument: str) -> Iterator[StoredLayers]:
         raise FileNotFoundError(
             f"{argument}: {folder} has no {PLAN_NAME}, so that its low-rank layers are unknown"
         )
-    record = read_json(folder / PLAN_NAME, argument, _Layers)
+    plan = read_plan(folder, argument)
     with _FILE.opened(folder, argument, _Layers) as (file, header):
-        if record["layers"] != header.layers:
+        if plan.as_dict() != header.layers:
             raise ValueError(f"{PLAN_NAME} beside it is of other layers: write the folder again")
-        yield StoredLayers(LowRankPlan.from_dict(header.layers), file, set(file.keys()))
+        yield StoredLayers(plan, file, set(file.keys()))

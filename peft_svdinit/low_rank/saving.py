@@ -56,7 +56,12 @@ def load_low_rank(
     with stored_layers(folder, "path") as stored:
         if model is None:
             kind: Any = type(model_skeleton(folder, "path"))
-            model = kind.from_pretrained(str(folder))
+            try:
+                model = kind.from_pretrained(str(folder))
+            except Exception as error:  # Of any kind: it is made of a stranger's files.
+                raise ValueError(
+                    f"path: transformers cannot load {folder} ({type(error).__name__}: {error})"
+                ) from error
         assert model is not None
         _restored_(model, stored)
     return model

@@ -56,6 +56,7 @@ from .task_types import task_type_of as task_type_of
 from .weights import base_weight as base_weight
 from .weights import dequantised_weight as dequantised_weight
 from .weights import is_plain as is_plain
+from .wrappers import adapted_module as adapted_module
 from .wrappers import spelled_in_peft as spelled_in_peft
 from .wrappers import unwrapped as unwrapped
 from .wrappers import unwrapped_config as unwrapped_config

@@ -8,11 +8,16 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ..files import Positive, read_json, validated
+from ..files import ClassName, Positive, read_json, validated
 from .foreign_patterns import Pattern, refuse_endless, refuse_unreadable
 
 _Alpha = Annotated[float, msgspec.Meta(gt=0, le=2**31)]
 _Names = str | list[str] | None
+
+
+class _AutoMapping(msgspec.Struct):
+    base_model_class: ClassName | None = None
+    parent_library: str | None = None
 
 
 class _Selection(msgspec.Struct, kw_only=True):
@@ -28,7 +33,7 @@ class _Selection(msgspec.Struct, kw_only=True):
     base_model_name_or_path: str | None = None
     revision: str | None = None
     task_type: str | None = None
-    auto_mapping: dict[str, str | None] | None = None
+    auto_mapping: _AutoMapping | None = None
 
 
 class _Entries(_Selection, kw_only=True):

@@ -27,7 +27,7 @@ for number, (pattern, whole) in enumerate(patterns):
     compiled = re.compile(pattern)
     for name in names:
         compiled.fullmatch(name) if whole else compiled.match(name)
-print(len(patterns), flush=True)
+print(len(patterns))
 """
 
 
@@ -112,12 +112,18 @@ def _various(names: Iterable[str]) -> set[str]:
 @lru_cache(maxsize=64)
 def _first_endless(patterns: tuple[Pattern, ...], names: Sequence[str]) -> Pattern | None:
     """The expression that the trial did not come to an end with."""
-    trial = [sys.executable, "-I", "-S", "-c", _TRIAL]
+    if not sys.executable:
+        return None  # Of a program that is no interpreter there is no second one.
     given = json.dumps([[[each.matched, each.whole] for each in patterns], names])
-    try:
-        said = subprocess.run(trial, input=given.encode(), capture_output=True, timeout=_SECONDS)
-        begun = said.stdout.split()
-    except subprocess.TimeoutExpired as expired:
-        begun = (expired.stdout or b"").split()
-    # Nothing at all is said where the program that we run in is no interpreter.
-    return dict(enumerate(patterns)).get(int(begun[-1])) if begun else None
+    trial = [sys.executable, "-I", "-S", "-c", _TRIAL]
+    with subprocess.Popen(trial, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(given.encode())
+        process.stdin.close()
+        process.stdout.readline()  # The time begins with the first expression.
+        try:
+            process.wait(_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        begun = [0, *map(int, process.stdout.read().split())][-1]
+    return dict(enumerate(patterns)).get(begun)

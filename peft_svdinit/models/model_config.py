@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from ..files import Count, Positive, read_json, shortened
+from ..files import ClassName, Count, Positive, read_json, shortened
 
 MODEL_CONFIG = "config.json"
 # What is repeated in a model: making a thousand times as many would take for ever.
@@ -26,7 +26,7 @@ _Sizes = Positive | list[Positive] | None
 
 class _ModelConfig(msgspec.Struct, rename={"name_or_path": "_name_or_path"}):
     model_type: str | None = None
-    architectures: list[str] | None = None
+    architectures: list[ClassName] | None = None
     name_or_path: str | None = None
     quantization_config: dict[str, Any] | None = None
     hidden_size: _Sizes = None

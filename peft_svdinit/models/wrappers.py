@@ -14,6 +14,7 @@ _PARTS = "(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)"
 _ADDED = re.compile(rf"(?<![^.]){_PARTS}\.|_{_PARTS}(?=_)")
 _BEFORE_THE_BASE = re.compile(rf"^(?:(?:{_PARTS}|module)\.)*base_model\.(?:{_PARTS}\.)*model\.")
 _DDP = "module."
+_PART = re.compile(r"\.(?:lora|hada|lokr)_")
 # Which modules PEFT adapts, beside target_modules.
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -52,6 +53,11 @@ def unwrapped_keys(keys: Iterable[str], place: str = "it") -> dict[str, str]:
 def spelled_in_peft(key: str) -> str:
     """A stored key without PEFT's prefix, wrappers included: PEFT compared patterns with that."""
     return _BEFORE_THE_BASE.sub("", key)
+
+
+def adapted_module(key: str) -> str:
+    """The module that a stored key is of, spelled as PEFT compared patterns with it."""
+    return _PART.split(spelled_in_peft(key))[0]
 
 
 def unwrapped_config(

@@ -166,7 +166,7 @@ def test_a_configuration_that_is_not_that_of_the_entries_is_refused(trained, tmp
     for change, said in (
         ({"use_dora": True}, "uses use_dora"),
         ({"r": 16, "lora_alpha": 16}, "has rank 8, but adapter_config.json says 16"),
-        ({"peft_type": "LOHA"}, "only LORA is supported"),
+        ({"peft_type": "IA3"}, "only LORA is supported"),
         ({"r": None}, "does not fit its entries"),
     ):
         save_compact(tmp_path, replace(compact, config={**compact.config, **change}))

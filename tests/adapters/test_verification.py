@@ -319,7 +319,7 @@ def scale(name: str, factor: float) -> Callable[[dict[str, Tensor]], Any]:
     ("damage", "message"),
     [
         (lambda folder: truncate(folder / WEIGHTS), "truncated while copying"),
-        (lambda folder: (folder / CONFIG).write_text("{"), "PEFT cannot load"),
+        (lambda folder: (folder / CONFIG).write_text("{"), "is not readable JSON"),
         (edit_weights(swap), rf"in 2 places: {K}: error 0\.7\d+, promised.*; {V}: err"),
         (edit_weights(scale(Q, 1.1)), rf"in 1 places: {Q}: error 0\.33\d+, promised 0\.33"),
         (edit_weights(scale(Q, 0.0)), rf"in 1 places: {Q}: error 0\.757, promised 0\.33"),

@@ -282,7 +282,7 @@ def test_a_mask_is_no_compact_adapter(tmp_path):
         (
             {"base_model_name_or_path": 3},
             (4, 2),
-            "base_model_name_or_path must be text or null, got 3",
+            "name_or_path must be text or null, got 3",
         ),
         ({"in_features": ["a"]}, (4, 2), "damaged header: in_features must be an object"),
         ({"in_features": {"a": "7"}}, (4, 2), r'in_features\["a"\] must be an integer, got "7"'),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...factors import SIDECAR_NAME, LoraAdapter, LoraInit, product_alone
+from ...factors import SIDECAR_NAME, LoraAdapter, LoraInit, product_alone, read_sidecar
 from ...files import WrongKind, write_json
 from ...masks import (
     MASK_FILE_NAME,
@@ -51,6 +51,7 @@ def compact_adapter_folder(
             f"adapter: {saved.folder} has no {SIDECAR_NAME} with {MASK_FILE_NAME}: it was not "
             "saved from a sparse LoriConfig, and other adapters have no compact form"
         )
+    read_sidecar(saved.folder / SIDECAR_NAME, "adapter")
     mask = load_mask(saved.folder, argument="adapter")
     other = set(saved) ^ set(mask.layers)
     if other:

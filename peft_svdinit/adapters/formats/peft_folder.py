@@ -14,6 +14,7 @@ from ...models import (
     PREFIX,
     WEIGHTS_NAME,
     PatternValues,
+    adapted_module,
     read_adapter_config,
     refuse_endless_patterns,
     spelled_in_peft,
@@ -68,7 +69,7 @@ def _lycoris(folder: Path, config: Mapping[str, Any]) -> StoredAdapter:
     path = resolve_file(folder, WEIGHTS_NAME, argument="adapter")
     file = TensorFile(path)
     stored = unwrapped_keys(file.shapes, f"adapter: {path}")
-    names = {spelled_in_peft(key).rpartition(".")[0] for pair in stored.items() for key in pair}
+    names = {adapted_module(key) for pair in stored.items() for key in pair}
     refuse_endless_patterns(config, names, f"adapter: {folder / CONFIG_NAME}: ")
     patterns = [PatternValues(config.get(one)) for one in ("rank_pattern", "alpha_pattern")]
     scalings, ranks, beside = {}, {}, {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from ...models import (
     PREFIX,
     WEIGHTS_NAME,
     PatternValues,
+    adapted_module,
     lora_key,
     natural_order,
     read_adapter_config,
@@ -152,7 +152,7 @@ class LoraAdapter(LazyMapping[LoraProduct]):
         self._path = resolve_file(self.folder, WEIGHTS_NAME, argument=argument)
         with opened(self._path, argument) as file:
             self._stored = unwrapped_keys(file.keys())
-            names = {_module_of(key) for pair in self._stored.items() for key in pair}
+            names = {adapted_module(key) for pair in self._stored.items() for key in pair}
             refuse_endless_patterns(self.config, names, f"{CONFIG_NAME} beside it: ")
             shapes = {key: file.get_slice(at).get_shape() for key, at in self._stored.items()}
             self.names = dict.fromkeys(self._checked_names(shapes))
@@ -276,8 +276,3 @@ class LoraAdapter(LazyMapping[LoraProduct]):
                 if not torch.isfinite(weight).all():
                     raise ValueError(f"{part} of layer {name} has NaN or infinite entries")
         return LoraProduct(lora_A, lora_B, self.scaling_of(name))
-
-
-def _module_of(key: str) -> str:
-    """The module of a key, without PEFT's prefix."""
-    return re.split(r"\.lora_", spelled_in_peft(key))[0]
