@@ -155,7 +155,7 @@ class FactorsFile(LazyMapping[LowRankFactors]):
                     f"the header has no norm for layer {min(unlisted)}, of which the file holds "
                     "tensors; write the file again"
                 )
-            refuse_non_floats(file, {key: key for key in stored})
+            refuse_non_floats(file, stored)
             self._ranks: dict[str, int] = {}
             self._shapes: dict[str, tuple[int, int]] = {}
             for name in self._norms:

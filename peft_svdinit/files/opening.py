@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,18 +38,18 @@ def opened(path: Path, argument: str) -> Iterator[Any]:
         raise kind(f"{argument}: {path}: {error}") from error
 
 
-def refuse_non_floats(file: Any, tensors: Mapping[str, str]) -> None:
+def refuse_non_floats(file: Any, keys: Iterable[str]) -> None:
     """Raise TypeError if a tensor of weights is quantised, or holds no floating-point numbers.
 
     Args:
         file: as `opened` gives it.
-        tensors: the key of each, by what it is called in the message.
+        keys: of the tensors.
 
     Raises:
         TypeError: naming the tensor and its dtype.
     """
-    for what, key in tensors.items():
-        refuse_non_float(what, file.get_slice(key).get_dtype())
+    for key in keys:
+        refuse_non_float(key, file.get_slice(key).get_dtype())
 
 
 def refuse_non_float(what: str, dtype: str) -> None:

@@ -105,7 +105,7 @@ class StoredLayers:
             ValueError: if their shapes are not those of the plan.
         """
         tensors = (f"{name}.{part}" for part in (*PARTS, "sample"))
-        refuse_non_floats(self._file, {key: key for key in tensors if key in self._keys})
+        refuse_non_floats(self._file, filter(self._keys.__contains__, tensors))
         found = {
             part: self._file.get_tensor(f"{name}.{part}")
             for part in PARTS

@@ -137,7 +137,7 @@ def load_compact(
         config = {**header.config, "peft_type": "LORA"}
         check_adapter_config(config, "the adapter_config.json in its header: ")
         mask = _read(file, header)
-        refuse_non_floats(file, {f"the values of layer {n}": f"{n}.values" for n in mask.layers})
+        refuse_non_floats(file, [f"{name}.values" for name in mask.layers])
         values = {name: file.get_tensor(f"{name}.values") for name in mask.layers}
         for name, layer in mask.layers.items():
             if values[name].shape != (layer.kept,) or not torch.isfinite(values[name]).all():

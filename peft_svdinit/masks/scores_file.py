@@ -67,9 +67,7 @@ def load_scores(path_or_id: str | os.PathLike, *, argument: str = "scores") -> L
         ValueError: if it is truncated, holds no scores, or is of another format version.
     """
     with _FILE.opened(path_or_id, argument, _Header) as (file, header):
-        refuse_non_floats(
-            file, {f"the scores of layer {n}": n + _SUFFIX for n in header.in_features}
-        )
+        refuse_non_floats(file, [f"{name}{_SUFFIX}" for name in header.in_features])
         scores = {name: file.get_tensor(f"{name}{_SUFFIX}") for name in header.in_features}
         for name, each in scores.items():
             if each.dim() != 2:

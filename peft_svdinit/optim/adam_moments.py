@@ -176,7 +176,7 @@ def load_moments(path: str | os.PathLike) -> dict[str, AdamMoments]:
         TypeError: if one is no floating-point number.
     """
     with opened(Path(path), "moments") as file:
-        refuse_non_floats(file, {key: key for key in file.keys()})
+        refuse_non_floats(file, file.keys())
         keys = [key.removesuffix(".step") for key in file.keys() if key.endswith(".step")]
         return {
             key: AdamMoments(

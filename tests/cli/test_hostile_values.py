@@ -27,7 +27,7 @@ SAMPLED = 4
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(foreign_patterns, "_SECONDS", 0.5)
+    monkeypatch.setattr(foreign_patterns, "_SECONDS", 0.2)
 
 
 def attempts(artefact: Artefact) -> list[str | Callable[[Path], Any]]:

@@ -304,6 +304,13 @@ def test_values_that_are_not_finite_are_refused_by_part_and_layer(folder, key, p
         adapter[LAYER]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.int64])
+def test_weights_that_are_no_floating_numbers_are_refused(folder, dtype):
+    edit_weights(folder, lambda tensors: tensors.update({KEY_B: tensors[KEY_B].to(dtype)}))
+    with pytest.raises(TypeError, match=f"adapter: .*: {KEY_B} is stored as [IUB]"):
+        LoraAdapter(folder)
+
+
 def test_an_unknown_layer_is_a_key_error(folder):
     adapter = LoraAdapter(folder)
     assert "lm_head" not in adapter

@@ -250,6 +250,14 @@ def test_factors_that_do_not_fit_together_are_refused_on_opening(file, key, edit
         FactorsFile(file)
 
 
+@pytest.mark.parametrize("part", ["U", "S", "Vh", "base"])
+def test_parts_that_are_no_floating_numbers_are_refused(file, part):
+    key = f"{LAYER}.{part}"
+    rewrite(file, tensors=lambda t: t.update({key: torch.ones(2, dtype=torch.int64)}))
+    with pytest.raises(TypeError, match=f"factors: .*: {key} is stored as I64"):
+        FactorsFile(file)
+
+
 def test_factors_of_rank_zero_are_refused(file):
     def empty(tensors: dict[str, Tensor]) -> None:
         tensors[f"{LAYER}.U"] = torch.zeros(6, 0)

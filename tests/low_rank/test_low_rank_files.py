@@ -105,6 +105,8 @@ def test_a_part_of_another_shape_is_refused(folder):
 
     rewrite_factors(folder, shorten)
     refused(folder, ValueError, f"the factors of layer {LAYER} are not those of its plan")
+    rewrite_factors(folder, lambda t: t.update({f"{LAYER}.U": t[f"{LAYER}.U"].char()}))
+    refused(folder, TypeError, f"{LAYER}.U is stored as I8")
 
 
 def test_factors_beside_other_dense_weights_are_refused(folder, saved):

@@ -259,6 +259,9 @@ def test_values_that_do_not_fit_their_mask_are_refused(tmp_path):
     rewrite(path, lambda t: t.update({f"{name}.values": t[f"{name}.values"][:-1]}))
     with pytest.raises(ValueError, match=f"layer {name} needs .* finite values"):
         load_compact(path)
+    rewrite(path, lambda t: t.update({f"{name}.values": t[f"{name}.values"].char()}))
+    with pytest.raises(TypeError, match=f"{name}.values is stored as I8"):
+        load_compact(path)
 
 
 def test_a_mask_does_not_take_the_place_of_a_compact_adapter(tmp_path):
@@ -298,4 +301,7 @@ def test_a_file_of_scores_of_no_b_is_one_clear_error(tmp_path, change, shape, me
     assert load_scores(path).in_features == {"a": 7}
     kind.write(path, {**header, **change}, {"a.scores": torch.ones(shape)})
     with pytest.raises(ValueError, match=message):
+        load_scores(path)
+    kind.write(path, header, {"a.scores": torch.ones(4, 2, dtype=torch.int32)})
+    with pytest.raises(TypeError, match=r"scores: .*: a\.scores is stored as I32"):
         load_scores(path)

@@ -38,10 +38,10 @@ def test_an_expression_that_is_none_is_named(option, expression, reason):
     ["([a-z.0-9_]+)+=", "(.*)*x", r"(?:\w|.)+\Z!", ".*" * 9 + "=", "(.|.)" * 30 + "="],
 )
 def test_an_expression_without_end_is_refused_after_seconds(monkeypatch, expression):
-    monkeypatch.setattr(foreign_patterns, "_SECONDS", 0.5)
+    monkeypatch.setattr(foreign_patterns, "_SECONDS", 0.2)
     config = {**LORA, "alpha_pattern": {"q_proj": 2, r".*\.v_(proj)": 1, expression: 4}}
     check_adapter_config(config, "")
-    with pytest.raises(ValueError, match=r"^here: alpha_pattern: .* takes longer than 0\.5 s"):
+    with pytest.raises(ValueError, match=r"^here: alpha_pattern: .* takes longer than 0\.2 s"):
         refuse_endless_patterns(config, NAMES, "here: ")
 
 

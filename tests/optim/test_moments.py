@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from support.peft_fixtures import tiny_base, tokens
+from support.tiny_models import rewrite_tensors
 from torch.testing import assert_close
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -137,6 +138,10 @@ def test_the_moments_are_left_when_training_ends(tmp_path, optim):
     for key, parameter in lora_parameters(run.model).items():  # pyright: ignore
         assert torch.equal(moments[key].exp_avg, optimizer.state[parameter]["exp_avg"])
         assert moments[key].step == 3
+    key = f"{next(iter(moments))}.exp_avg"
+    rewrite_tensors(tmp_path / MOMENTS_FILE_NAME, lambda t: t.update({key: t[key].int()}))
+    with pytest.raises(TypeError, match=f"moments: .*: {key} is stored as I32"):
+        load_moments(tmp_path / MOMENTS_FILE_NAME)
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adafactor", "rmsprop", "adagrad", "adamw_8bit"])

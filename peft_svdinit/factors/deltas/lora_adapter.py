@@ -157,10 +157,7 @@ class LoraAdapter(LazyMapping[LoraProduct]):
             shapes = {key: file.get_slice(at).get_shape() for key, at in self._stored.items()}
             self.names = dict.fromkeys(self._checked_names(shapes))
             for part in _PARTS:
-                refuse_non_floats(
-                    file,
-                    {f"lora_{part} of layer {n}": self.stored_key(n, part) for n in self.names},
-                )
+                refuse_non_floats(file, [self.stored_key(name, part) for name in self.names])
         self._reader = TensorReader(self._path, argument)
         if any(key != at for key, at in self._stored.items()):
             self.config = self._config_without_wrappers()
