@@ -24,6 +24,7 @@ from peft_svdinit.analysis import (
     write_mask_comparison,
     write_mask_report,
 )
+from peft_svdinit.analysis.masks import density_plot
 from peft_svdinit.analysis.masks.chance import Spread, energy_of_noise, random_deviation
 from peft_svdinit.analysis.masks.energy import Energy
 from peft_svdinit.analysis.masks.statistics import mask_statistics
@@ -403,6 +404,18 @@ def test_figures_are_drawn_of_single_wide_and_full_masks(tmp_path, outputs):
     mask = LayerScores.random(shapes, {"head": 5}, 0).mask(Selection(1.0))
     write_mask_report(mask, tmp_path, lora_B={"head": torch.zeros(outputs, 70)})
     assert (tmp_path / "mask.png").stat().st_size > 1000
+
+
+def test_of_very_many_blocks_and_types_a_figure_keeps_its_size(monkeypatch):
+    shapes = {f"layers.{block}.kind_{block % 60}": (2, 3) for block in range(700)}
+    mask = LayerScores.random(shapes, dict.fromkeys(shapes, 5), 0).mask(Selection(0.5, "matrix"))
+    drawn = []
+    monkeypatch.setattr(density_plot, "save_figure", lambda figure, path: drawn.append(figure))
+    density_plot.plot_mask(mask_statistics(mask.masks), "unused")
+    (figure,) = drawn
+    assert [len(axes.patches) for axes in figure.axes[:2]] == [1, 60]
+    (image,) = (axes.get_images()[0] for axes in figure.axes if axes.get_images())
+    assert image.get_array().shape == (480 // 4, 40)
 
 
 def test_without_matplotlib_nothing_is_written(tmp_path, monkeypatch):

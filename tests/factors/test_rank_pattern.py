@@ -24,6 +24,7 @@ from peft_svdinit.factors import (
     recommend_ranks,
     relative_spectra,
 )
+from peft_svdinit.factors.ranks import budget
 from peft_svdinit.factors.spectrum import ENERGY_RESOLUTION
 
 
@@ -356,6 +357,14 @@ def test_peft_reads_back_exactly_the_recommended_ranks(ranks):
         for pattern in (found.rank_pattern, found.alpha_pattern):
             key = get_pattern_key(list(pattern), name)
             assert pattern.get(key, found.rank) == rank
+
+
+def test_the_usual_rank_is_not_counted_for_every_layer(monkeypatch):
+    found, counted = recommendation({f"layers.{i}.q": 1 + i % 3 for i in range(50)}), []
+    stock = budget.Counter
+    monkeypatch.setattr(budget, "Counter", lambda ranks: counted.append(1) or stock(ranks))
+    assert len(found.config_options()["rank_pattern"]) == 2
+    assert len(counted) < 6
 
 
 @pytest.mark.parametrize(

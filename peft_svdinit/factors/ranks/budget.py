@@ -69,7 +69,8 @@ class RankRecommendation:
     @property
     def rank_pattern(self) -> dict[str, int]:
         """PEFT's `rank_pattern` for the layers whose rank is not `rank`."""
-        return exact_pattern({n: rank for n, rank in self.ranks.items() if rank != self.rank})
+        usual = self.rank
+        return exact_pattern({name: rank for name, rank in self.ranks.items() if rank != usual})
 
     @property
     def alpha_pattern(self) -> dict[str, int]:
@@ -97,11 +98,12 @@ class RankRecommendation:
             exact = scaling * (math.sqrt(rank) if use_rslora else rank)
             return int(exact) if exact == int(exact) else exact
 
+        pattern = self.rank_pattern
         return {
             "r": self.rank,
             "lora_alpha": alpha(self.rank),
-            "rank_pattern": self.rank_pattern,
-            "alpha_pattern": {key: alpha(rank) for key, rank in self.rank_pattern.items()},
+            "rank_pattern": pattern,
+            "alpha_pattern": {key: alpha(rank) for key, rank in pattern.items()},
             **({"use_rslora": True} if use_rslora else {}),
         }
 
