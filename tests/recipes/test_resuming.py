@@ -55,14 +55,14 @@ def test_other_processes_take_what_the_main_one_found(tmp_path, monkeypatch, fou
     def broadcast(told: list) -> None:
         told[:] = found
 
-    saved(tmp_path, 6)
+    (saved(tmp_path, 6) / "optimizer.pt").unlink()
     monkeypatch.setattr(resuming, "PartialState", lambda: SimpleNamespace(is_main_process=False))
     monkeypatch.setattr(resuming, "broadcast_object_list", broadcast)
     if found[1]:
         with pytest.raises(ValueError, match=found[1]):
-            checkpoint_to_resume(arguments(tmp_path))
+            checkpoint_to_resume(arguments(tmp_path), report=pytest.fail)
     else:
-        assert checkpoint_to_resume(arguments(tmp_path)) == found[0]
+        assert checkpoint_to_resume(arguments(tmp_path), report=pytest.fail) == found[0]
 
 
 SWITCHED = {"rank_switch": {"attributes": {"done": [{"step": 2}]}}}
@@ -93,6 +93,15 @@ def test_what_a_callback_reads_of_a_checkpoint_must_be_there(tmp_path, callback,
         assert said[0].endswith(f"checkpoint-4 is passed over: it has no {name}")
         tensors(folder / name)
     assert checkpoint_to_resume(arguments(tmp_path), [callback]) == str(folder)
+
+
+def test_low_rank_in_other_forms_has_no_factors_beside_it(tmp_path):
+    config = {"quantization_config": {"quant_method": "svdinit_low_rank"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert LowRankCheckpointsCallback().needs_of(tmp_path) == []
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "pytorch_model_fsdp_0").mkdir()
+    assert LowRankCheckpointsCallback().needs_of(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,13 @@ def test_the_state_is_that_of_the_step(tmp_path, text, fault):
     assert fault_of(folder) == fault
 
 
+def test_what_cannot_be_read_is_not_whole(tmp_path):
+    folder = saved(tmp_path)
+    (folder / "optimizer.pt").unlink()
+    (folder / "optimizer.pt").mkdir()
+    assert (fault_of(folder) or "").startswith("it cannot be read (")
+
+
 def test_a_copy_by_another_name_may_be_of_any_step(tmp_path):
     assert fault_of(saved(tmp_path).rename(tmp_path / "kept")) is None
 
@@ -69,6 +76,14 @@ def test_what_an_earlier_kill_left_and_no_resume_reads_does_not_count(tmp_path, 
     (folder / left).parent.mkdir(exist_ok=True)
     (folder / left).write_bytes(b"torn")
     assert fault_of(folder) is None
+
+
+def test_without_a_note_the_processes_are_those_up_to_the_last_that_saved(tmp_path):
+    folder = saved(tmp_path, note={"processes": 3, "save_only_model": False})
+    state(folder, 4)
+    assert fault_of(folder) is None
+    (folder / "rng_state_1.pth").unlink()
+    assert fault_of(folder) == "it has no rng_state_1.pth"
 
 
 def test_an_index_has_all_its_shards(tmp_path):
