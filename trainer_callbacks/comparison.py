@@ -8,12 +8,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_model_param_count
 
 from peft_svdinit.analysis import check_matplotlib, plot_loss_curve
+from peft_svdinit.files import Amount, validated
 from peft_svdinit.training import (
     EVAL_PREFIX,
     LOSS_CURVE,
@@ -37,6 +39,17 @@ logger = logging.getLogger(__name__)
 
 _MEASURED = ("seconds and memory of all steps", "Compare the run by steps or tokens.")
 _AGAIN = "Make room for it and resume from the last checkpoint."
+
+
+class _Attributes(msgspec.Struct):
+    seconds: Amount | None
+    peak_memory_mb: Amount | None
+
+
+class _Saved(msgspec.Struct):
+    """What a checkpoint keeps of the callback."""
+
+    attributes: _Attributes
 
 
 class ComparisonCallback(TrainerCallback, ExportableState):
@@ -74,6 +87,7 @@ class ComparisonCallback(TrainerCallback, ExportableState):
         TypeError, ValueError: if JSON cannot hold `extra`.
         ImportError: if `plot` is set and matplotlib is not installed.
         OSError: where training begins, if the directory cannot be written to.
+        ValueError: there, if the checkpoint that is resumed from is damaged.
     """
 
     def __init__(
@@ -153,6 +167,7 @@ class ComparisonCallback(TrainerCallback, ExportableState):
         earlier = [*rows]
         # A list would mean several callbacks of this class, and not say which of them is this one.
         if resumed and isinstance(saved, dict):
+            validated(saved, _Saved, f"the checkpoint's callback {type(self).__name__}: ")
             earlier.append(saved["attributes"])
         self._clock = step_clock(
             args.device, max((row.get("seconds") or 0.0 for row in earlier), default=0.0)

@@ -21,7 +21,7 @@ def folder_with(config: dict, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["set_seed", "Trainer", "LlamaConfig", "torch", "NoSuchModel", 7])
+@pytest.mark.parametrize("name", ["set_seed", "Trainer", "LlamaConfig", "torch", "NoSuchModel"])
 def test_an_architecture_is_a_model_of_transformers_and_nothing_else(name, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers, "set_seed", lambda seed: pytest.fail("called"))
     folder = folder_with({"model_type": "llama", "architectures": [name]}, tmp_path)
@@ -32,6 +32,31 @@ def test_an_architecture_is_a_model_of_transformers_and_nothing_else(name, tmp_p
 def test_no_architecture_is_refused(tmp_path):
     with pytest.raises(ValueError, match="names no architecture that transformers"):
         model_skeleton(folder_with({"model_type": "llama"}, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("num_hidden_layers", 10**9, "num_hidden_layers must be at most 4096, got 1000000000"),
+        ("num_hidden_layers", 0, "num_hidden_layers must be an integer of at least 1"),
+        ("hidden_size", "text", "hidden_size must be an integer, a list or null"),
+        ("hidden_size", -16, "hidden_size must be .* got -16"),
+        ("max_position_embeddings", 10**12, "max_position_embeddings must be at most"),
+        ("architectures", "LlamaForCausalLM", "architectures must be a list or null"),
+        ("architectures", [7], r"architectures\[0\] must be text, got 7"),
+        ("intermediate_size", 2**31 - 1, None),
+        ("head_dim", 0, "transformers .*: "),
+        ("hidden_act", "no such", "transformers .*: "),
+        ("rope_parameters", 3, "transformers .*: "),
+    ],
+)
+def test_a_configuration_of_no_model_is_refused_before_one_is_made(entry, value, message, tmp_path):
+    folder = folder_with({**tiny_model().config.to_dict(), entry: value}, tmp_path)
+    if message is None:  # A size that no memory is taken for.
+        assert len(linear_modules(model_skeleton(folder))) == 14
+        return
+    with pytest.raises(ValueError, match=rf"(?s)^base: {folder}\S*: (.*config.json .*)?{message}"):
+        model_skeleton(folder)
 
 
 def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
