@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -20,8 +21,10 @@ _LONGEST, _LONGEST_INTRICATE = 1 << 20, 10_000
 _ONE_CHARACTER = re.compile(r"\\.|\[[^\]]*\]", re.DOTALL)
 _REPEAT = re.compile(r"[*+{]|(?<!\()\?")
 _TRIAL = """
-import json, re, sys
-patterns, names = json.load(sys.stdin)
+import json, re, signal, sys
+patterns, names, seconds = json.load(sys.stdin)
+if hasattr(signal, "alarm"):
+    signal.alarm(seconds)  # Ends this, too, where whoever waits for it is killed.
 for number, (pattern, whole) in enumerate(patterns):
     print(number, flush=True)
     compiled = re.compile(pattern)
@@ -114,7 +117,8 @@ def _first_endless(patterns: tuple[Pattern, ...], names: Sequence[str]) -> Patte
     """The expression that the trial did not come to an end with."""
     if not sys.executable:
         return None  # Of a program that is no interpreter there is no second one.
-    given = json.dumps([[[each.matched, each.whole] for each in patterns], names])
+    matched = [[each.matched, each.whole] for each in patterns]
+    given = json.dumps([matched, names, 2 * math.ceil(_SECONDS)])
     trial = [sys.executable, "-I", "-S", "-c", _TRIAL]
     with subprocess.Popen(trial, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None

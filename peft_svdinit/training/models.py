@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -71,7 +71,7 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
     quantization = _quantization(options)
     try:
         with refused_as(f"model_name_or_path: cannot load {options.model_name_or_path!r}"):
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=options.model_revision,
                 dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
@@ -81,6 +81,7 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
                 use_safetensors=True,
                 output_loading_info=True,
             )
+            model, found = loaded
     except ValueError as error:
         # A folder has been checked already.
         hint = "" if Path(source).is_dir() else f"\nIf {_pickle_remedy('it', source)}"

@@ -58,8 +58,12 @@ def check_adapter(model: ModelOptions, lora: LoraOptions, arguments: RecipeArgum
 
 def smallest_layer(adapted: Any) -> tuple[int, int]:
     """(out, in) of the smallest layer that has an adapter."""
-    layers = [each for each in adapted.modules() if isinstance(each, LoraLayer)]
-    return min(((each.out_features, each.in_features) for each in layers), key=min)
+    layers: list[Any] = [each for each in adapted.modules() if isinstance(each, LoraLayer)]
+    return min(((each.out_features, each.in_features) for each in layers), key=_shorter_side)
+
+
+def _shorter_side(shape: tuple[int, int]) -> int:
+    return min(shape)
 
 
 def _rank(skeleton: Any, lora: LoraOptions) -> int:

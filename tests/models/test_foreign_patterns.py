@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -60,3 +63,10 @@ def test_what_layers_are_chosen_by_is_taken_and_simple_choices_cost_no_process(m
     config = {**LORA, **simple}
     check_adapter_config(config, "")
     refuse_endless_patterns(config, NAMES, "")
+
+
+def test_a_trial_ends_where_whoever_began_it_is_gone():
+    given = json.dumps([[["(a+)+=", True]], ["a" * 40], 1])
+    trial = [sys.executable, "-I", "-S", "-c", foreign_patterns._TRIAL]
+    done = subprocess.run(trial, input=given, text=True, capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGALRM

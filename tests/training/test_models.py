@@ -133,7 +133,7 @@ def damage(folder, what: str) -> None:
         case "weights cut off":
             truncate(weights)
         case "a weight lacking":
-            rewrite_tensors(weights, lambda tensors: tensors.pop("model.norm.weight"))
+            rewrite_tensors(weights, lambda tensors: tensors.__delitem__("model.norm.weight"))
         case "a weight of another shape":
             rewrite_tensors(weights, lambda t: t.update({"model.norm.weight": torch.ones(3)}))
         case "no weights":
