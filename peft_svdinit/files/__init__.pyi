@@ -18,6 +18,7 @@ from .locate import resolve_folder as resolve_folder
 from .opening import opened as opened
 from .opening import refuse_non_floats as refuse_non_floats
 from .publication import publishing as publishing
+from .read_as_one import read_together as read_together
 from .schema import Amount as Amount
 from .schema import ClassName as ClassName
 from .schema import Count as Count

@@ -15,7 +15,16 @@ from typing import Any
 
 import msgspec
 
-from ..files import Amount, Count, Positive, read_json, shortened, validated, write_json
+from ..files import (
+    Amount,
+    Count,
+    Positive,
+    read_json,
+    read_together,
+    shortened,
+    validated,
+    write_json,
+)
 from .log import TRAINING_LOG, Row, read_training_log
 
 FORMAT_VERSION = 1
@@ -128,8 +137,9 @@ def read_run(directory: str | os.PathLike, argument: str = "run") -> Run:
         ValueError: if a file is missing, torn or malformed, or of an unknown format version.
     """
     directory = Path(directory)
-    info = read_run_info(directory, argument)
-    return Run(directory, info, read_training_log(directory / TRAINING_LOG, argument=argument))
+    with read_together(directory / RUN_INFO, argument):
+        info = read_run_info(directory, argument)
+        return Run(directory, info, read_training_log(directory / TRAINING_LOG, argument=argument))
 
 
 def read_run_info(directory: str | os.PathLike, argument: str = "run") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from peft_svdinit.files import publishing, replacing, workspace, write_text
+from peft_svdinit.files import publishing, read_together, replacing, workspace, write_text
 from peft_svdinit.files.workspaces import clean_once, is_workspace
 
 RESULT = {"a.txt": "new a", "b.txt": "new b"}
@@ -233,3 +233,12 @@ def test_a_workspace_that_was_taken_for_dead_before_it_was_locked_is_made_again(
     with workspace(tmp_path, "result") as place:
         assert len(seen) == 2 and place == seen[1] != seen[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_two_results_are_never_read_together(tmp_path):
+    publish(tmp_path / "result")
+    with read_together(tmp_path / "result" / "a.txt", "adapter"):
+        assert content(tmp_path / "result") == RESULT
+    with pytest.raises(ValueError, match=r"^adapter: .*/result was changed while it was read"):
+        with read_together(tmp_path / "result" / "a.txt", "adapter"):
+            publish(tmp_path / "result")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ...factors import LoraAdapter
-from ...files import TensorFile, resolve_file
+from ...files import TensorFile, read_together, resolve_file
 from ...models import (
     CONFIG_NAME,
     PREFIX,
@@ -46,9 +46,13 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
         ValueError: if it is of another type, stores a pickle, is truncated, or has a layer that
             is no linear one with a factored delta.
     """
-    config = read_adapter_config(folder / CONFIG_NAME, "adapter")
-    if config.get("peft_type") in ("LOHA", "LOKR"):
-        return _lycoris(folder, config)
+    with read_together(folder / CONFIG_NAME, "adapter"):
+        config = read_adapter_config(folder / CONFIG_NAME, "adapter")
+        lycoris = config.get("peft_type") in ("LOHA", "LOKR")
+        return _lycoris(folder, config) if lycoris else _lora(folder)
+
+
+def _lora(folder: Path) -> StoredAdapter:
     lora = LoraAdapter(folder, with_beside=True)  # Which refuses other layers.
     file = TensorFile(folder / WEIGHTS_NAME)
     scalings = {name: lora.scaling_of(name) for name in lora}

@@ -17,6 +17,7 @@ from ...files import (
     LazyMapping,
     TensorReader,
     opened,
+    read_together,
     refuse_non_floats,
     resolve_file,
     resolve_folder,
@@ -147,18 +148,12 @@ class LoraAdapter(LazyMapping[LoraProduct]):
     ) -> None:
         self.argument, self._with_beside = argument, with_beside
         self.folder = resolve_folder(path_or_id, argument=argument, revision=revision)
-        self.config = self._read_config()
-        self._values = self._pattern_values()
-        self._path = resolve_file(self.folder, WEIGHTS_NAME, argument=argument)
-        with opened(self._path, argument) as file:
-            self._stored = unwrapped_keys(file.keys())
-            names = {adapted_module(key) for pair in self._stored.items() for key in pair}
-            refuse_endless_patterns(self.config, names, f"{CONFIG_NAME} beside it: ")
-            shapes = {key: file.get_slice(at).get_shape() for key, at in self._stored.items()}
-            self.names = dict.fromkeys(self._checked_names(shapes))
-            for part in _PARTS:
-                refuse_non_floats(file, [self.stored_key(name, part) for name in self.names])
-        self._reader = TensorReader(self._path, argument)
+        with read_together(self.folder / CONFIG_NAME, argument):
+            self.config = self._read_config()
+            self._values = self._pattern_values()
+            self._path = resolve_file(self.folder, WEIGHTS_NAME, argument=argument)
+            self._read_names()
+            self._reader = TensorReader(self._path, argument)
         if any(key != at for key, at in self._stored.items()):
             self.config = self._config_without_wrappers()
             self._values = self._pattern_values()
@@ -170,6 +165,16 @@ class LoraAdapter(LazyMapping[LoraProduct]):
                 len(self.beside),
                 ", ".join(list(self.beside)[:3]) + (", …" if len(self.beside) > 3 else ""),
             )
+
+    def _read_names(self) -> None:
+        with opened(self._path, self.argument) as file:
+            self._stored = unwrapped_keys(file.keys())
+            names = {adapted_module(key) for pair in self._stored.items() for key in pair}
+            refuse_endless_patterns(self.config, names, f"{CONFIG_NAME} beside it: ")
+            shapes = {key: file.get_slice(at).get_shape() for key, at in self._stored.items()}
+            self.names = dict.fromkeys(self._checked_names(shapes))
+            for part in _PARTS:
+                refuse_non_floats(file, [self.stored_key(name, part) for name in self.names])
 
     def _read_config(self) -> dict[str, Any]:
         path = resolve_file(self.folder, CONFIG_NAME, argument=self.argument)
