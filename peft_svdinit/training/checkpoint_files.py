@@ -31,7 +31,8 @@ def lacking(name: str) -> Fault:
 def object_in(path: Path) -> dict[str, Any]:
     """The object in a JSON file; a `Fault` if it is torn."""
     try:
-        return read_json(path, "checkpoint")
+        # The Trainer writes losses as they are.
+        return read_json(path, "checkpoint", constants=True)
     except ValueError:
         raise _torn(path) from None
 

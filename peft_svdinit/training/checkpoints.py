@@ -99,7 +99,7 @@ def fault_of(checkpoint: Path, needed: Needed = lambda checkpoint: ()) -> str | 
                 raise lacking(name)
     except Fault as fault:
         return str(fault)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return f"it cannot be read ({error})"
     return None
 

@@ -91,6 +91,8 @@ def calibration_arguments(
         eval_on_start=False,
         load_best_model_at_end=False,
         push_to_hub=False,
+        # A new one has its sums of gradients only after the Trainer has deleted an older one.
+        save_total_limit=2 if arguments.save_total_limit == 1 else arguments.save_total_limit,
     )
 
 

@@ -65,7 +65,7 @@ def test_other_processes_take_what_the_main_one_found(tmp_path, monkeypatch, fou
         assert checkpoint_to_resume(arguments(tmp_path), report=pytest.fail) == found[0]
 
 
-SWITCHED = {"rank_switch": {"attributes": {"done": [{"step": 2}]}}}
+SWITCHED = {"rank_switch": {"attributes": {"options": {}, "done": [{"step": 2}]}}}
 
 
 @pytest.mark.parametrize(

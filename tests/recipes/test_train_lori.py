@@ -56,7 +56,9 @@ def test_a_calibration_without_scores_stops_the_recipe_and_goes_on_once_there_is
     calibration = stage(tmp_path / "run", "calibration")
     assert (calibration / "adapter_model.safetensors").is_file()
     assert not list((tmp_path / "run").glob("mask-*"))
-    assert sorted(each.name for each in calibration.glob("checkpoint-*"))[-1] == "checkpoint-3"
+    # Two, of which one has its sums of gradients at any time.
+    kept = {each.name for each in calibration.glob("checkpoint-*")}
+    assert kept == {"checkpoint-2", "checkpoint-3"}
     train_lori.main([*options, "--output_dir", str(tmp_path / "run")])
     assert same(tmp_path / "run", folder)
 

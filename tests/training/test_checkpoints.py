@@ -54,6 +54,18 @@ def test_what_cannot_be_read_is_not_whole(tmp_path):
     (folder / "optimizer.pt").mkdir()
     assert (fault_of(folder) or "").startswith("it cannot be read (")
 
+    def damaged(checkpoint: Path) -> list[str]:
+        raise ValueError("rank_switch is missing")
+
+    assert fault_of(saved(tmp_path, 6), damaged) == "it cannot be read (rank_switch is missing)"
+
+
+def test_a_run_that_diverged_has_whole_checkpoints(tmp_path):
+    folder = saved(tmp_path)
+    text = '{"global_step": 4, "log_history": [{"loss": NaN, "grad_norm": Infinity}]}'
+    (folder / "trainer_state.json").write_text(text)
+    assert fault_of(folder) is None
+
 
 def test_a_copy_by_another_name_may_be_of_any_step(tmp_path):
     assert fault_of(saved(tmp_path).rename(tmp_path / "kept")) is None
