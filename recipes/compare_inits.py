@@ -175,9 +175,6 @@ def check_inputs(setting: Setting) -> None:
     if Path(base).is_dir():
         Checkpoint(base, argument="model_name_or_path")
     targets = linear_modules(model_skeleton(base, "model_name_or_path"), lora.target_modules)
-    shapes = [(layer.out_features, layer.in_features) for layer in targets.values()]
-    for name in options.peft_inits:
-        check_peft_init("peft_inits", name, lora.lora_r, min(shapes, key=min))
     if options.teacher_adapter:
         adapter = LoraAdapter(options.teacher_adapter, argument="teacher_adapter")
         if lora.check_base:
@@ -199,6 +196,9 @@ def check_inputs(setting: Setting) -> None:
             target_modules=lora.target_modules,
             arguments=("model_name_or_path", "teacher_model"),
         )
+    shapes = [(layer.out_features, layer.in_features) for layer in targets.values()]
+    for name in options.peft_inits:
+        check_peft_init("peft_inits", name, lora.lora_r, min(shapes, key=min))
 
 
 def check_base_of_teacher(adapter: LoraAdapter, base: str, name: str) -> None:

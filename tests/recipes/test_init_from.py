@@ -159,7 +159,7 @@ def test_a_base_in_four_bits_works(teacher, tmp_path):
         (["--svd_start", "subspace"], "leave out --svd_start=subspace"),
         (["--carry_moments_from", "x"], "leave out --carry_moments_from=x"),
         (["--svd_part", "minor"], "leave out --svd_part=minor"),
-        (["--init_from", ""], "--init_from is empty"),
+        (["--init_from", ""], "--init_from.* must not be empty"),
         (["--output_dir", "{model}", "--init_from", "{model}"], "would overwrite it"),
         (["--init_from", "/nowhere"], "^error: --init_from: /nowhere is not a folder"),
         (["--init_from", "{model}/.."], "^error: --init_from: .* holds data.jsonl, model, run"),
