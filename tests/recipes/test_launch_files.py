@@ -26,7 +26,7 @@ TESTED = [path.stem for path in sorted(FILES.glob("*.yaml")) if path.stem != "fs
 # As the file says; all others in float32, so that losses can be compared.
 IN_BFLOAT16 = ("single_gpu", "zero3_offload")
 # The others run the two that train adapters, and all of them with --thorough.
-WITH_EVERY = ("cpu", "ddp", "zero2", "zero3")
+WITH_EVERY = ("cpu", "ddp", "zero3")
 # Of these, the stages and the host's optimizer are those of others.
 THOROUGH = ("zero1", "zero3_offload")
 
