@@ -301,7 +301,7 @@ def test_one_layer_is_in_memory_at_a_time_and_the_bytes_are_the_same(tmp_path):
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_a_kill_while_writing_leaves_the_old_adapter(tmp_path):
