@@ -109,6 +109,7 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
             revision=options.model_revision,
             trust_remote_code=options.trust_remote_code,
         )
+        tokenizer("a")  # What its configuration has wrong, text for a length say, shows in use.
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of {options.model_name_or_path!r} has no end-of-sequence token, with "

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from typing import Any
 
 _BITS = 63
+_HOME = re.compile(r"~[\w.-]+(/|$)")
 
 
 def fault_of_value(value: Any) -> str | None:
@@ -34,4 +37,8 @@ def _fault_of_text(text: str) -> str | None:
         text.encode("utf-8")
     except UnicodeEncodeError:
         return "must be text of whole characters, got half of one (\\ud800 to \\udfff alone)"
-    return "must not have a null character, which no path and no name has" if "\0" in text else None
+    if "\0" in text:
+        return "must not have a null character, which no path and no name has"
+    if _HOME.match(text) and os.path.expanduser(text) == text:
+        return f"must not begin with the home of a user that is not on this machine, got {text!r}"
+    return None

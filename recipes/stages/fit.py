@@ -38,6 +38,7 @@ from peft_svdinit.training import (
     read_run_info,
     refusals_in_one_line,
 )
+from stages.base_config import check_configuration
 from stages.held_out import split_of
 from stages.processes import check_same_start
 from stages.resuming import checkpoint_to_resume
@@ -57,6 +58,7 @@ class Materials:
     @classmethod
     def prepare(cls, model: ModelOptions, data: DataOptions) -> Materials:
         """Load the tokenizer and the data, and tokenize it."""
+        check_configuration(model)
         tokenizer = load_tokenizer(model)
         train, evaluation = prepare_examples(data, tokenizer)
         # The longest first: batches of like lengths waste little on padding.

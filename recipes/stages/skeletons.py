@@ -16,6 +16,7 @@ from peft_svdinit.training import (
     load_skeleton,
     refused_as,
 )
+from stages.base_config import check_configuration
 from stages.lora_options import LoraOptions
 from stages.peft_starts import check_peft_init
 from stages.rank_budget import parameters_of_rank_one
@@ -27,6 +28,7 @@ def adapted_skeleton(model: ModelOptions, lora: LoraOptions) -> Any:
     Raises:
         ValueError: as `load_skeleton`, or for an adapter that PEFT cannot make of the model.
     """
+    check_configuration(model)
     skeleton = load_skeleton(model)
     plain = lora.stock(
         lora_target_modules=_targets(lora), lora_r=_rank(skeleton, lora), rank_budget=None

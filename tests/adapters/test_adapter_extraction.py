@@ -247,7 +247,7 @@ def test_checkpoints_that_change_under_way_publish_nothing(tmp_path, monkeypatch
         )
 
     monkeypatch.setattr(store, "fill_store", replaced)
-    with pytest.raises(ValueError, match="changed (or replaced|while they were read)"):
+    with pytest.raises(ValueError, match=r"changed (or replaced|while they were read)"):
         extract(pair, tmp_path / "out", RankRule(rank=3))
     assert not (tmp_path / "out").exists()
 

@@ -170,7 +170,9 @@ def test_a_configuration_that_is_not_that_of_the_entries_is_refused(trained, tmp
         ({"r": None}, "r must be an integer, got null"),
     ):
         save_compact(tmp_path, replace(compact, config={**compact.config, **change}))
-        with pytest.raises(ValueError, match=f"adapter_config.json in (the compact file|its header).*{said}"):
+        with pytest.raises(
+            ValueError, match=f"adapter_config.json in (the compact file|its header).*{said}"
+        ):
             write_stock_adapter(load_compact(tmp_path), tmp_path / "stock")
         assert not (tmp_path / "stock").exists()
 

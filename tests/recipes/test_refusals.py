@@ -43,6 +43,9 @@ def inputs(tmp_path_factory) -> Path:
         (folder / name).write_bytes(content)
     save_model(folder / "damaged")
     truncate(folder / "damaged" / "model.safetensors")
+    deep = save_model(folder / "deep") / "config.json"
+    entries = {**json.loads(deep.read_text()), "num_hidden_layers": 10**7}
+    deep.write_text(json.dumps(entries))
     base = tiny_model(vocab_size=258, pad_token_id=1)
     config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     base.name_or_path = "someone/other"
@@ -91,6 +94,8 @@ def options_of(recipe: str, folder: Path) -> list[str]:
         ("train_lora", "--text_column body", "--text_column=body is not used"),
         ("train_lora", "--split_seed -1", "--split_seed must be in 0.."),
         ("train_lora", "--model_name_or_path {}/damaged", "--model_name_or_path: .*not a readable"),
+        ("train_lora", "--model_name_or_path {}/deep", "num_hidden_layers must be at most"),
+        ("train_full_teacher", "--model_name_or_path {}/deep", "num_hidden_layers must be at"),
         ("train_lora", "--init pisa", "--init: 'pisa' is no start .*; did you mean pissa?"),
         ("train_lora", "--init pissa --lora_r 9", "it makes rank 8, not --lora_r=9"),
         ("train_lora", "--init lora_ga", "only this package's own starts are given"),

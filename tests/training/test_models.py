@@ -154,6 +154,8 @@ def damage(folder, what: str) -> None:
                 path.unlink()
         case "a tokenizer cut off":
             truncate(folder / "tokenizer.json")
+        case "a length that is none":
+            edited(folder, "tokenizer_config.json", model_max_length="long")
         case "a tokenizer that is none":
             (folder / "tokenizer.json").write_text("{}")
 
@@ -173,6 +175,7 @@ def damage(folder, what: str) -> None:
         (load_model, "a model type that is none", "cannot load"),
         (load_tokenizer, "no tokenizer", "cannot load the tokenizer"),
         (load_tokenizer, "a tokenizer cut off", "cannot load the tokenizer"),
+        (load_tokenizer, "a length that is none", "cannot load the tokenizer"),
         (load_tokenizer, "a tokenizer that is none", "cannot load the tokenizer"),
     ],
 )

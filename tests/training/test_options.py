@@ -189,6 +189,7 @@ def test_help_shows_the_description_and_a_group_per_class(capsys):
         (["--base", "b", "--seeds", "1", HUGE], "--seeds must be a number of at most 63 bits"),
         (["--base", "b", "--name", ""], "error: --name must not be empty: give a value, or leave"),
         (["--base", "b", "--modules", "q", ""], "error: --modules must not be empty"),
+        (["--base", "~nobody.here/b"], "the home of a user that is not on this machine"),
     ],
 )
 def test_a_wrong_command_line_is_one_clear_line(argv, expected, refusal):
