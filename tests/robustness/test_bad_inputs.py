@@ -29,7 +29,7 @@ SAMPLED = "a sample"
 # What a user did not make, and nothing is wrong without.
 OPTIONAL = ("generation_config.json", "svdinit_config.json", "tuned/config.json")
 # Seconds for a verb that takes less than one.
-SECONDS = 120
+SECONDS = 60
 Case = TypeVar("Case")
 
 
