@@ -18,8 +18,8 @@ from support.verbs import COMMANDS, undrawn
 pytestmark = pytest.mark.slow
 
 IN_CI = [
-    "synthesize", "extract factors", "extract an adapter", "compare", "mask", "merge svd",
-    "resize a file", "export", "export compact",
+    "synthesize", "extract an adapter", "compare", "mask", "merge svd", "resize a file",
+    "export compact",
 ]  # fmt: skip
 # Events of one verb from one beginning.
 MOST = 40
@@ -86,7 +86,8 @@ def faults_after_kill(scene: Scene, fate: Fate, then: str) -> list[str]:
 
 
 def test_a_killed_verb_leaves_no_mixture_and_ends_with_the_same_bits_run_again(scene, thorough):
-    _ = scene.another  # Which runs in the folder, as all below does.
+    if thorough:
+        _ = scene.another  # Which runs in the folder, as all below does.
     fates = [
         Fate("kill", event)
         for event in events(scene, ("",) if thorough else ("os.rename",), thorough)

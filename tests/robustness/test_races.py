@@ -18,7 +18,7 @@ from peft_svdinit.cli import main
 pytestmark = pytest.mark.slow
 
 MOST = 15
-IN_CI = ["extract factors", "mask", "merge svd", "resize a file"]
+IN_CI = ["mask", "merge svd", "resize a file"]
 # Seconds that a process is given which may be waiting for another.
 PATIENCE = 1.0
 
