@@ -35,12 +35,14 @@ def publishing(folder: str | os.PathLike, replaces: Collection[str] = ()) -> Ite
     """
     target = Path(folder).resolve()
     exists = target.is_dir()
-    if exists:
-        clean_once(target)
+    for each in (target.parent, target):
+        if each.is_dir():
+            clean_once(each)
     # Within a folder that exists: its parent may be of another disk, or not ours to write.
     with workspace(target if exists else target.parent, target.name) as place:
         new = place / NEW
         new.mkdir()
+        (place / OLD).mkdir()  # Before the workspace is known by its other name.
         yield new
         if exists or not _took_name(new, target):
             names = {*os.listdir(new), *replaces}
@@ -81,7 +83,6 @@ def _alone(place: Path, target: Path) -> Path:
 def _move_in(place: Path, target: Path, names: Collection[str]) -> None:
     new, old, moved = place / NEW, place / OLD, list[str]()
     try:
-        old.mkdir()
         for name in sorted(names):
             if os.path.lexists(target / name):
                 os.rename(target / name, old / name)

@@ -105,8 +105,11 @@ def clean_once(parent: Path) -> None:
     A folder is left alone while its writer lives. Where the file system has no locks that cannot be
     told, and a warning says where it is.
     """
-    with os.scandir(parent) as entries:
-        found = [Path(entry.path) for entry in entries if is_workspace(entry.name)]
+    try:
+        with os.scandir(parent) as entries:
+            found = [Path(entry.path) for entry in entries if is_workspace(entry.name)]
+    except PermissionError:
+        return  # A folder that is only passed through.
     for path in found:
         clean(path)
 

@@ -114,12 +114,10 @@ def read_training_log(
         ValueError: if the file is missing, torn, or not a training log.
     """
     path, place = Path(path), f"{argument}: {path}"
+    if not path.is_file():
+        raise ValueError(f"{place} does not exist; a run with ComparisonCallback writes it")
     try:
         text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise ValueError(
-            f"{place} does not exist; a run with ComparisonCallback writes it"
-        ) from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{place} is not a training log: {error}") from error
     if not text.endswith("\n"):

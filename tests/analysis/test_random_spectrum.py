@@ -130,3 +130,16 @@ def test_a_whole_delta_of_low_rank_is_compared_with_adapters_and_any_other_with_
     assert random_reference("a", spectrum([2.0, 1.0], (9, 7), norm=4.0)) == RandomDelta((9, 7))
     assert random_reference("a", spectrum([2.0, 1.0], (9, 2))) == RandomDelta((9, 2))
     assert random_reference("a", spectrum([0.0, 0.0], (9, 7))) == RandomDelta((9, 7))
+
+
+def test_layers_of_one_shape_share_the_search_for_its_law(monkeypatch):
+    searched, stock = [], RandomDelta.energy_above
+
+    def counted(delta, shares):
+        searched.append(delta.shape)
+        return stock(delta, shares)
+
+    monkeypatch.setattr(RandomDelta, "energy_above", counted)
+    deltas = [RandomDelta((37, 191)) for _ in range(4)]
+    found = {(delta.energy(3), *delta.singular_values(2.0, 5)) for delta in deltas}
+    assert len(found) == 1 and len(searched) <= 2

@@ -304,6 +304,14 @@ def test_values_that_are_not_finite_are_refused_by_part_and_layer(folder, key, p
         adapter[LAYER]
 
 
+def test_factors_of_two_dtypes_are_multiplied_in_the_wider_one(folder):
+    before = LoraAdapter(folder)
+    expected = {name: layer.factors().dense() for name, layer in before.items()}
+    edit_weights(folder, lambda tensors: tensors.update({KEY_B: tensors[KEY_B].double()}))
+    for name, layer in LoraAdapter(folder).items():
+        assert_close(layer.factors().dense().float(), expected[name])
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.int64])
 def test_weights_that_are_no_floating_numbers_are_refused(folder, dtype):
     edit_weights(folder, lambda tensors: tensors.update({KEY_B: tensors[KEY_B].to(dtype)}))

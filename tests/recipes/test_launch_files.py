@@ -28,7 +28,7 @@ IN_BFLOAT16 = ("single_gpu", "zero3_offload")
 # The others run the two that train adapters, and all of them with --thorough.
 WITH_EVERY = ("cpu", "ddp", "zero3")
 # Of these, the stages and the host's optimizer are those of others.
-THOROUGH = ("zero1", "zero3_offload")
+THOROUGH = ("single_gpu", "zero1", "zero2_offload", "zero3_offload")
 
 pytestmark = pytest.mark.slow
 

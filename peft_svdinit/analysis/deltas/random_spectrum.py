@@ -51,20 +51,16 @@ class RandomDelta:
 
     def energy(self, rank: int) -> float:
         """Expected share of ‖delta‖_F² in the first `rank` triplets."""
-        smaller = min(self.shape)
-        return float(self._energy_above(torch.tensor([min(rank, smaller) / smaller])))
+        return _energy_of_delta(self.shape, min(rank, *self.shape))
 
     def singular_values(self, norm: float, count: int) -> list[float]:
         """Expected leading ones, at most as many as there are, of a delta of norm `norm`.
 
         Value i is the root mean square of the law's i-th of min(out, in) equal shares.
         """
-        smaller = min(self.shape)
-        places = torch.arange(min(count, smaller) + 1, dtype=torch.float64)
-        shares = self._energy_above(places / smaller).diff()
-        return (norm * shares.clamp(min=0).sqrt()).tolist()
+        return (norm * _spectrum_of_delta(self.shape, min(count, *self.shape))).tolist()
 
-    def _energy_above(self, shares: Tensor) -> Tensor:
+    def energy_above(self, shares: Tensor) -> Tensor:
         """Share of the energy in the given shares of the singular values, from the largest."""
         angles = self._angles(shares.double())
         return (angles - angles.sin() * angles.cos()) / math.pi
@@ -84,6 +80,20 @@ class RandomDelta:
         turned = torch.atan((1 - root) / (1 + root) * torch.tan(angle / 2))
         area = (1 + c) * angle / (4 * c) - angle.sin() / (2 * root) - (1 - c) / (2 * c) * turned
         return 2 / math.pi * area
+
+
+# Layers of one shape, which a model has many of, share these.
+@lru_cache(maxsize=256)
+def _energy_of_delta(shape: tuple[int, int], rank: int) -> float:
+    return float(RandomDelta(shape).energy_above(torch.tensor([rank / min(shape)])))
+
+
+@lru_cache(maxsize=256)
+def _spectrum_of_delta(shape: tuple[int, int], count: int) -> Tensor:
+    """Leading singular values of a delta of norm 1."""
+    places = torch.arange(count + 1, dtype=torch.float64)
+    shares = RandomDelta(shape).energy_above(places / min(shape)).diff()
+    return shares.clamp(min=0).sqrt()
 
 
 @dataclass(frozen=True)

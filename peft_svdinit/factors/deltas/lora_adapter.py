@@ -277,4 +277,5 @@ class LoraAdapter(LazyMapping[LoraProduct]):
             for part, weight in (("lora_A", lora_A), ("lora_B", lora_B)):
                 if not torch.isfinite(weight).all():
                     raise ValueError(f"{part} of layer {name} has NaN or infinite entries")
-        return LoraProduct(lora_A, lora_B, self.scaling_of(name))
+        wide = torch.promote_types(lora_A.dtype, lora_B.dtype)
+        return LoraProduct(lora_A.to(wide), lora_B.to(wide), self.scaling_of(name))

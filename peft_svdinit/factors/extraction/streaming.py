@@ -41,16 +41,16 @@ def fill_store(
         unit="layer",
         disable=None,
     )
-    waiting = iter(missing)
+    waiting, readers_at_once = iter(missing), max(1, min(read_ahead, len(missing)))
     pending: deque[tuple[str, Future[Tensor]]] = deque()
-    with progress, ThreadPoolExecutor(read_ahead, thread_name_prefix="deltas") as readers:
+    with progress, ThreadPoolExecutor(readers_at_once, thread_name_prefix="deltas") as readers:
 
         def read_next() -> None:
             name = next(waiting, None)
             if name is not None:
                 pending.append((name, readers.submit(deltas.__getitem__, name)))
 
-        for _ in range(read_ahead):
+        for _ in range(readers_at_once):
             read_next()
         try:
             while pending:
