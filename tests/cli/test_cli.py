@@ -227,7 +227,9 @@ def test_a_file_in_place_of_an_output_folder_is_refused_before_any_work(
             said = refused(argv, capsys)
             assert f"--{option} must be a folder, but {tmp_path / 'file'} is a file" in said
         argv = f"{verb} --adapter {adapters} --{option} {itself}".split()
-        assert f"--{option} must be a folder, but {itself} leads nowhere" in refused(argv, capsys)
+        assert f"--{option} must be a folder, but {itself} cannot be followed" in refused(
+            argv, capsys
+        )
 
 
 NOTHING: Any = None

@@ -237,7 +237,7 @@ def test_a_lori_adapter_whose_a_was_changed_is_refused(tmp_path, capsys):
     sidecar = tmp_path / "a" / "svdinit_config.json"
     options = json.loads(sidecar.read_text())
     sidecar.write_text(json.dumps({**options, "lori_seed": "9"}))
-    assert "no lori_seed that is a number" in refused(source, capsys)
+    assert "lori_seed must be an integer or null" in refused(source, capsys)
     sidecar.write_text("{")
     assert "is not readable JSON" in refused(source, capsys)
 
