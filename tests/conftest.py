@@ -28,12 +28,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--thorough",
         action="store_true",
-        help="what CI samples, in full: every recipe under every launch file",
+        help="what CI samples, in full",
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     missing = {
+        "thorough": None if config.getoption("--thorough") else "with --thorough",
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
         "deepspeed": None if importlib.util.find_spec("deepspeed") else "needs DeepSpeed",
     }

@@ -141,6 +141,7 @@ def test_the_same_command_again_skips_every_task(learnt, capsys):
     assert (out / "continual.md").read_text() == before
 
 
+@pytest.mark.thorough
 def test_another_rate_of_lora_runs_lora_alone_again(learnt, tmp_path, capsys):
     out, options = learnt
     shutil.copytree(out, tmp_path / "out")
@@ -180,6 +181,7 @@ def test_killed_before_every_task_in_turn_it_ends_as_one_that_was_not(
     assert numbers(tmp_path) == {name: found[name] for name in ("lori", "lori_exclude")}
 
 
+@pytest.mark.thorough
 def test_the_configuration_in_the_repository_runs_with_two_seeds(learnt, tmp_path):
     _, options = learnt
     config = Path(__file__).parents[2] / "recipes/configs/continual.yaml"

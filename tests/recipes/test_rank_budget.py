@@ -114,6 +114,7 @@ def test_a_resumed_run_has_the_same_ranks_and_other_options_find_others(inputs, 
     assert run(options, tmp_path, "--init_batches", "1")["cost"]["batches"] == 1
 
 
+@pytest.mark.thorough
 def test_another_model_at_the_same_path_or_a_damaged_file_has_its_ranks_found_anew(tmp_path):
     options = shared_options(tmp_path)
     first = run(options, tmp_path / "run")

@@ -132,7 +132,15 @@ def at_step(step: int, steps: int):
     )
 
 
-@pytest.mark.parametrize("killed", ["calibration", "mask", "training", "ending"])
+@pytest.mark.parametrize(
+    "killed",
+    [
+        pytest.param("calibration", marks=pytest.mark.thorough),
+        "mask",
+        "training",
+        pytest.param("ending", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_run_killed_at_any_stage_ends_as_one_that_was_not(made, tmp_path, monkeypatch, killed):
     whole, options = made
     again = [*options, "--output_dir", str(tmp_path / "run")]
@@ -167,6 +175,7 @@ def test_the_same_command_again_repeats_no_stage(made, capsys):
     assert capsys.readouterr().out.count("done before") == 2
 
 
+@pytest.mark.thorough
 def test_another_density_makes_another_mask_without_another_calibration(made, tmp_path, capsys):
     whole, options = made
     run = tmp_path / "run"
@@ -190,6 +199,7 @@ def test_changed_options_use_nothing_of_the_run_before(made, tmp_path, change):
     assert not same(tmp_path / "run", whole)
 
 
+@pytest.mark.thorough
 def test_a_training_killed_under_other_options_is_not_gone_on_with(made, tmp_path, monkeypatch):
     whole, options = made
     other = [*options, "--learning_rate", "0.02", "--calibration_learning_rate", "0.001"]
