@@ -212,9 +212,16 @@ def divergence(
 
 
 def _loaded(folder: Path, device: str | torch.device) -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=False, use_safetensors=True
-    )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=False, use_safetensors=True
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # Of any kind: it is made of a stranger's files.
+        raise ValueError(
+            f"{folder}: transformers cannot load the model ({type(error).__name__}: {error})"
+        ) from error
     return model.to(device).eval()
 
 
