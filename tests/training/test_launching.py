@@ -154,5 +154,6 @@ def test_a_lock_in_a_folder_of_the_users_is_refused_before_any_wait(tmp_path, mo
 
 def test_without_deepspeed_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "zero2.json").write_text("{}")
     with pytest.raises(ModuleNotFoundError, match=r"peft-svdinit\[deepspeed\]"):
-        arguments(tmp_path, deepspeed="zero2.json")
+        arguments(tmp_path, deepspeed=str(tmp_path / "zero2.json"))
