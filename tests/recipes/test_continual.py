@@ -263,6 +263,6 @@ def test_stage_two_of_lora_prepares_a_quantised_base_as_stage_one_does(
 def test_a_missing_data_set_is_named_before_anything_is_trained(learnt, tmp_path):
     _, options = learnt
     gone = [*options, "--second_dataset_name", str(tmp_path / "gone.jsonl")]
-    with pytest.raises(SystemExit, match="error: --dataset_name: there is no file"):
+    with pytest.raises(SystemExit, match="error: --second_dataset_name: there is no file"):
         continual.main([*gone, "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
