@@ -39,18 +39,25 @@ def is_ours(config: LoraConfig) -> bool:
 
 
 def marked(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of an adapter's file, with an alias among them known as one from a file."""
+    """Options of an adapter's file, with an alias among them known as one from a file.
+
+    Of a saved adapter `inference_mode` is True there. Where it is not, None tells `get_peft_model`,
+    which leaves it, from what loads an adapter and sets it.
+    """
     alias = options.get("init_lora_weights")
-    return {**options, "init_lora_weights": FromFile(alias)} if is_alias(alias) else options
+    if not is_alias(alias):
+        return options
+    inference = options.get("inference_mode") or None
+    return {**options, "init_lora_weights": FromFile(alias), "inference_mode": inference}
 
 
 def config_for(config: LoraConfig, *, loading: bool) -> LoraConfig:
     """The configuration that an adapter is made or loaded with.
 
-    An alias is followed where an adapter is made. It is not where one is loaded, nor ever if it
-    comes from a file: it would have this machine read files, or ask for repositories, that whoever
-    wrote the adapter chose. The adapter is then that of stock LoRA, and a warning names the alias;
-    the weights in its file are all there is to it.
+    An alias is followed where an adapter is made. It is not where one is loaded, nor out of a saved
+    adapter's configuration: it would have this machine read files, or ask for repositories, that
+    whoever wrote the adapter chose. The adapter is then that of stock LoRA, and a warning names the
+    alias; the weights in its file are all there is to it.
 
     Args:
         config: any.
@@ -63,11 +70,12 @@ def config_for(config: LoraConfig, *, loading: bool) -> LoraConfig:
     alias = config.init_lora_weights
     if isinstance(config, StockSavedConfig) or not is_alias(alias):
         return config
-    if not loading and not isinstance(alias, FromFile):
+    loading |= isinstance(alias, FromFile) and config.inference_mode is not None
+    if not loading:
         return config_of_alias(config)
     warnings.warn(
         f"init_lora_weights={alias!r} is not followed, because the adapter is being loaded or its "
-        "configuration comes from a file: nothing beside the adapter is read, and what its saved "
+        "configuration is of a saved one: nothing beside the adapter is read, and what its saved "
         "weights lack starts as in stock LoRA. To make a new adapter that starts there, give this "
         "string to a LoraConfig of your own",
         stacklevel=3,
@@ -89,6 +97,7 @@ def config_of_alias(config: LoraConfig) -> LoraConfig:
     if isinstance(config, StockSavedConfig) or not isinstance(alias, str):
         return config
     options = {**lora_options(config), "init_lora_weights": True}
+    options["inference_mode"] = bool(config.inference_mode)
     for prefix, start in _SVD_PREFIXES.items():
         if alias.startswith(prefix):
             path = os.path.expanduser(alias[len(prefix) :])
